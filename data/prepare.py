@@ -1,0 +1,112 @@
+"""Makes the batch plan that a run on either framework reads: samples, then tokens, then global batches.
+
+    python data/prepare.py --model llama-tiny --data alpaca --bsz 8 --steps 30
+
+The scripts call it when their plan is missing; calling it first saves that wait.
+"""
+
+import json
+import pathlib
+import runpy
+
+BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
+runpy.run_path(str(BOOTSTRAP))["enter"]("torch", "paddle")
+
+from typing import Any
+
+import numpy as np
+import sources
+import tokenizer as tokenizers_of
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from tunebench.cache import cache_folder, only_one, write_atomically
+from tunebench.checkpoint import Checkpoint, find_checkpoint
+from tunebench.errors import BadInput, one_line_refusals
+from tunebench.flags import DATA_NAMES, Parser, add_plan_flags, resolve_plan_flags
+from tunebench.plan import PROMPT_TOKENS, RESPONSE_TOKENS, plan_path, read_plan, tokens_key, write_plan
+
+CHUNK = 500  # samples encoded between two moves of the progress bar
+ARRAYS = ("tokens", "offsets", "prompt_lengths")
+
+
+def main() -> None:
+    """Makes the plan of the flags unless it is there, and prints where it is and what it holds."""
+    parser = Parser(prog="prepare.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add_plan_flags(parser)
+    options = resolve_plan_flags(vars(parser.parse_args()))
+    checkpoint = find_checkpoint(options["model"], options["weights"], options["seed"])
+    path = plan_path(options, checkpoint)
+    with only_one("prepare"):
+        try:
+            plan = read_plan(path)
+        except (FileNotFoundError, BadInput):
+            make_plan(options, checkpoint)
+            plan = read_plan(path)
+    info = plan.info()
+    print(
+        f"plan {plan.sha256[:12]}: {plan.steps} steps of {plan.bsz} from {info.samples} samples of {info.data}, "
+        f"{info.effective_tokens} effective of {info.padded_tokens} padded tokens, {path}",
+        flush=True,
+    )
+
+
+def make_plan(options: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """Tokenizes what is not tokenized yet and writes the plan."""
+    samples, skipped, pad_id = tokenized(options, checkpoint)
+    if skipped:
+        print(f"--skip-bad left {len(skipped)} malformed samples out, the first: {skipped[0]}", flush=True)
+    bsz, steps = options["bsz"], options["steps"]
+    if options["epochs"] is not None:
+        steps, left = divmod(options["epochs"] * len(samples), bsz)
+        if not steps:
+            raise BadInput(f"--bsz {bsz}: {options['epochs']} epoch(s) of {len(samples)} samples fill no batch of it")
+        if left:
+            print(f"--epochs {options['epochs']}: the last {left} samples fill no batch of {bsz}: left out", flush=True)
+    data = options["data"] if options["data"] in DATA_NAMES else pathlib.Path(options["data"]).name
+    about = {"data": data, "samples": len(samples), "skipped": len(skipped), "bsz": bsz, "pad_id": pad_id}
+    write_plan(plan_path(options, checkpoint), about, samples, steps)
+
+
+def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[tuple[np.ndarray, int]], list[str], int]:
+    """Each sample's tokens and prompt length, what was skipped, and the padding token; kept in the cache."""
+    cached = cache_folder() / "tokens" / f"{tokens_key(options, checkpoint)}.safetensors"
+    try:
+        with safe_open(cached, framework="numpy") as file:
+            arrays, about = {name: file.get_tensor(name) for name in ARRAYS}, json.loads(file.metadata()["about"])
+    except (FileNotFoundError, SafetensorError):
+        own = tokenizers_of.of_checkpoint(checkpoint.folder)
+        folder = None if own is None else checkpoint.folder
+        tokenizer = own or tokenizers_of.embedded(cache_folder())
+        loaded = sources.load(options["data"], options["samples"], options["skip_bad"])
+        arrays = encode(tokenizer, loaded.samples, tokenizers_of.eos_id(tokenizer, folder))
+        about = {"skipped": loaded.skipped, "pad_id": tokenizers_of.pad_id(tokenizer, folder)}
+        write_atomically(cached, save(arrays, metadata={"about": json.dumps(about)}))
+    offsets = arrays["offsets"]
+    rows = [arrays["tokens"][offsets[i] : offsets[i + 1]] for i in range(len(offsets) - 1)]
+    return list(zip(rows, arrays["prompt_lengths"].tolist(), strict=True)), about["skipped"], about["pad_id"]
+
+
+def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> dict[str, np.ndarray]:
+    """Prompts cut to 256 tokens, responses to 384 and closed by EOS, with a progress bar."""
+    tokens: list[list[int]] = []
+    prompt_lengths: list[int] = []
+    for start in track(range(0, len(samples), CHUNK), description=f"tokenizing {len(samples)} samples"):
+        chunk = samples[start : start + CHUNK]
+        prompts = tokenizer.encode_batch([sample.prompt for sample in chunk], add_special_tokens=False)
+        responses = tokenizer.encode_batch([sample.response for sample in chunk], add_special_tokens=False)
+        for prompt, response in zip(prompts, responses, strict=True):
+            ids = prompt.ids[:PROMPT_TOKENS]
+            tokens.append([*ids, *response.ids[:RESPONSE_TOKENS], eos_id])
+            prompt_lengths.append(len(ids))
+    return {
+        "tokens": np.array([token for row in tokens for token in row], dtype=np.int32),
+        "offsets": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+        "prompt_lengths": np.array(prompt_lengths, dtype=np.int32),
+    }
+
+
+if __name__ == "__main__":
+    with one_line_refusals("prepare.py"):
+        main()

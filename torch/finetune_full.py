@@ -1,0 +1,116 @@
+"""Fine-tunes every parameter of a language model with PyTorch: transformers' model, torch's AdamW.
+
+    python torch/finetune_full.py --model llama-tiny --bsz 8
+
+The loop in `main` is all that is timed. One JSON record is written; summarize.py joins it with Paddle's.
+"""
+
+import pathlib
+import runpy
+
+BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
+runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
+
+import resource
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from tunebench.checkpoint import Checkpoint, find_checkpoint
+from tunebench.errors import one_line_refusals
+from tunebench.flags import Flags, parse_flags
+from tunebench.plan import IGNORED, MicroBatch, load_plan
+from tunebench.run import Run, recorded
+
+FRAMEWORK, METHOD = "torch", "full"
+BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0
+
+
+def join_process_group() -> torch.device:
+    """The device of this process. One process, for now."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build_model(flags: Flags, checkpoint: Checkpoint, device: torch.device) -> torch.nn.Module:
+    """The checkpoint as transformers' model, float32, with every parameter trainable."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        checkpoint.folder, dtype=torch.float32, attn_implementation=flags.attention, use_cache=False
+    )
+    if flags.recompute:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.to(device).train()
+
+
+def wrap(flags: Flags, model: torch.nn.Module, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimizer. One process has nothing to shard."""
+    return torch.optim.AdamW(trainable, lr=flags.lr, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+
+
+def to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Input ids, attention mask and shifted labels as tensors, each (micro_bsz, width)."""
+    arrays = (batch.input_ids, batch.attention_mask, batch.labels)
+    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+
+
+def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum of the token losses, over the positions that have a label."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def clip_gradients(trainable: list[torch.nn.Parameter]) -> torch.Tensor:
+    """Scales the gradients to a global norm of at most 1, in place; the norm before that, a scalar.
+
+    As torch.nn.utils.clip_grad_norm_, but with the norms in float64: the float32 ones are summed in a row on a CPU and
+    gave 0.9997 of the norm of 2 million elements.
+    """
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in trainable]
+    norm = torch.linalg.vector_norm(torch.stack(norms)).float()
+    torch.nn.utils.clip_grads_with_norm_(trainable, MAX_GRAD_NORM, norm)
+    return norm
+
+
+def synchronize() -> None:
+    """Waits until the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """The most memory held: by tensors on a GPU, by the whole process on a CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def main(flags: Flags, run: Run) -> None:
+    device = join_process_group()
+    checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+    plan = load_plan(flags, checkpoint)
+    torch.manual_seed(flags.seed)
+    model = build_model(flags, checkpoint, device)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    run.describe(checkpoint, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable))
+    optimizer = wrap(flags, model, trainable)
+
+    run.start(plan, synchronize)
+    for step in range(plan.steps):
+        loss = 0.0
+        for batch in plan.micro_batches(step, flags.micro_bsz):
+            input_ids, attention_mask, labels = to_device(batch, device)
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            micro_loss = sum_of_losses(logits, labels) / plan.label_tokens(step)
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        grad_norm = clip_gradients(trainable)
+        optimizer.step()
+        optimizer.zero_grad()
+        run.end_step(loss, grad_norm)
+    run.finish(peak_memory_bytes())
+
+
+if __name__ == "__main__":
+    with one_line_refusals(pathlib.Path(__file__).name):
+        flags = parse_flags(METHOD)
+        with recorded(FRAMEWORK, METHOD, flags) as run:
+            main(flags, run)

@@ -1,0 +1,70 @@
+"""The first thing that every program here runs: the right interpreter, and maths libraries set up equally.
+
+Loaded by path, before anything of the project can be imported, so it uses the standard library alone.
+"""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def enter(*environments: str) -> None:
+    """Continues in an interpreter that has `tunebench` and, for one environment, its framework of the same name.
+
+    With several names, the first environment that is complete will do (programs that need no framework). Where the
+    running interpreter lacks them, this process is replaced by the same command in `.venv/<environment>`; where that
+    is not complete either, the program ends with exit code 2 and the command that makes it.
+    """
+    # On sys.path the repository root would offer torch/ and paddle/ as empty namespace packages.
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    os.environ.update(maths_settings())
+    needed = ["tunebench", *environments] if len(environments) == 1 else ["tunebench", "pydantic", "rich"]
+    if all(_importable(name) for name in needed):
+        return
+    for name in environments:
+        python = ROOT / ".venv" / name / "bin" / "python"
+        if (ROOT / ".venv" / name / "complete").exists() and Path(sys.executable) != python:
+            sys.stdout.flush()
+            os.execv(python, [str(python), *sys.argv])
+    program = Path(sys.argv[0]).name
+    wanted = environments[0]
+    print(f"{program}: the environment .venv/{wanted} is not complete; run: bash setup.sh {wanted}", file=sys.stderr)
+    sys.exit(2)
+
+
+def maths_settings() -> dict[str, str]:
+    """The environment variables that give both frameworks the same threads and the same kernels.
+
+    They are read when the libraries load. Threads: the physical cores this process may use, unless OMP_NUM_THREADS is
+    set (Paddle alone would take 1, torch all). On AMD processors the MKL that Paddle bundles takes a slow path without
+    MKL_DEBUG_CPU_TYPE=5; torch's newer MKL ignores it.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS") or str(_usable_cores())
+    settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    if "AuthenticAMD" in _cpuinfo("vendor_id"):
+        settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "5")
+    return settings
+
+
+def _importable(name: str) -> bool:
+    # A folder without __init__.py, such as torch/ seen from elsewhere, has a spec but no origin.
+    spec = importlib.util.find_spec(name)
+    return spec is not None and spec.origin is not None
+
+
+def _usable_cores() -> int:
+    allowed = os.sched_getaffinity(0)
+    cores = {}
+    for cpu in sorted(allowed):
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores[topology.read_text().strip() if topology.exists() else str(cpu)] = cpu
+    return len(cores)
+
+
+def _cpuinfo(field: str) -> list[str]:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field]

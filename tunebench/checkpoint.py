@@ -1,0 +1,265 @@
+"""The start weights: one Hugging Face-format checkpoint that both frameworks load.
+
+`--weights random` writes it once per preset and seed from a NumPy generator, without either framework.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from tunebench.cache import cache_folder, only_one
+from tunebench.errors import BadInput
+from tunebench.presets import LORA_TARGETS, PRESETS, Preset
+
+WRITER_VERSION = 1  # part of the cache key: raise it when the same seed would give other weights
+SHARD_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked checkpoint folder: every tensor that its config asks for is there, whole and of the right shape."""
+
+    folder: Path
+    config: dict[str, Any]
+    files: list[Path]
+    weights_sha256: str
+
+    @property
+    def config_sha256(self) -> str:
+        """SHA-256 of the config's canonical JSON."""
+        return hashlib.sha256(json.dumps(self.config, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model; tied weights count once."""
+        return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
+
+
+def find_checkpoint(model: str, weights: str, seed: int) -> Checkpoint:
+    """The checkpoint of a preset (written when missing), a local folder, or a hub name.
+
+    Raises `BadInput` when there is no such model or the folder is incomplete.
+    """
+    if weights == "random":
+        return _random_checkpoint(model, PRESETS[model], seed)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = _download(model)
+    return open_checkpoint(folder.resolve())
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Reads and checks a Hugging Face checkpoint folder (config.json and safetensors, in one file or in shards)."""
+    config = _read_config(folder)
+    files = _weight_files(folder)
+    wanted = tensor_shapes(config)
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
+                    found[canonical_name(name, config)] = tuple(tensors.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
+    for name, shape in wanted.items():
+        if name not in found:
+            raise BadInput(f"{folder}: the weights lack {name}, which its config.json asks for; use a whole checkpoint")
+        if found[name] != shape:
+            raise BadInput(f"{folder}: {name} has shape {found[name]}, its config.json asks for {shape}")
+    manifest = folder / "fingerprint.json"
+    sha256 = json.loads(manifest.read_text())["weights_sha256"] if manifest.exists() else _sha256_of(files)
+    return Checkpoint(folder, config, files, sha256)
+
+
+def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the model by its Hugging Face name, with its shape; linear weights are (out, in)."""
+    hidden, vocab = config["hidden_size"], config["vocab_size"]
+    shapes: dict[str, tuple[int, ...]] = {}
+    if config["model_type"] == "llama":
+        heads = config["num_attention_heads"]
+        head_dim = config.get("head_dim") or hidden // heads
+        key_value = (config.get("num_key_value_heads") or heads) * head_dim
+        inner = config["intermediate_size"]
+        shapes["model.embed_tokens.weight"] = (vocab, hidden)
+        for layer in range(config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}."
+            shapes[prefix + "input_layernorm.weight"] = (hidden,)
+            shapes[prefix + "self_attn.q_proj.weight"] = (heads * head_dim, hidden)
+            shapes[prefix + "self_attn.k_proj.weight"] = (key_value, hidden)
+            shapes[prefix + "self_attn.v_proj.weight"] = (key_value, hidden)
+            shapes[prefix + "self_attn.o_proj.weight"] = (hidden, heads * head_dim)
+            shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+            shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
+            shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
+            shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
+        shapes["model.norm.weight"] = (hidden,)
+        if not config.get("tie_word_embeddings", False):
+            shapes["lm_head.weight"] = (vocab, hidden)
+        return shapes
+    shapes["transformer.word_embeddings.weight"] = (vocab, hidden)
+    norms = ["transformer.word_embeddings_layernorm"]
+    for layer in range(config.get("n_layer") or config["num_hidden_layers"]):
+        prefix = f"transformer.h.{layer}."
+        norms += [prefix + "input_layernorm", prefix + "post_attention_layernorm"]
+        linears = {
+            "self_attention.query_key_value": (3 * hidden, hidden),
+            "self_attention.dense": (hidden, hidden),
+            "mlp.dense_h_to_4h": (4 * hidden, hidden),
+            "mlp.dense_4h_to_h": (hidden, 4 * hidden),
+        }
+        for name, shape in linears.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            shapes[f"{prefix}{name}.bias"] = shape[:1]
+    for norm in [*norms, "transformer.ln_f"]:
+        shapes[norm + ".weight"] = shapes[norm + ".bias"] = (hidden,)
+    return shapes
+
+
+def canonical_name(name: str, config: dict[str, Any]) -> str:
+    """A tensor's name with its prefix: the published Bloom checkpoints leave `transformer.` out."""
+    if config["model_type"] == "bloom" and not name.startswith(("transformer.", "lm_head.")):
+        return f"transformer.{name}"
+    return name
+
+
+def lora_a(seed: int, layer: int, target: str, shape: tuple[int, int]) -> np.ndarray:
+    """The start value of LoRA's A, shape (r, in), float32, the same on both sides (B starts at zero).
+
+    Uniform within ±1/√in, which is what Kaiming's rule with a = √5 gives (peft's and PaddleNLP's default).
+    """
+    bound = 1.0 / math.sqrt(shape[1])
+    return _generator(seed, f"lora_a.{layer}.{target}").uniform(-bound, bound, shape).astype(np.float32)
+
+
+def _random_checkpoint(name: str, preset: Preset, seed: int) -> Checkpoint:
+    content = json.dumps([WRITER_VERSION, preset.config, preset.checkpoint_dtype, seed], sort_keys=True)
+    key = hashlib.sha256(content.encode()).hexdigest()[:12]
+    folder = cache_folder() / "checkpoints" / f"{name}-seed{seed}-{key}"
+    with only_one("checkpoints"):
+        if not folder.exists():
+            part = folder.with_name(f".{folder.name}.part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            write_random(part, preset, seed, description=f"random weights of {name}")
+            part.rename(folder)
+    try:
+        return open_checkpoint(folder)
+    except BadInput as damage:
+        raise BadInput(f"{damage} (a cached random checkpoint: remove {folder} and it is written again)") from None
+
+
+def write_random(
+    folder: Path, preset: Preset, seed: int, shard_bytes: int = SHARD_BYTES, description: str = "weights"
+) -> None:
+    """Writes config.json and seeded random weights, one shard in memory at a time, with a progress bar.
+
+    Matrices are normal with the config's standard deviation. Norms and biases get the same noise around 1 and 0, so
+    that a tensor loaded into the wrong place shows in the loss. Each tensor's values depend on seed and name alone.
+    """
+    (folder / "config.json").write_text(json.dumps(preset.config | {"torch_dtype": preset.checkpoint_dtype}, indent=2))
+    dtype = np.dtype(preset.checkpoint_dtype)
+    shards: list[list[str]] = [[]]
+    size = 0
+    shapes = tensor_shapes(preset.config)
+    for name, shape in shapes.items():
+        bytes_ = math.prod(shape) * dtype.itemsize
+        if size and size + bytes_ > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += bytes_
+    weight_map: dict[str, str] = {}
+    for index, names in enumerate(track(shards, description=description, disable=len(shards) == 1), 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
+        save_file({name: _random_tensor(name, shapes[name], preset, seed, dtype) for name in names}, folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    if len(shards) > 1:
+        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))
+    fingerprint = {"weights_sha256": _sha256_of(_weight_files(folder))}
+    (folder / "fingerprint.json").write_text(json.dumps(fingerprint))
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], preset: Preset, seed: int, dtype: np.dtype) -> np.ndarray:
+    values = _generator(seed, name).standard_normal(shape, dtype=np.float32)
+    values *= preset.config["initializer_range"]
+    if len(shape) == 1 and name.endswith(".weight"):  # a norm's scale
+        values += 1.0
+    return values.astype(dtype)
+
+
+def _generator(seed: int, name: str) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing; a checkpoint folder has config.json beside its safetensors files") from None
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path} is not readable JSON ({error})") from None
+    family = config.get("model_type") if isinstance(config, dict) else None
+    if family not in LORA_TARGETS:
+        raise BadInput(f"{path}: model_type {family!r} is not offered; use one of {', '.join(LORA_TARGETS)}")
+    try:
+        tensor_shapes(config)
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"{path}: the {family} config lacks or has a wrong {error}") from None
+    # transformers 5 writes rope_parameters; PaddleNLP reads the older key.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise BadInput(f"{path}: rope scaling {rope} is not offered; use a checkpoint without it")
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope["rope_theta"]
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if not index.exists():
+        raise BadInput(f"{folder} has neither model.safetensors nor model.safetensors.index.json; only those are read")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise BadInput(f"{index} is not a readable index ({error})") from None
+    for name in names:
+        if not (folder / name).exists():
+            raise BadInput(f"{folder / name} is missing, which {index.name} names; copy or download it again")
+    return [folder / name for name in names]
+
+
+def _sha256_of(files: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            while block := content.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises a dozen unrelated classes
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BadInput(
+            f"--model {name}: no preset ({', '.join(PRESETS)}), no folder, and the hub did not give it: {reason}"
+        ) from None

@@ -1,0 +1,174 @@
+"""The flags: one parser for all four scripts, so that a setup is spelled the same on both sides."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import BaseModel, ConfigDict
+
+from tunebench.errors import BadInput
+from tunebench.hardware import visible_accelerators
+from tunebench.presets import PRESETS
+
+DATA_NAMES = ("synthetic-en", "synthetic-zh", "alpaca", "guanaco")
+DEFAULT_SAMPLES = 10_000
+
+
+class Flags(BaseModel):
+    """The checked flags of one run. Batch sizes are in samples, `timeout` in seconds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    weights: str
+    data: str
+    samples: int | None
+    skip_bad: bool
+    bsz: int
+    micro_bsz: int
+    nproc: int
+    zero: int
+    mp: int
+    dtype: str
+    recompute: bool
+    attention: str
+    steps: int | None
+    epochs: int | None
+    warmup_steps: int
+    lr: float
+    seed: int
+    timeout: float
+    out: Path | None
+    lora_r: int = 0
+    lora_alpha: int = 0
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel copies of the model: each global batch is split over them."""
+        return self.nproc // self.mp
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that one replica sums before an optimizer step."""
+        return self.bsz // self.replicas // self.micro_bsz
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with a refusal of one line and no usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse_flags(method: str, argv: Sequence[str] | None = None, prog: str | None = None) -> Flags:
+    """Reads the flags of a script. `method` is `full` or `lora`.
+
+    A wrong flag ends the process with exit code 2; what only shows in combination raises `BadInput`.
+    """
+    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_plan_flags(parser)
+    add = parser.add_argument
+    add("--micro-bsz", type=positive, help="samples per replica and pass (default: all of its share of --bsz)")
+    add("--nproc", type=int, choices=[1], default=1, help="processes on this node")
+    add("--zero", type=int, choices=[0], default=0, help="0: nothing is sharded over the replicas")
+    add("--mp", type=int, choices=[1], default=1, help="tensor-parallel degree")
+    add("--dtype", choices=["fp32"], default="fp32", help="precision")
+    add("--recompute", action="store_true", help="recompute activations in the backward pass")
+    add("--attention", choices=["eager"], default="eager", help="attention kernel")
+    add("--warmup-steps", type=not_negative, default=5, help="first steps, recorded but not timed")
+    add("--lr", type=positive_float, default=1e-4, help="learning rate, constant")
+    add("--timeout", type=positive_float, default=3600.0, help="seconds after which the run ends as `timeout`")
+    add("--out", type=Path, help="record file (default: a new one in results/runs/)")
+    if method == "lora":
+        add("--lora-r", type=positive, default=8, help="rank of the LoRA update")
+        add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
+    options = vars(parser.parse_args(argv))
+    options["micro_bsz"] = options["micro_bsz"] or options["bsz"] * options["mp"] // options["nproc"]
+    flags = Flags(**resolve_plan_flags(options))
+    if flags.bsz % (flags.replicas * flags.micro_bsz):
+        raise BadInput(
+            f"--micro-bsz {flags.micro_bsz} does not divide --bsz {flags.bsz} over {flags.replicas} replica(s); "
+            f"use one of {_divisors(flags.bsz // flags.replicas)}"
+        )
+    if flags.steps is not None and flags.warmup_steps >= flags.steps:
+        raise BadInput(
+            f"--warmup-steps {flags.warmup_steps} leaves none of --steps {flags.steps} to time; "
+            f"use at most {flags.steps - 1}"
+        )
+    if flags.out is not None and flags.out.is_dir():
+        raise BadInput(f"--out {flags.out} is a folder; name a file")
+    return flags
+
+
+def add_plan_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags that decide which tokens are trained on: those of data/prepare.py, and part of every script's."""
+    add = parser.add_argument
+    add("--model", help=f"{', '.join(PRESETS)}, or a Hugging Face checkpoint: a folder or a hub name")
+    add("--weights", choices=["random", "pretrained"], help="random: a preset's shared seeded checkpoint")
+    add("--data", default="synthetic-en", help=f"{', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file")
+    add("--samples", type=positive, help=f"how many of the data (default: {DEFAULT_SAMPLES}, or all that a file has)")
+    add("--skip-bad", action="store_true", help="leave malformed samples out and count them, instead of refusing them")
+    add("--bsz", type=positive, default=4, help="global batch size")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive, help="optimizer steps (default: 30)")
+    length.add_argument("--epochs", type=positive, help="passes over the samples, instead of --steps")
+    add("--seed", type=not_negative, default=0, help="of the random start weights and of LoRA's A")
+
+
+def resolve_plan_flags(options: dict) -> dict:
+    """Fills in the defaults that depend on the machine or on other flags. Raises `BadInput`."""
+    if options["model"] is None:
+        accelerators = visible_accelerators()
+        options["model"] = "llama-7b" if accelerators else "llama-tiny"
+        found = f"{len(accelerators)} GPU(s) visible" if accelerators else "no GPU visible"
+        print(f"--model {options['model']} (the default: {found})", flush=True)
+    model = options["model"]
+    options["weights"] = options["weights"] or ("random" if model in PRESETS else "pretrained")
+    if options["weights"] == "random" and model not in PRESETS:
+        raise BadInput(f"--weights random is for presets; --model {model} is none of {', '.join(PRESETS)}")
+    if options["weights"] == "pretrained" and not Path(model).expanduser().is_dir() and model.count("/") != 1:
+        raise BadInput(
+            f"--model {model}: no such preset or folder; use one of {', '.join(PRESETS)}, a checkpoint folder, "
+            "or a hub name of the form owner/name"
+        )
+    if options["data"] not in DATA_NAMES:
+        path = Path(options["data"]).expanduser()
+        if path.suffix not in (".json", ".jsonl", ".parquet"):
+            raise BadInput(f"--data {options['data']}: use {', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file")
+        if not path.is_file():
+            raise BadInput(f"--data {options['data']}: no such file")
+        options["data"] = str(path.resolve())
+    if options["steps"] is None and options["epochs"] is None:
+        options["steps"] = 30
+    return options
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; use 1 or more")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """An integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; use 0 or more")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """A finite number above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is out of range; use a number above 0")
+    return value
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

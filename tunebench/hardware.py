@@ -1,0 +1,89 @@
+"""What the run ran on: read from the system and from NVIDIA's library, without any framework."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import psutil
+import pynvml
+from pydantic import BaseModel
+
+# What decides threads and kernels before a library loads. Recorded as found, unset ones left out.
+MATHS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "CUDA_VISIBLE_DEVICES")
+PACKAGES = {
+    "torch": ("torch", "transformers", "peft", "accelerate", "deepspeed"),
+    "paddle": ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp"),
+    "shared": ("numpy", "datasets", "tokenizers", "safetensors"),
+}
+
+
+class Hardware(BaseModel):
+    """The machine of a run. Memory in bytes; `threads` is what both maths libraries were told to use."""
+
+    cpu: str
+    cores: int
+    threads: int
+    memory_bytes: int
+    kernel: str
+    environment: dict[str, str]
+    accelerators: list[str]
+    driver: str | None
+
+
+def read_hardware() -> Hardware:
+    """The hardware as this process sees it: `cores` are those that it may use."""
+    return Hardware(
+        cpu=_cpu_name(),
+        cores=len(os.sched_getaffinity(0)),
+        threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
+        memory_bytes=psutil.virtual_memory().total,
+        kernel=platform.release(),
+        environment={name: os.environ[name] for name in MATHS_VARIABLES if name in os.environ},
+        accelerators=visible_accelerators(),
+        driver=_driver(),
+    )
+
+
+def visible_accelerators() -> list[str]:
+    """The names of the NVIDIA GPUs that this process may use; empty without a driver."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return names
+    return [names[int(i)] for i in chosen.split(",") if i.strip().isdigit() and int(i) < len(names)]
+
+
+def read_versions(framework: str) -> dict[str, str]:
+    """The versions of Python and of the packages that decide speed, as installed."""
+    versions = {"python": platform.python_version()}
+    for name in (*PACKAGES[framework], *PACKAGES["shared"]):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        pynvml.nvmlInit()
+        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        return None

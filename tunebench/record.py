@@ -1,0 +1,160 @@
+"""The record: one JSON file per run. Nothing that can be derived is stored."""
+
+import json
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tunebench.cache import write_atomically
+from tunebench.errors import BadInput
+from tunebench.hardware import Hardware
+
+LOG_LINES = 40
+
+
+class Strict(BaseModel):
+    """A part of the record; unknown fields are an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Git(Strict):
+    """The commit that ran; None outside a git checkout."""
+
+    revision: str | None
+    dirty: bool | None
+
+
+class Model(Strict):
+    """The model as the framework counted it after loading."""
+
+    name: str
+    family: str
+    parameters: int
+    trainable_parameters: int
+    config_sha256: str
+    weights_sha256: str
+
+
+class Setup(Strict):
+    """How the run was split and computed. Batch sizes in samples."""
+
+    nproc: int
+    nnodes: int
+    zero: int
+    mp: int
+    bsz: int
+    micro_bsz: int
+    accumulation: int
+    dtype: str
+    amp: str | None
+    recompute: bool
+    attention: str
+    packing: int
+    order: str
+    tuned: bool
+
+
+class PlanInfo(Strict):
+    """Which tokens were trained on, counted over all steps of the run."""
+
+    data: str
+    sha256: str
+    samples: int
+    effective_tokens: int
+    padded_tokens: int
+    label_tokens: int
+
+
+class Steps(Strict):
+    """Every optimizer step from the first on; all lists are equally long. Seconds are wall-clock."""
+
+    seconds: list[float]
+    effective_tokens: list[int]
+    padded_tokens: list[int]
+    label_tokens: list[int]
+    loss: list[float]
+    grad_norm: list[float]
+
+    @model_validator(mode="after")
+    def _equally_long(self) -> Self:
+        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        if len(set(lengths.values())) > 1:
+            raise ValueError(f"the lists differ in length: {lengths}")
+        return self
+
+
+class Record(Strict):
+    """One run. What is not known when a run does not end ok is None."""
+
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    schema_: Literal[1] = Field(alias="schema")
+    status: Literal["ok", "oom", "failed", "timeout", "unsupported"]
+    reason: str | None
+    started_at: str
+    framework: Literal["torch", "paddle"]
+    method: Literal["full", "lora"]
+    argv: list[str]
+    versions: dict[str, str]
+    git: Git
+    hardware: Hardware
+    model: Model | None
+    setup: Setup
+    plan: PlanInfo | None
+    steps: Steps | None
+    timed_from: int
+    setup_seconds: float | None
+    peak_memory_bytes: list[int]
+    log: list[str]
+
+    @model_validator(mode="after")
+    def _complete_when_ok(self) -> Self:
+        if self.status == "ok":
+            if self.model is None or self.plan is None or self.steps is None or self.setup_seconds is None:
+                raise ValueError("a run that ended ok has model, plan, steps and setup_seconds")
+            if not 0 <= self.timed_from < len(self.steps.seconds):
+                raise ValueError(f"timed_from {self.timed_from} is not one of {len(self.steps.seconds)} steps")
+            if min(self.steps.seconds) <= 0:
+                raise ValueError("a step took no time")
+        elif not self.reason:
+            raise ValueError(f"status {self.status} needs a reason")
+        return self
+
+    @property
+    def devices(self) -> int:
+        """Processes of the whole job: one per GPU on a machine with GPUs."""
+        return self.setup.nproc * self.setup.nnodes
+
+    @property
+    def effective_tokens_per_second(self) -> float:
+        """Non-padding input tokens of the timed steps of the whole job ÷ the wall-clock seconds of those steps."""
+        assert self.steps is not None
+        timed = slice(self.timed_from, None)
+        return sum(self.steps.effective_tokens[timed]) / sum(self.steps.seconds[timed])
+
+    def write(self, path: Path) -> None:
+        """Writes the record whole or not at all."""
+        write_atomically(path, (self.model_dump_json(by_alias=True, indent=1) + "\n").encode())
+
+
+def read_record(path: Path) -> Record:
+    """Reads one record file. Raises `BadInput` with the file and the first thing wrong in it."""
+    try:
+        return Record.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BadInput(f"{path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise BadInput(f"{path}: not a record: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def json_schema() -> str:
+    """The record's JSON Schema, as kept in tunebench/record.schema.json."""
+    return json.dumps(Record.model_json_schema(by_alias=True), indent=2) + "\n"
+
+
+if __name__ == "__main__":
+    (Path(__file__).parent / "record.schema.json").write_text(json_schema())

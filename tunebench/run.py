@@ -1,0 +1,237 @@
+"""One run of a script: measures its steps and leaves one record, however it ends."""
+
+import contextlib
+import datetime
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import psutil
+
+from tunebench.bootstrap import ROOT
+from tunebench.checkpoint import Checkpoint
+from tunebench.errors import BadInput
+from tunebench.flags import Flags
+from tunebench.hardware import read_hardware, read_versions
+from tunebench.plan import Plan
+from tunebench.record import LOG_LINES, Git, Model, Record, Setup, Steps
+
+Framework = Literal["torch", "paddle"]
+Method = Literal["full", "lora"]
+TIMEOUT_EXIT = 124  # as timeout(1) has it
+
+
+class Run:
+    """The record of a run in the making.
+
+    The script calls `describe` once the model stands, `start` before its loop and `end_step` at the end of each step.
+    The device is synchronised when `start` is called, where the timed steps start, and where they end.
+    """
+
+    def __init__(self, framework: Framework, method: Method, flags: Flags) -> None:
+        self.framework, self.method, self.flags = framework, method, flags
+        self.argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        self.out = flags.out or new_record_path(framework, method, flags)
+        self.model: Model | None = None
+        self.plan: Plan | None = None
+        self.setup_seconds: float | None = None
+        self.seconds: list[float] = []
+        self.losses: list[Any] = []
+        self.grad_norms: list[Any] = []
+
+    def describe(self, checkpoint: Checkpoint, parameters: int, trainable: int) -> None:
+        """Keeps the model's counts, as the framework has them. Raises RuntimeError if they contradict the config."""
+        adapters = trainable if self.method == "lora" else 0
+        if parameters - adapters != checkpoint.parameters:
+            raise RuntimeError(
+                f"the framework counts {parameters - adapters} parameters, the config has {checkpoint.parameters}"
+            )
+        self.model = Model(
+            name=self.flags.model,
+            family=checkpoint.config["model_type"],
+            parameters=checkpoint.parameters,
+            trainable_parameters=trainable,
+            config_sha256=checkpoint.config_sha256,
+            weights_sha256=checkpoint.weights_sha256,
+        )
+
+    def start(self, plan: Plan, synchronize: Callable[[], None]) -> None:
+        """Starts the clock of the first step."""
+        self.plan, self._synchronize = plan, synchronize
+        synchronize()
+        self._clock = time.perf_counter()
+        self.setup_seconds = time.time() - psutil.Process().create_time()
+        print(f"start-up took {self.setup_seconds:.1f} s", flush=True)
+
+    def end_step(self, loss: Any, grad_norm: Any) -> None:
+        """Stops the clock of this step and starts the next one's, so that no time falls between two steps.
+
+        `loss` and `grad_norm` are the framework's scalars. They are read after the last step, since to read one here
+        would make the device wait.
+        """
+        assert self.plan is not None
+        done = len(self.seconds) + 1
+        if done in (self.flags.warmup_steps, self.plan.steps):
+            self._synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self._clock)
+        self._clock = now
+        self.losses.append(loss)
+        self.grad_norms.append(grad_norm)
+        rate = self.plan.effective_tokens(done - 1) / self.seconds[-1]
+        print(f"step {done}/{self.plan.steps}: {self.seconds[-1]:.3f} s, {rate:.0f} effective tokens/s", flush=True)
+
+    def finish(self, peak_memory_bytes: int) -> None:
+        """Writes the record of a run whose steps are all done. Raises FloatingPointError on a loss that is no number."""
+        steps = self.steps()
+        assert steps is not None
+        if len(steps.loss) < len(self.losses):
+            raise FloatingPointError(f"loss or gradient norm of step {len(steps.loss) + 1} is not a finite number")
+        record = self.record("ok", None, peak_memory_bytes=[peak_memory_bytes])
+        record.write(self.out)
+        print(
+            f"loss {steps.loss[0]:.4f} -> {steps.loss[-1]:.4f}, {record.effective_tokens_per_second:.1f} effective "
+            f"tokens/s over {len(steps.seconds) - record.timed_from} timed steps, record: {self.out}",
+            flush=True,
+        )
+
+    def steps(self) -> Steps | None:
+        """The steps so far, up to the first whose loss or gradient norm is not finite."""
+        if self.plan is None:
+            return None
+        loss, grad_norm = [float(x) for x in self.losses], [float(x) for x in self.grad_norms]
+        finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(loss, grad_norm, strict=True)]
+        kept = range(finite.index(False) if False in finite else len(finite))
+        return Steps(
+            seconds=[self.seconds[i] for i in kept],
+            effective_tokens=[self.plan.effective_tokens(i) for i in kept],
+            padded_tokens=[self.plan.padded_tokens(i) for i in kept],
+            label_tokens=[self.plan.label_tokens(i) for i in kept],
+            loss=[loss[i] for i in kept],
+            grad_norm=[grad_norm[i] for i in kept],
+        )
+
+    def record(self, status: str, reason: str | None, log: list[str] | None = None, **known: Any) -> Record:
+        """The record as far as it is known."""
+        return Record(
+            status=status,
+            reason=reason,
+            log=log or [],
+            model=self.model,
+            plan=self.plan.info() if self.plan else None,
+            steps=known.pop("steps", None) or (self.steps() if status == "ok" else None),
+            setup_seconds=self.setup_seconds,
+            **known,
+            **describe_run(self.framework, self.method, self.flags, self.argv),
+        )
+
+    def fail(self, status: str, reason: str, log: list[str] | None = None, steps: Steps | None = None) -> None:
+        """Writes a record that says why there is no result."""
+        self.record(status, reason, log=(log or [])[-LOG_LINES:], steps=steps, peak_memory_bytes=[]).write(self.out)
+        print(f"{self.argv[0]}: {status}: {reason} (record: {self.out})", file=sys.stderr, flush=True)
+
+
+def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[str]) -> dict[str, Any]:
+    """The part of a record that is known before anything runs."""
+    return {
+        "schema": 1,
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "framework": framework,
+        "method": method,
+        "argv": argv,
+        "versions": read_versions(framework),
+        "git": read_git(),
+        "hardware": read_hardware(),
+        "setup": Setup(
+            nproc=flags.nproc,
+            nnodes=1,
+            zero=flags.zero,
+            mp=flags.mp,
+            bsz=flags.bsz,
+            micro_bsz=flags.micro_bsz,
+            accumulation=flags.accumulation,
+            dtype=flags.dtype,
+            amp=None,
+            recompute=flags.recompute,
+            attention=flags.attention,
+            packing=0,
+            order="plan",
+            tuned=False,
+        ),
+        "timed_from": flags.warmup_steps,
+    }
+
+
+@contextlib.contextmanager
+def recorded(framework: Framework, method: Method, flags: Flags) -> Iterator[Run]:
+    """Gives the script its `Run` and sees to it that every end but a refusal or Ctrl-C leaves a record.
+
+    Bad input ends with exit code 2, an allocation failure or any other error with 1, --timeout with 124.
+    """
+    run = Run(framework, method, flags)
+    watchdog = threading.Timer(flags.timeout, _end_at_timeout, [run])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield run
+    except KeyboardInterrupt:
+        print(f"{run.argv[0]}: interrupted, no record written", file=sys.stderr)
+        sys.exit(130)
+    except BadInput:
+        raise
+    except Exception as error:
+        _end_with(run, error)
+    finally:
+        watchdog.cancel()
+
+
+def new_record_path(framework: str, method: str, flags: Flags) -> Path:
+    """Where the record of a run without --out goes: a new file for each run."""
+    model = Path(flags.model).name
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    return ROOT / "results" / "runs" / f"{framework}-{method}-{model}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
+
+
+def read_git() -> Git:
+    """The commit of this checkout, and whether it was changed."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    revision, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    return Git(revision=revision, dirty=None if status is None else bool(status))
+
+
+def _end_with(run: Run, error: Exception) -> NoReturn:
+    text = str(error).strip() or type(error).__name__
+    # torch raises OutOfMemoryError or a RuntimeError that says so, Paddle MemoryError or the same in words.
+    out_of_memory = isinstance(error, MemoryError) or any(
+        sign in text.lower() for sign in ("out of memory", "can't allocate memory", "resourceexhausted")
+    )
+    log = traceback.format_exc().splitlines()
+    if not out_of_memory:
+        print("\n".join(log), file=sys.stderr)
+    steps = None
+    with contextlib.suppress(Exception):  # after a device error the losses may not be readable
+        steps = run.steps()
+    reason = text.splitlines()[0] if out_of_memory else f"{type(error).__name__}: {text.splitlines()[0]}"
+    run.fail("oom" if out_of_memory else "failed", reason, log, steps)
+    sys.exit(1)
+
+
+def _end_at_timeout(run: Run) -> NoReturn:
+    """Runs in the watchdog's thread, so it ends a main thread that hangs in native code too."""
+    where = f"after step {len(run.seconds)}" if run.seconds else "before the first step ended"
+    run.fail("timeout", f"not done within --timeout {run.flags.timeout:g} s, {where}")
+    os._exit(TIMEOUT_EXIT)
