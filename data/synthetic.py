@@ -16,9 +16,8 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, timedelta
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 from itertools import count as integers
-from itertools import pairwise
 from typing import NamedTuple
 
 # The tokenizer splits text by this pattern first, and nearly every piece is one token: so pieces stand for tokens.
@@ -48,7 +47,7 @@ class Shape(NamedTuple):
 SHAPES = {
     "en": Shape(
         {0: 5, 0.1: 9, 0.25: 11, 0.5: 15, 0.75: 23, 0.9: 33, 0.95: 44, 0.99: 93, 1: 171},
-        {0: 2, 0.1: 12, 0.25: 29, 0.375: 60, 0.5: 114, 0.75: 277, 0.9: 385, 1: 385},
+        {0: 2, 0.1: 12, 0.25: 29, 0.375: 52, 0.5: 114, 0.75: 277, 0.9: 385, 1: 385},
         (15, 556),
         0.15,
     ),
@@ -110,27 +109,31 @@ WORDS = {
     goods: clocks mirrors baskets buckets rulers staplers magnets stamps puzzles balloons backpacks umbrellas wallets
     subjects: maths history biology geography chemistry physics music drawing reading spelling grammar French Spanish
     weekdays: Monday Tuesday Wednesday Thursday Friday Saturday Sunday
+    heads: Oak Ash West North South East Stone Wood Black White Red Green Spring Summer Winter Mill Bridge Lake Hill
+    heads: King Queen Brook Rose Fox Wolf Swan Deer Fair High Long Silver Gold Sand Salt Thorn Elm Birch Moor Marsh Cold
+    heads: Clear Hazel Maple Cherry Iron Copper Wind Rain Raven Eagle Hart Ox Lamb Beech Corn Barley Apple Clover
+    heads: Amber Frost Snow Storm Sun Moon Star Wheat Heron Otter Badger Willow
+    tails: ford ton ville field ham bury worth dale port mouth ley stead wick haven view crest ridge gate mere pool
+    small: zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
+    small: seventeen eighteen nineteen
+    tens: twenty thirty forty fifty sixty seventy eighty ninety
     months: January February March April May June July August September October November December
     units: mile,miles,metres,1609 pound,pounds,grams,454 gallon,gallons,millilitres,3785 hour,hours,minutes,60
-    units: week,weeks,days,7 foot,feet,millimetres,305 dollar,dollars,yen,0 euro,euros,forints,0 year,years,months,12"""),
+    units: week,weeks,days,7 foot,feet,millimetres,305 dollar,dollars,yen,0 euro,euros,forints,0"""),
     "zh": _table("""
     goods: 铅笔/支 笔记本/本 杯子/个 盘子/个 水壶/个 蜡烛/根 毛巾/条 电池/节 信封/个 台灯/盏 键盘/个 帐篷/顶 毛毯/条
     goods: 枕头/个 勺子/把 闹钟/个 镜子/面 篮子/个 雨伞/把 书包/个 气球/个 牙刷/支 词典/本 地图/张 邮票/张 螺丝/颗
     places: 北京 上海 广州 深圳 成都 杭州 南京 武汉 西安 重庆 天津 苏州 长沙 青岛 大连 厦门 昆明 郑州 合肥 福州 洛阳
+    surnames: 王 李 张 刘 陈 杨 赵 黄 周 吴 徐 孙 胡 朱 高 林
+    given: 芳 伟 娜 敏 静 强 磊 秀英 志强 建国 晓明 雨欣 子涵 浩然 文博 海燕
     subjects: 语文 数学 英语 物理 化学 生物 历史 地理 音乐 美术 书法 政治 编程 作文 阅读 体育
     weekdays: 星期一 星期二 星期三 星期四 星期五 星期六 星期日
     units: 公里,公里,米,1000 斤,斤,克,500 里,里,米,500 亩,亩,平方米,667 小时,小时,分钟,60 周,周,天,7
     units: 美元,美元,日元,0 英镑,英镑,日元,0 英里,英里,米,1609 年,年,个月,12 元,元,韩元,0"""),
 }
-SURNAMES, GIVEN = "王李张刘陈杨赵黄周吴徐孙胡朱高林", "芳 伟 娜 敏 静 强 磊 秀英 志强 建国 晓明 雨欣 子涵 浩然 文博 海燕"
-WORDS["zh"]["names"] = [surname + given for surname in SURNAMES for given in GIVEN.split()]
-WORDS["en"]["places"] = [  # made of two parts, like many a real one
-    a + b
-    for a in """Oak Ash West North South East Stone Wood Black White Red Green Spring Summer Winter Mill Bridge Lake
-    Hill King Queen Brook Rose Fox Wolf Swan Deer Fair High Long Silver Gold Sand Salt Thorn Elm Birch Moor Marsh Cold
-    Clear Hazel Maple Cherry Iron Copper Wind Rain Raven Eagle Hart Ox Lamb Beech Corn Barley Apple Clover""".split()
-    for b in "ford ton ville field ham bury worth dale port mouth ley stead wick haven view crest ridge gate".split()
-]
+for _words, _parts in ((WORDS["en"], ("places", "heads", "tails")), (WORDS["zh"], ("names", "surnames", "given"))):
+    _whole, _first, _second = _parts  # names of places and people, made of two parts like many a real one
+    _words[_whole] = [a + b for a in _words[_first] for b in _words[_second]]
 KINDS = {  # no word belongs to two kinds
     "en": _table("""
     fruits: apple pear plum cherry banana lemon mango grape melon kiwi fig apricot papaya coconut raspberry pineapple
@@ -177,46 +180,34 @@ REGULAR = _table("""
     ing form/ing,past tense/ed: order park pick point pour press print pull push reach record repair rest return roll
     ing form/ing,past tense/ed: sail scream search shout sign sort start stay test thank touch train treat visit boil
     adverb/ly,comparative/er,noun/ness: dark soft weak sweet bright kind quick neat loud clear calm cheap sharp smooth
-    adverb/ly,comparative/er,noun/ness: rough tough fresh harsh mild firm fair bold bleak blunt crisp damp dull faint""")
+    adverb/ly,comparative/er,noun/ness: rough tough fresh harsh mild firm fair bold bleak blunt crisp damp faint""")
 for _forms, _stems in REGULAR.items():
     for _form, _ending in (form.split("/") for form in _forms.split(",")):
         PAIRS["en"].setdefault(_form, []).extend(f"{stem}-{stem}{_ending}" for stem in _stems)
 
-# Said before and after the question without changing the task: they close the gap to the wanted length of the prompt.
-OPENINGS = {
-    "en": "|Hello!|Quick question:|Help me, please:|A small task:|Here is one for you:|This came up at work today:",
-    "zh": "|你好，|请帮忙：|帮我看看：|有一道题：|孩子问我：|请教一个问题：|下面是一道练习题：|工作中遇到一个问题：",
+# The question goes into one of these, which changes nothing in the task but gives the prompt its wanted length.
+FRAMES = {
+    language: [(frame, count(re.sub(" ?{}", "", frame))) for frame in frames.split("|")]
+    for language, frames in {
+        "en": "{}|{} Thanks.|Hello! {}|Quick question: {}|Help me, please: {}|{} Take your time.|A small task: {} Thanks!"
+        "|Here is one for you: {}|My daughter asks me: {} Please be precise.|This came up at work: {} Thanks a lot."
+        "|{} I want to check my own result.|Hello! {} We need it for the meeting tomorrow morning."
+        "|{} I am preparing for a test and would like to compare my own answer with yours afterwards."
+        "|Here is one for you: {} Please keep the wording simple enough for a beginner, because that is what I am.",
+        "zh": "{}|{}谢谢。|你好，{}|请帮忙：{}|帮我看看：{}|有一道题：{}|孩子问我：{}|请教一个问题：{}|你好，{}麻烦你了。"
+        "|{}请检查一遍结果。|下面是一道练习题：{}|工作中遇到一个问题：{}|请教一个问题：{}谢谢。|{}我在准备考试，想对一下答案。"
+        "|{}这是我的作业，请写得清楚一些。|老师今天布置了一道题：{}请写得清楚一些。"
+        "|{}我自己做了一遍，但是不太确定对不对，想核对一下。"
+        "|下面是一道练习题：{}我自己做了一遍，但是不太确定对不对，所以想请你再做一遍。",
+    }.items()
 }
-CLOSINGS = {
-    "en": "|Thanks.|Thank you!|Please be precise.|Take your time.|It is my homework.|I want to check my own result."
-    "|We need it for the meeting tomorrow morning.|Please keep the wording simple enough for a beginner."
-    "|I am preparing for a test and would like to compare my own answer with yours afterwards.",
-    "zh": "|谢谢。|请仔细。|麻烦你了。|这是我的作业。|请检查一遍结果。|我想核对自己的答案。|老师今天布置了这道题。"
-    "|我在准备考试，想对一下答案。|请写得清楚一些，方便初学者看懂。|我自己做了一遍，但是不太确定对不对，所以想请你再做一遍。",
-}
-
-
-def _additions(language: str) -> list[list[tuple[str, str]]]:
-    """For each gap in tokens, the pairs of opening and closing that fill it best."""
-    space = " " if language == "en" else ""
-    openings, closings = OPENINGS[language].split("|"), CLOSINGS[language].split("|")
-    pairs = [(a and a + space, b and space + b) for a in openings for b in closings]
-    sizes = {pair: count(pair[0].rstrip()) + count(pair[1]) for pair in pairs}
-    off = [min(abs(gap - size) for size in sizes.values()) for gap in range(max(sizes.values()) + 1)]
-    return [[pair for pair in pairs if abs(gap - sizes[pair]) == off[gap]] for gap in range(len(off))]
-
-
-ADDITIONS = {language: _additions(language) for language in SHAPES}
 
 
 def lexicon() -> Iterator[str]:
-    """Every listed word, so that the tokenizer can learn the rare ones too."""
+    """Every listed word, also capitalized, so that the tokenizer can learn the rare ones too."""
     for table in (*WORDS.values(), *KINDS.values(), *PAIRS.values()):
-        for entry in chain.from_iterable(table.values()):
-            yield from re.split("[-/,]", entry)
-
-
-# --- Numbers ---------------------------------------------------------------------------------------------------------
+        for word in re.split("[-/, ]", " ".join(chain.from_iterable(table.values()))):
+            yield from (word, word.capitalize())
 
 
 def is_prime(n: int) -> bool:
@@ -226,10 +217,9 @@ def is_prime(n: int) -> bool:
 def in_words(n: int) -> str:
     """A whole number in English words, up to the millions."""
     if n < 20:
-        return """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-        seventeen eighteen nineteen""".split()[n]
+        return WORDS["en"]["small"][n]
     if n < 100:
-        tens = "twenty thirty forty fifty sixty seventy eighty ninety".split()[n // 10 - 2]
+        tens = WORDS["en"]["tens"][n // 10 - 2]
         return f"{tens}-{in_words(n % 10)}" if n % 10 else tens
     size, name = next(s for s in ((10**6, "million"), (1000, "thousand"), (100, "hundred")) if n >= s[0])
     high, rest = divmod(n, size)
@@ -265,6 +255,8 @@ class Kit:
     def __init__(self, rng: random.Random, language: str, prompt: int, response: int) -> None:
         self.rng, self.prompt, self.response, self.en = rng, prompt, response, language == "en"
         self.words, self.kinds, self.pairs = WORDS[language], KINDS[language], PAIRS[language]
+        self.frames = FRAMES[language]
+        self.person = self("{} is {} years old, lives in {} and works as a {}.", "{}今年{}岁，住在{}，职业是{}。")
         self.space, self.comma, self.colon = (" ", ", ", ": ") if self.en else ("", "、", "：")
 
     def __call__(self, en, zh):
@@ -280,23 +272,32 @@ class Kit:
         """n of them (all of fewer) in random order."""
         return self.rng.sample(items, min(n, len(items)))
 
-    def goods(self, n: int) -> list[tuple[str, str, int, int]]:
-        """Things to buy: name, measure word ("" in English), quantity, price of one."""
-        named = [(*thing.split("/"), "")[:2] for thing in self.pick(self.words["goods"], n)]
-        return [(*names, self.number(1, 2), self.number(1, 2)) for names in named]
-
-    def join(self, items: Iterable) -> str:
-        return self.comma.join(map(str, items))
-
     def room(self, each: float, wording: int = 11, low: int = 3, high: int = 45) -> int:
         """How many items of `each` tokens go into the prompt beside `wording` tokens."""
         return max(low, min(high, round((self.prompt - wording) / each)))
+
+    def people(self, n: int) -> list[tuple[str, int, str, str]]:
+        """Name, age, home and job of up to n people."""
+        jobs, homes = self.kinds[self("jobs", "职业")], self.words["places"]
+        names = self.pick(self.words["names"], n)
+        return [(name, self.rng.randrange(18, 80), self.rng.choice(homes), self.rng.choice(jobs)) for name in names]
+
+    def goods(self, n: int) -> list[tuple[str, str, int, int]]:
+        """Name, measure word (in Chinese), quantity and price of up to n goods."""
+        named = [thing.split("/") for thing in self.pick(self.words["goods"], n)]
+        return [(words[0], words[-1], self.number(1, 2), self.number(1, 2)) for words in named]
+
+    def join(self, items: Iterable) -> str:
+        return self.comma.join(map(str, items))
 
     def date(self, day: date) -> str:
         month = WORDS["en"]["months"][day.month - 1]
         return self(f"{day.day} {month} {day.year}", f"{day.year}年{day.month}月{day.day}日")
 
-    def series(self, lines: Iterable[str], wordings: str, separator: str = "\n") -> Task:
+    def weekday(self, day: date) -> str:
+        return self.words["weekdays"][day.weekday()]
+
+    def series(self, wordings: str, lines: Iterable[str], separator: str = "\n", text: str = "") -> Task:
         """As many of the lines as come nearest to the wanted response; # in the wordings becomes their number."""
         taken: list[str] = []
         used = 0
@@ -306,93 +307,37 @@ class Kit:
                 break
             taken.append(line)
             used += size
-        return wordings.replace("#", str(len(taken))), "", separator.join(taken)
+        return wordings.replace("#", str(len(taken))), text, separator.join(taken)
 
-    def answer(self, direct: Sequence[str], *workings: Sequence[str], about: int | Sequence | None = None) -> str:
-        """The direct answer, below one of the workings where there is room, and facts about something in the rest."""
-        best, least = "", math.inf
-        sizes = [count(text) for text in direct]
-        for working in ("", *("\n".join(lines) + "\n" for lines in workings)):
-            room = self.response - count(working)
-            for text, size in zip(direct, sizes, strict=True):
-                gap = room - size if size <= room else 1.5 * (size - room)
-                if gap < least:
-                    best, least = working + text, gap
-        gap, remarks = self.response - count(best), []
-        for remark in self.facts(about) if about is not None and gap > 4 else ():
-            size = count(self.space + remark)
-            if size <= gap + 1:
-                remarks.append(remark)
-                gap -= size
-        return best + (("\n" if "\n" in best else self.space) + self.space.join(remarks) if remarks else "")
+    def listing(self, kinds: list[tuple[str, str, Iterable]]) -> Task:
+        """A series of one of these kinds: what is listed, in English and in Chinese, and its terms."""
+        en, zh, terms = self.rng.choice(kinds)
+        en = f"List {en}.|List # {en}.|Give me the first # {en}.|Which are the first # {en}?"
+        zh = f"写出{zh}。|列出#个{zh}。|写出前#个{zh}。|请依次写出{zh}，一共写#个。"
+        return self.series(self(en, zh), map(str, terms), self.rng.choice(("\n", self.comma)))
+
+    def answer(self, direct: Sequence[str], *workings: Sequence[str]) -> str:
+        """The direct answer, with or without a working above it, that comes nearest to the wanted response."""
+        sizes = [(count(text), text) for text in direct]
+        tops = [(0, ""), *((count(top) + 1, top + "\n") for top in map("\n".join, workings))]
+        return min((abs(self.response - a - b), top + text) for a, top in tops for b, text in sizes)[1]
 
     def values(self, value: object, *more: str) -> list[str]:
         """Ways to state a result."""
         en = f"{value}|{value}.|It is {value}.|The answer is {value}.|The right answer here is {value}."
         return [*self(en, f"{value}|{value}。|是{value}。|答案是{value}。|所以最后的答案是{value}。").split("|"), *more]
 
-    def facts(self, about: int | Sequence) -> list[str]:
-        """True sentences in random order, about a number or a list of numbers or words."""
-        facts = self._number_facts(about) if isinstance(about, int) else self._list_facts(about)
-        return self.pick(facts, len(facts))
-
-    def _number_facts(self, n: int) -> list[str]:
-        a, b, c, d = self.rng.randrange(1, n + 2), self.number(1), self.number(2), self.rng.randrange(3, 13)
-        after, root, digits, prime = next(filter(is_prime, integers(n + 1))), math.isqrt(n) + 1, str(n), is_prime(n)
-        sums, high, low, square = sum(map(int, digits)), max(digits), min(digits), root * root
-        return self(
-            f"{n} is {'odd' if n % 2 else 'even'}.|Twice {n} is {2 * n}.|{n} + {a} = {n + a}.|{n} × {b} = {n * b}."
-            f"|The square of {n} is {n * n}.|The digits of {n} add up to {sums}.|In words it is {in_words(n)}."
-            f"|{n} {'is' if prime else 'is not'} a prime number.|The next prime number after {n} is {after}."
-            f"|Divided by {d}, {n} gives {n // d} with remainder {n % d}.|In binary it is {n:b}.|{n} × {c} = {n * c}."
-            f"|The smallest square number above {n} is {root} × {root} = {square}.|The number before it is {n - 1}."
-            f"|Ten times as much would be {10 * n}.|Five more than {n} is {n + 5}.|To reach {n + c}, one has to add {c}."
-            f"|Its largest digit is {high} and its smallest is {low}.|Read backwards, the digits are {digits[::-1]}."
-            f"|Three times {n} is {3 * n}, and four times it is {4 * n}.|Added to a hundred, {n} gives {n + 100}.",
-            f"{n}是{'奇' if n % 2 else '偶'}数。|{n}的两倍是{2 * n}。|{n} + {a} = {n + a}。|{n} × {b} = {n * b}。"
-            f"|{n}的平方是{n * n}。|{n}的各位数字之和是{sums}。|用汉字写作{in_hanzi(n)}。|扩大到十倍就是{10 * n}。"
-            f"|{n}{'是' if prime else '不是'}质数。|比{n}大的最小质数是{after}。|{n} × {c} = {n * c}。|加上一百等于{n + 100}。"
-            f"|{n}除以{d}，商是{n // d}，余数是{n % d}。|写成二进制是{n:b}。|它前面的一个数是{n - 1}。"
-            f"|比{n}大的最小平方数是{root} × {root} = {square}。|比{n}多5的数是{n + 5}。|再加上{c}就等于{n + c}。"
-            f"|各位数字中最大的是{high}，最小的是{low}。|把数字倒过来读是{digits[::-1]}。|它的三倍是{3 * n}，四倍是{4 * n}。",
-        ).split("|")
-
-    def _list_facts(self, items: Sequence) -> list[str]:
-        ends, back = (items[0], items[-1]), self.join(items[::-1])
-        facts = [self(f"There are {len(items)} entries.", f"一共有{len(items)}项。"), self(f"In reverse: {back}.", f"倒过来是{back}。")]
-        facts += [self("The first is {} and the last is {}.", "第一项是{}，最后一项是{}。").format(*ends)]
-        facts += [self(f"Number {i} is {item}.", f"第{i}项是{item}。") for i, item in enumerate(items, 1)]
-        if isinstance(items[0], str):
-            return facts + [self(f'"{w}" has {len(w)} letters.', f"“{w}”有{len(w)}个字。") for w in items]
-        high, low, total, even = max(items), min(items), sum(items), sum(x % 2 == 0 for x in items)
-        return facts + self(
-            f"The largest number is {high}.|The smallest number is {low}.|All together they make {total}."
-            f"|The largest minus the smallest is {high - low}.|There are {even} even and {len(items) - even} odd numbers."
-            f"|Each number doubled: {self.join(2 * x for x in items)}.|Running totals: {self.join(accumulate(items))}.",
-            f"最大的数是{high}。|最小的数是{low}。|全部加起来是{total}。|最大数与最小数相差{high - low}。"
-            f"|其中偶数有{even}个，奇数有{len(items) - even}个。|每个数都加倍后是{self.join(2 * x for x in items)}。"
-            f"|依次累加得到{self.join(accumulate(items))}。",
-        ).split("|")
-
 
 # --- Task families ---------------------------------------------------------------------------------------------------
 
-
-class Family(NamedTuple):
-    """A maker of tasks, and the wanted lengths (tokens) it is asked for."""
-
-    make: Callable[[Kit], Task]
-    prompt: tuple[int, int]
-    response: tuple[int, int]
-
-
-FAMILIES: list[Family] = []
+Make = Callable[[Kit], Task]
+FAMILIES: list[tuple[Make, tuple[int, int], tuple[int, int]]] = []
 LONG = 600  # more than any wanted response: such a family fills every length
 
 
-def family(prompt: tuple[int, int], response: tuple[int, int]) -> Callable[[Callable[[Kit], Task]], None]:
+def family(prompt: tuple[int, int], response: tuple[int, int], weight: int = 1) -> Callable[[Make], None]:
     """Registers a task family for these wanted lengths (tokens, both ends included)."""
-    return lambda make: FAMILIES.append(Family(make, prompt, response))
+    return lambda make: FAMILIES.extend([(make, prompt, response)] * weight)
 
 
 @family(prompt=(8, 60), response=(1, 150))
@@ -408,41 +353,100 @@ def arithmetic(k: Kit) -> Task:
         parts = [a * int(digit) * 10**i for i, digit in enumerate(reversed(str(b))) if digit != "0"]
         steps = [f"{a} × {part // a} = {part}" for part in parts] + [" + ".join(map(str, parts)) + f" = {a * b}"]
         text, total = f"{a} × {b}", a * b
-    wordings = k(
-        f"What is {text}?|Calculate {text}.|Work out the value of {text}.|{text} = ?",
-        f"计算{text}。|{text}等于多少？|请算一算：{text} = ?|请计算{text}的结果。",
-    )
-    return wordings, "", k.answer(k.values(total, f"{text} = {total}"), steps, about=total)
+    en = f"What is {text}?|Calculate {text}.|Work out the value of {text}.|{text} = ?"
+    zh = f"计算{text}。|{text}等于多少？|请算一算：{text} = ?|请计算{text}的结果。"
+    return k(en, zh), "", k.answer(k.values(total, f"{text} = {total}"), steps)
 
 
 @family(prompt=(5, 24), response=(12, LONG))
 def number_facts(k: Kit) -> Task:
-    n, mark = k.number(2, 4), k.rng.choice(("", "- "))
-    wordings = k(
-        f"Describe {n}.|Tell me about {n}.|What do you know about the number {n}?|State facts about {n}.",
-        f"介绍{n}。|说说数字{n}。|关于{n}这个数，你知道什么？|写出{n}的一些性质。",
-    )
-    return k.series((mark + fact for fact in dict.fromkeys(k.facts(n) + k.facts(n))), wordings)
+    n, mark = k.number(1, 4), k.rng.choice(("", "- "))
+    after, is_it = next(filter(is_prime, integers(n + 1))), k(("is not", "is"), ("不是", "是"))[is_prime(n)]
+    facts = k(
+        f"{n} {is_it} a prime number.|The next prime number is {after}.|The square of {n} is {n * n}.|In words:"
+        f" {in_words(n)}.|The number before {n} is {n - 1}.|{n} is {'odd' if n % 2 else 'even'}.|In binary it is {n:b}.",
+        f"{n}{is_it}质数。|比{n}大的最小质数是{after}。|{n}的平方是{n * n}。|用汉字写作{in_hanzi(n)}。|前面一个数是{n - 1}。"
+        f"|{n}是{'奇' if n % 2 else '偶'}数。|写成二进制是{n:b}。",
+    ).split("|")
+    for d in k.pick(range(2, 100), 14):
+        facts.append(k(f"{n} + {d} = {n + d} and {n} × {d} = {n * d}.", f"{n} + {d} = {n + d}，{n} × {d} = {n * d}。"))
+        facts.append(k(f"Divided by {d} it gives {n // d}, remainder {n % d}.", f"除以{d}，商{n // d}余{n % d}。"))
+    en = f"Describe {n}.|Tell me about {n}.|What do you know about the number {n}?|State facts about {n}."
+    zh = f"介绍{n}。|说说数字{n}。|关于{n}这个数，你知道什么？|写出{n}的一些性质。"
+    return k.series(k(en, zh), (mark + fact for fact in k.pick(facts, 99)))
 
 
-@family(prompt=(7, 30), response=(12, LONG))
-def sequence(k: Kit) -> Task:
-    a, d, year = k.number(2), k.number(1, 3), k.rng.randrange(1880, 2030)
-    en, zh, terms = k.rng.choice(
+@family(prompt=(5, 34), response=(25, LONG), weight=3)
+def invention(k: Kit) -> Task:
+    """Made-up people, bus rides and purchases."""
+
+    def ride(riders: int) -> Iterator[str]:
+        for stop in k.pick(k.words["places"], 99) * 9:
+            off, on = k.rng.randint(2, riders // 2 + 2) if riders > 3 else 0, k.number(1)
+            line = k(f"{stop}: {off} get off, {on} get on, ", f"{stop}站：{off}人下车，{on}人上车，")
+            yield f"{line}{riders} - {off} + {on} = {riders - off + on}"
+            riders += on - off
+
+    bill = k("{2} {0} at {3} euros each cost {4} euros.", "{0}{2}{1}，每{1}{3}元，共{4}元。")
+    en, zh, lines = k.rng.choice(
         [
+            ("people", "人物", (k.person.format(*row) for row in k.people(99))),
+            ("stops of a bus ride", "公交车站的上下车情况", ride(k.number(2))),
+            ("purchases", "笔购物记录", (bill.format(*row, row[2] * row[3]) for row in k.goods(99))),
+        ]
+    )
+    en = f"Invent some {en}.|Make up # {en}.|I need # {en} as an example.|Write down # {en} that you have made up."
+    zh = f"编几个{zh}。|编写#个{zh}。|请编写#个{zh}作为例子。|我需要一些例子，请编写#个{zh}。"
+    return k.series(k(en, zh), lines)
+
+
+@family(prompt=(6, 30), response=(12, LONG), weight=3)
+def number_series(k: Kit) -> Task:
+    a, d = k.number(2), k.number(1, 3)
+    return k.listing(
+        [  # what is listed, in both languages, and its terms
             (f"multiples of {d}", f"{d}的倍数", (f"{d} × {n} = {d * n}" for n in integers(1))),
             (f"multiples of {d} from {a * d}", f"从{a * d}起{d}的倍数", integers(a * d, d)),
             (f"squares from {a} × {a}", f"从{a}的平方起的平方数", (n * n for n in integers(a))),
-            (f"cubes from {a}", f"从{a}的立方起的立方数", (f"{n} × {n} × {n} = {n**3}" for n in integers(a))),
+            (f"cubes from {a}³", f"从{a}³起的立方数", (f"{n} × {n} × {n} = {n**3}" for n in integers(a))),
             (f"primes above {a}", f"大于{a}的质数", filter(is_prime, integers(a + 1))),
-            (f"leap years from {year}", f"{year}年起的闰年", (y for y in integers(year) if y % (400 if y % 100 == 0 else 4) == 0)),
+            (f"doublings of {d}", f"把{d}不断加倍的算式", (f"{d << n} × 2 = {d << n + 1}" for n in integers())),
         ]
     )
-    wordings = k(
-        f"List # {en}.|Give me the first # {en}.|Which are the first # {en}?|List some {en}.",
-        f"列出#个{zh}。|写出前#个{zh}。|请依次写出{zh}，一共写#个。|写出{zh}。",
+
+
+@family(prompt=(8, 45), response=(12, LONG), weight=4)
+def everyday_series(k: Kit) -> Task:
+    """Years, dates, departures, savings, conversions, calls of a counting game."""
+    year, n, add, step = k.rng.randrange(1900, 2030), k.number(2, 3), k.number(1, 3), k.number(1)
+    day, name = date(year, k.rng.randint(1, 12), k.rng.randint(1, 28)), k.rng.choice(k.words["names"])
+    place, bus = k.rng.choice(k.words["places"]), k.rng.randrange(300, 600)
+    first, times = clock(bus), map(clock, integers(bus, step))
+    one, many, other, known = k.rng.choice(k.words["units"]).split(",")
+    rate = int(known) or k.rng.randrange(80, 900)
+    leap = (y for y in integers(year) if y % (400 if y % 100 == 0 else 4) == 0)
+    animals = (f"{y}年{'鼠牛虎兔龙蛇马羊猴鸡狗猪'[(y - 1900) % 12]}" for y in integers(year))
+    dates = (f"{k.date(d)}{k(', a ', '，')}{k.weekday(d)}" for d in (day + timedelta(i * add) for i in integers()))
+    months = (k("{}: ", "{}月底：").format(i) + f"{a} + {add} = {a + add}" for i, a in enumerate(integers(n, add), 1))
+    table = (f"{x}{k.space}{many} = {x * rate}{k.space}{other}" for x in integers(n, step))
+    fizz = ("Fizz" * (i % step == 0) + "Buzz" * (i % 7 == 0) or str(i) for i in integers(n))
+    skips = ("过" if i % step == 0 or str(step) in str(i) else str(i) for i in integers(n))
+    saver = f"{name}, who has {n} euros and saves {add} a month", f"{name}每月的存款（原有{n}元，每月存{add}元）"
+    units = f"{many} to {other} (1 {one} = {rate} {other})", f"{many}换算成{other}的结果（1{one} = {rate}{other}）"
+    return k.listing(
+        [
+            (f"leap years from {year}", f"{year}年起各年的生肖", k(leap, animals)),
+            (f"dates from {k.date(day)}, {add} days apart", f"从{k.date(day)}起每{add}天一次的日期", dates),
+            (
+                f"buses to {place} every {step} minutes from {first}",
+                f"{first}起每{step}分钟一班、开往{place}的车",
+                times,
+            ),
+            (f"month-end sums of {saver[0]}", saver[1], months),
+            (f"conversions of {units[0]} from {n}, {step} apart", f"从{n}起每隔{step}，{units[1]}", table),
+            (f"calls of Fizz ({step}) Buzz (7) from {n}", f"从{n}起玩“逢{step}过”的报数", k(fizz, skips)),
+        ]
     )
-    return k.series(map(str, terms), wordings, k.rng.choice(("\n", k.comma)))
 
 
 @family(prompt=(8, 26), response=(2, LONG))
@@ -451,139 +455,72 @@ def spelled_numbers(k: Kit) -> Task:
     spell = k(in_words, (lambda n: in_hanzi(n, "零壹贰叁肆伍陆柒捌玖", "-拾佰仟")) if formal else in_hanzi)
     style = "大写汉字" if formal else "汉字"
     if k.response < 16:
-        wordings = k(
-            f"Spell {n}.|Write {n} in words.|How do you write {n} in words?",
-            f"{n}的{style}怎么写？|用{style}写{n}。|请把{n}写成{style}。",
-        )
+        wordings = k(f"Spell {n}.|How do you write {n} in words?", f"{n}的{style}怎么写？|请用{style}写出数字{n}。")
         return wordings, "", k.answer(k.values(spell(n)))
-    wordings = k(
-        f"Spell # numbers from {n}.|Write the # numbers from {n} in words.|Count on from {n} in words.",
-        f"用{style}从{n}往后数。|从{n}起，用{style}写出#个数。|把从{n}开始的#个数都写成{style}。",
-    )
-    return k.series((f"{i}{k.colon}{spell(i)}" for i in integers(n)), wordings)
+    en = f"Spell # numbers from {n}.|Write the # numbers from {n} in words.|Count on from {n} in words."
+    zh = f"用{style}从{n}往后数。|从{n}起，用{style}写出#个数。|把从{n}开始的#个数都写成{style}。"
+    return k.series(k(en, zh), (f"{i}{k.colon}{spell(i)}" for i in integers(n)))
 
 
-@family(prompt=(14, 45), response=(2, LONG))
-def conversion(k: Kit) -> Task:
-    one, many, other, known = k.rng.choice(k.words["units"]).split(",")
-    rate, n, step = int(known) or k.rng.randrange(80, 900), k.number(2), k.number(1)
-    lines = (f"{x}{k.space}{many} = {x * rate}{k.space}{other}" for x in integers(n, step))
-    if k.response < 30:
-        wordings = k(
-            f"Convert {n} {many} to {other} (1 {one} = {rate}).|How many {other} are {n} {many}, if 1 {one} is {rate}?",
-            f"1{one}是{rate}{other}，{n}{many}是多少{other}？|已知1{one}等于{rate}{other}，请把{n}{many}换算成{other}。",
-        )
-        return wordings, "", k.answer(k.values(n * rate, next(lines)), [f"{n} × {rate} = {n * rate}"], about=n * rate)
-    wordings = k(
-        f"At 1 {one} = {rate} {other}, convert # values from {n} {many} in steps of {step}.|Make a table of {many} in"
-        f" {other} with # rows, from {n} in steps of {step}. Use 1 {one} = {rate} {other}.",
-        f"1{one}是{rate}{other}，从{n}{many}起每隔{step}换算一次，共#行。|列一张{many}换算{other}的表，从{n}开始，每行增加"
-        f"{step}，共#行（1{one} = {rate}{other}）。",
-    )
-    return k.series(lines, wordings)
+@family(prompt=(12, 30), response=(1, 26))
+def weekday(k: Kit) -> Task:
+    day = date(k.rng.randrange(1950, 2060), k.rng.randint(1, 12), k.rng.randint(1, 28)) + timedelta(k.rng.randrange(4))
+    text, name, later = k.date(day), k.weekday(day), k.weekday(day + timedelta(1))
+    en, zh = f"Which weekday is {text}?|Name the weekday of {text}.", f"{text}是星期几？|请问{text}是星期几？"
+    full = k(f"{text} is a {name}.", f"{text}是{name}。")
+    direct = k.values(name, full, full + k(f" The day after is a {later}.", f"第二天是{later}。"))
+    return k(en, zh), "", k.answer(direct)
 
 
-@family(prompt=(12, 36), response=(1, LONG))
-def dates(k: Kit) -> Task:
-    day, step = date(k.rng.randrange(1950, 2060), 1, 1) + timedelta(k.rng.randrange(365)), k.number(1, 2)
-    start, weekdays = k.date(day), k.words["weekdays"]
-    days = (day + timedelta(i * step) for i in integers())
-    lines = (k(f"{k.date(d)}, a {weekdays[d.weekday()]}", f"{k.date(d)}，{weekdays[d.weekday()]}") for d in days)
-    if k.response < 24:
-        end, weekday = k.date(day + timedelta(step)), weekdays[day.weekday()]
-        if k.response < 6 or k.rng.random() < 0.3:
-            wordings = k(f"Which weekday is {start}?|Name the day of the week of {start}.", f"{start}是星期几？|请问{start}这一天是星期几？")
-            return wordings, "", k.answer(k.values(weekday, next(lines)))
-        wordings = k(
-            f"Add {step} days to {start}.|Which date is {step} days after {start}?|It is {start}. What is the date in {step} days?",
-            f"{start}再过{step}天是哪一天？|从{start}起，{step}天以后是几月几日？|今天是{start}，{step}天后是什么日期？",
-        )
-        return wordings, "", k.answer(k.values(end, k(f"{step} days after {start} it is {end}.", f"{start}再过{step}天是{end}。")))
-    wordings = k(
-        f"List # dates, {step} days apart, from {start} on.|A plant is watered on {start} and then every {step} days. Give the"
-        f" first # dates.|List every {step} days from {start}.",
-        f"从{start}起每{step}天一次，列出#个日期。|花从{start}开始每{step}天浇一次水，写出前#次的日期和星期。",
-    )
-    return k.series(lines, wordings)
-
-
-@family(prompt=(14, 45), response=(2, LONG))
-def savings(k: Kit) -> Task:
-    name, start, add, n = k.pick(k.words["names"], 1)[0], k.number(2, 3), k.number(1, 3), k.rng.randrange(3, 25)
-    if k.response < 40:
-        total = start + n * add
-        wordings = k(
-            f"{name} has {start} euros and saves {add} a month. How much is it after {n} months?|{start} euros grow by"
-            f" {add} a month. What is there after {n} months?",
-            f"{name}有{start}元，每月存{add}元，{n}个月后有多少元？|存款{start}元，每月增加{add}元，{n}个月后一共是多少元？",
-        )
-        end = k(f"After {n} months there are {total} euros.", f"{n}个月后一共有{total}元。")
-        return wordings, "", k.answer(k.values(total, end), [f"{n} × {add} = {n * add}", f"{start} + {n * add} = {total}"])
-    wordings = k(
-        f"{name} has {start} euros and saves {add} a month. Show # months.|At first there are {start} euros in the box of"
-        f" {name}. Every month {name} puts in {add} more. How many are in it after each of # months?",
-        f"{name}有{start}元，每月存{add}元，逐月列出#个月的存款。|{name}的存钱罐里原来有{start}元，以后每个月放进去{add}元。"
-        f"请逐月算出#个月里面各有多少元。",
-    )
-    months = enumerate(integers(start, add), 1)
-    return k.series((k(f"Month {i}: ", f"第{i}个月：") + f"{a} + {add} = {a + add}" for i, a in months), wordings)
-
-
-@family(prompt=(5, 24), response=(8, 160))
+@family(prompt=(5, 24), response=(7, 160))
 def repeated_division(k: Kit) -> Task:
     """Prime factors or binary digits."""
-    n, binary, steps, factors = k.number(2, 5), k.rng.random() < 0.5, [], []
+    n, base, steps, factors = k.number(2, 5), k.rng.choice((2, 0)), [], []
     rest = n
-    while rest > (0 if binary else 1):
-        d = 2 if binary else next((d for d in range(2, math.isqrt(rest) + 1) if rest % d == 0), rest)
-        steps.append(f"{rest} ÷ {d} = {rest // d}" + (k(" remainder ", "余") + str(rest % d) if binary else ""))
+    while rest > (base == 0):
+        d = base or next((d for d in range(2, math.isqrt(rest) + 1) if rest % d == 0), rest)
+        steps.append(f"{rest} ÷ {d} = {rest // d}" + (k(" remainder ", "余") + str(rest % d) if base else ""))
         factors.append(str(d))
         rest //= d
-    if binary:
-        wordings = k(f"Write {n} in binary.|What is {n} as a binary number?", f"把{n}写成二进制。|{n}用二进制怎么表示？")
-        return wordings, "", k.answer(k.values(f"{n:b}"), steps, about=n)
-    wordings = k(f"Factor {n}.|Factor {n} into primes.|What are the prime factors of {n}?", f"分解{n}。|把{n}分解质因数。")
-    return wordings, "", k.answer([f"{n} = {' × '.join(factors)}"], steps, about=n)
+    if base:
+        en, zh = f"Write {n} in binary.|What is {n} as a binary number?", f"把{n}写成二进制。|{n}用二进制怎么表示？"
+        return k(en, zh), "", k.answer(k.values(f"{n:b}"), steps)
+    en, zh = f"Factor {n}.|What are the prime factors of {n}?", f"分解{n}。|把{n}分解质因数。"
+    return k(en, zh), "", k.answer([f"{n} = {' × '.join(factors)}"], steps)
 
 
-@family(prompt=(14, 190), response=(3, LONG))
+@family(prompt=(14, 200), response=(3, LONG))
 def sorting(k: Kit) -> Task:
     numbers, down = k.pick(range(2, 1000), k.room(4.8)), k.rng.random() < 0.5
     order = k(*(("largest to smallest", "从大到小") if down else ("smallest to largest", "从小到大")))
     parts = [sorted(numbers[:i], reverse=down) for i in range(1, len(numbers) + 1)]
     listed = k.join(parts[-1])
-    wordings = k(
-        f"Sort from {order}.|Put these numbers in order from {order}.|Arrange the list from {order}, please.",
-        f"{order}排列。|把下面的数{order}排列。|请将下列数字按{order}的顺序排好。",
-    )
     lines = [k(f"Number {i}: {x}", f"第{i}个：{x}") for i, x in enumerate(parts[-1], 1)]
-    inserts = [k(f"Insert {x}: {k.join(part)}", f"插入{x}：{k.join(part)}") for x, part in zip(numbers, parts, strict=True)]
-    direct = [listed, k(f"Sorted: {listed}", f"排列结果：{listed}"), k(f"From {order}: {listed}.", f"{order}依次是：{listed}。")]
-    return wordings, k.join(numbers), k.answer(direct, lines, inserts, about=numbers)
+    inserts = [k(f"Insert {x}: ", f"插入{x}：") + k.join(part) for x, part in zip(numbers, parts, strict=True)]
+    direct = [listed, k("Sorted: ", "排列结果：") + listed, k(f"From {order}: {listed}.", f"{order}依次是：{listed}。")]
+    en = f"Sort from {order}.|Put these numbers in order from {order}.|Arrange the list from {order}, please."
+    zh = f"{order}排列。|把下面的数{order}排列。|请将下列数字按{order}的顺序排好。"
+    return k(en, zh), k.join(numbers), k.answer(direct, lines, inserts)
 
 
-@family(prompt=(14, 190), response=(1, LONG))
+@family(prompt=(14, 200), response=(1, LONG))
 def filtering(k: Kit) -> Task:
     """Choosing or counting the numbers with a property."""
     numbers, limit, d = k.pick(range(2, 1000), k.room(4.8)), k.number(3), k.rng.randrange(2, 10)
-    en, zh, keep = k.rng.choice(
-        [
-            (f"are above {limit}", f"大于{limit}", lambda x: x > limit),
-            (f"are divisible by {d}", f"能被{d}整除", lambda x: x % d == 0),
-            ("have an odd last digit", "的个位是奇数", lambda x: x % 2 == 1),
-        ]
-    )
-    kept, totals = [x for x in numbers if keep(x)], list(accumulate(map(keep, numbers)))
+    above = f"are above {limit}", f"大于{limit}", [x for x in numbers if x > limit]
+    divisible = f"are divisible by {d}", f"能被{d}整除", [x for x in numbers if x % d == 0]
+    en, zh, kept = k.rng.choice((above, divisible))
     listed = k.join(kept) or k("none", "没有")
-    short = [f"{x}{k.colon}{k('yes', '是') if keep(x) else k('no', '否')}" for x in numbers]
-    long = [line + k(f", {t} so far", f"，目前共有{t}个") for line, t in zip(short, totals, strict=True)]
+    short = [f"{x}{k.colon}{k('yes', '是') if x in kept else k('no', '否')}" for x in numbers]
+    totals = accumulate(int(x in kept) for x in numbers)
+    long = [line + k(f", {total} so far", f"，目前共有{total}个") for line, total in zip(short, totals, strict=True)]
     if k.response < 8 or k.rng.random() < 0.3:
-        wordings = k(f"How many of these {en}?|Count the numbers that {en}.", f"有几个数{zh}？|数一数，下面有多少个数{zh}。")
         direct = k.values(len(kept))
+        en, zh = f"How many of these {en}?|Count the numbers that {en}.", f"有几个数{zh}？|数一数，有多少个数{zh}。"
     else:
-        wordings = k(f"Which of these {en}?|Pick the numbers that {en}.", f"哪些数{zh}？|请从下列数字中挑出所有{zh}的数。")
         direct = [listed, k(f"These numbers {en}: {listed}.", f"{zh}的有：{listed}。")]
-    return wordings, k.join(numbers), k.answer(direct, short, long, about=numbers)
+        en, zh = f"Which of these {en}?|Pick the numbers that {en}.", f"哪些数{zh}？|请从下列数字中挑出所有{zh}的数。"
+    return k(en, zh), k.join(numbers), k.answer(direct, short, long)
 
 
 @family(prompt=(14, 150), response=(1, LONG))
@@ -591,40 +528,37 @@ def groups(k: Kit) -> Task:
     """Words of two kinds, or the odd one out."""
     (a, b), n, odd = k.pick(list(k.kinds), 2), k.room(k(2, 3.2), 11, 4, 24), k.response < 12 and k.rng.random() < 0.7
     words = k.pick(k.kinds[a], n - 1 if odd else n // 2)
-    kind = dict.fromkeys(words, a) | dict.fromkeys(k.pick(k.kinds[b], 1 if odd else n - len(words)), b)
+    others = k.pick(k.kinds[b], 1 if odd else n - len(words))
+    kind = dict.fromkeys(words, a) | dict.fromkeys(others, b)
     mixed = k.pick(list(kind), len(kind))
     lines = [f"{w}{k.colon}{kind[w]}" for w in mixed]
     if odd:
-        (other,) = (w for w in mixed if kind[w] == b)
         wordings = k("Which word is the odd one out?|Find the odd word.", "哪个词与其他词不同类？|找出不同类的词。")
-        full = k(f"{other}, because all the others are {a}.", f"{other}，因为其他的都是{a}。")
-        return wordings, k.join(mixed), k.answer(k.values(other, full), lines)
-    wordings = k(
-        f"Split into {a} and {b}.|Sort these words into {a} and {b}.|Which of these are {a} and which are {b}?",
-        f"按{a}和{b}分类。|把下面的词分成{a}和{b}两类。|下列词语中，哪些是{a}，哪些是{b}？",
-    )
+        full = k(f"{others[0]}, because all the others are {a}.", f"{others[0]}，因为其他的都是{a}。")
+        return wordings, k.join(mixed), k.answer(k.values(others[0], full), lines)
     long = [k(f'The word "{w}" goes with the {kind[w]}.', f"“{w}”属于{kind[w]}。") for w in mixed]
     direct = "\n".join(x + k.colon + k.join(w for w in mixed if kind[w] == x) for x in (a, b))
-    return wordings, k.join(mixed), k.answer([direct], lines, long, about=mixed)
+    en, zh = f"Split into {a} and {b}.|Which are {a}, which are {b}?", f"按{a}和{b}分类。|把下面的词分成{a}和{b}两类。"
+    return k(en, zh), k.join(mixed), k.answer([direct], lines, long)
 
 
 @family(prompt=(14, 150), response=(2, LONG))
 def word_list(k: Kit) -> Task:
-    """Counting or removing repeats, reversing, sorting."""
+    """Counting or removing repeats, reversing."""
     pool = k.pick(k.rng.choice(list(k.kinds.values())), 9)
     words = [k.rng.choice(pool) for _ in range(k.room(k(2, 3.2), 11, 4))]
     once = list(dict.fromkeys(words))
-    wordings, direct = k.rng.choice(
+    en, zh, result = k.rng.choice(
         [
-            (k("Count each word.|How often does each word occur?", "统计每个词的次数。|下面每个词各出现了几次？"), [f"{w}{k.colon}{words.count(w)}" for w in once]),
-            (k("Remove the repeats.|Write every word only once.", "去掉重复的词。|下面每个词只保留一次。"), once),
-            (k("Reverse this list.|Write it from end to start.", "倒着写一遍。|把下面的词倒过来排列。"), words[::-1]),
-            (k("Put the words in alphabetical order.", "按字数从少到多排列，字数相同的不动。"), sorted(words, key=k(str, len))),
+            ("Count each word.|How often does each occur?", "统计每个词的次数。|下面每个词各出现了几次？", None),
+            ("Remove the repeats.|Write every word only once.", "去掉重复的词。|下面每个词只保留一次。", once),
+            ("Reverse this list.|Write it from end to start.", "倒着写一遍。|把下面的词倒过来排列。", words[::-1]),
         ]
     )
-    marks = [f"{i}. {w}{k.colon}{k('again', '重复') if w in words[: i - 1] else k('new', '新词')}" for i, w in enumerate(words, 1)]
-    result = k.join(direct)
-    return wordings, k.join(words), k.answer([result, k("Result: ", "结果：") + result], marks, about=words)
+    listed = k.join(result or [f"{w}{k.colon}{words.count(w)}" for w in once])
+    seen = [k("again", "重复") if w in words[:i] else k("new", "新词") for i, w in enumerate(words)]
+    marks = [f"{i}. {w}{k.colon}{mark}" for i, (w, mark) in enumerate(zip(words, seen, strict=True), 1)]
+    return k(en, zh), k.join(words), k.answer([listed, k("Result: ", "结果：") + listed], marks)
 
 
 @family(prompt=(8, 120), response=(1, LONG))
@@ -636,47 +570,145 @@ def pairs(k: Kit) -> Task:
     lines = [f"{a}{k(' - ', '——')}{b}" for a, b in chosen]
     long = [k(f'The {what} of "{a}" is "{b}".', f"“{a}”的{what}是“{b}”。") for a, b in chosen]
     if len(chosen) == 1:
-        wordings = k(f'What is the {what} of "{asked}"?|Give the {what} of "{asked}".', f"“{asked}”的{what}是什么？|写出“{asked}”的{what}。")
-        return wordings, "", k.answer(k.values(answers, *long), about=[answers])
-    wordings = k(f"Give the {what} of each.|What is the {what} of each of these?", f"写出各自的{what}。|下列各词的{what}分别是什么？")
-    return wordings, asked, k.answer([answers], lines, long, about=[b for _, b in chosen])
+        en = f'What is the {what} of "{asked}"?|Give the {what} of "{asked}".'
+        zh = f"“{asked}”的{what}是什么？|写出“{asked}”的{what}。"
+        return k(en, zh), "", k.answer(k.values(answers, *long))
+    en, zh = f"Give the {what} of each.|What is the {what} of each?", f"写出各自的{what}。|下列各词的{what}分别是什么？"
+    return k(en, zh), asked, k.answer([answers], lines, long)
 
 
 @family(prompt=(28, 190), response=(2, LONG))
 def inventory(k: Kit) -> Task:
     """The value of a stock, or its list as Markdown or JSON."""
-    rows = k.goods(k.room(k(9.5, 11), 12, 2, 18))
-    text = "\n".join(k(f"{q} {g} at {p} euros", f"{g}{q}{m}，每{m}{p}元") for g, m, q, p in rows)
+    rows = k.goods(k.room(k(10.5, 11), 12, 2, 17))
+    text = "\n".join(k(f"{q} {g} at {p} euros each", f"{g}{q}{unit}，每{unit}{p}元") for g, unit, q, p in rows)
     values, style = [q * p for _, _, q, p in rows], k.rng.randrange(4)
-    full = k(f"The total value is {sum(values)} euros.", f"总价是{sum(values)}元。")
     if style == 0:
-        table = [k("| item | quantity | price |", "| 品名 | 数量 | 单价 |"), "|---|---|---|", *(f"| {g} | {q} | {p} |" for g, _, q, p in rows)]
-        return k("Make a Markdown table.", "改成Markdown表格。"), text, k.answer(["\n".join(table)], about=values)
+        table = [k("| item | quantity | price |", "| 品名 | 数量 | 单价 |"), "|---|---|---|"]
+        table += [f"| {g} | {q} | {p} |" for g, _, q, p in rows]
+        return k("Make a Markdown table.", "改成Markdown表格。"), text, k.answer(["\n".join(table)])
     if style == 1:
         keys = k(("item", "quantity", "price"), ("品名", "数量", "单价"))
         data = [dict(zip(keys, (g, q, p), strict=True)) for g, _, q, p in rows]
-        direct = [json.dumps(data, ensure_ascii=False, indent=indent) for indent in (None, 1)]
-        return k("Write it as JSON.", "写成JSON格式。"), text, k.answer(direct)
-    wordings = k("What is it worth in total?|Work out what all of this costs together.", "总价是多少？|请计算下面这批货物的总价。")
+        return k("Write it as JSON.", "写成JSON格式。"), text, json.dumps(data, ensure_ascii=False)
+    full = k(f"The total value is {sum(values)} euros.", f"总价是{sum(values)}元。")
     lines = [f"{g}{k.colon}{q} × {p} = {q * p}" for g, _, q, p in rows]
     running = [f"{line}{k('; together ', '；累计')}{s}" for line, s in zip(lines, accumulate(values), strict=True)]
-    return wordings, text, k.answer(k.values(sum(values), full), lines, running, about=values)
+    en, zh = "What is it worth in total?|What does all of it cost?", "总价是多少？|请计算下面这批货物的总价。"
+    return k(en, zh), text, k.answer(k.values(sum(values), full), lines, running)
 
 
 @family(prompt=(20, 190), response=(1, LONG))
 def personal_data(k: Kit) -> Task:
     """One field of short records, or all of them as sentences or JSON."""
-    keys, jobs = k(("name", "age", "home", "job"), ("姓名", "年龄", "城市", "职业")), k.kinds[k("jobs", "职业")]
-    names = k.pick(k.words["names"], k.room(k(13, 17), 11, 1, 12))
-    rows = [(name, k.rng.randrange(18, 80), k.rng.choice(k.words["places"]), k.rng.choice(jobs)) for name in names]
+    keys, rows = (
+        k(("name", "age", "home", "job"), ("姓名", "年龄", "城市", "职业")),
+        k.people(k.room(k(13, 17), 11, 1, 12)),
+    )
     data = [dict(zip(keys, row, strict=True)) for row in rows]
     text = "\n".join(k("; ", "；").join(f"{key}{k.colon}{value}" for key, value in row.items()) for row in data)
-    if k.response < 12 or k.rng.random() < 0.4:
+    if k.response < 12 or k.rng.random() < 0.3:
         row, key = k.rng.choice(data), k.rng.choice(keys[1:])
-        wordings = k(f"What is the {key} of {row['name']}?", f"{row['姓名']}的{key}是什么？")
-        return wordings, text, k.answer(k.values(row[key]))
+        name = row[keys[0]]
+        return k(f"What is the {key} of {name}?", f"{name}的{key}是什么？"), text, k.answer(k.values(row[key]))
     if k.rng.random() < 0.5:
-        sentence = k("{} is {} years old, lives in {} and works as a {}.", "{}今年{}岁，住在{}，职业是{}。")
-        return k("Write this as sentences.", "改写成句子。"), text, k.answer(["\n".join(sentence.format(*row) for row in rows)])
+        return k("Write this as sentences.", "改写成句子。"), text, "\n".join(k.person.format(*row) for row in rows)
     direct = [json.dumps(data, ensure_ascii=False, indent=indent) for indent in (None, 2)]
-    return k("Convert this to JSON.|Write it as a JSON array of objects.", "转换成JSON。|请将下面的资料写成JSON数组。"), text, k.answer(direct)
+    return k("Convert this to JSON.", "转换成JSON。"), text, k.answer(direct)
+
+
+@family(prompt=(24, 150), response=(1, LONG))
+def ranking(k: Kit) -> Task:
+    """A chain of comparisons, given in mixed order."""
+    en, zh = ("taller tallest shortest", "older oldest youngest"), ("高 最高 最矮", "年长 最年长 最年轻")
+    more, most, least = k.rng.choice(k(en, zh)).split()
+    people = k.pick(k.words["names"], k.room(k(6, 7), 6, 3, 20))
+    clues = [k(f"{a} is {more} than {b}.", f"{a}比{b}{more}。") for a, b in pairwise(people)]
+    steps = [clue + k(" So far: ", "目前的顺序：") + k.join(people[: i + 2]) for i, clue in enumerate(clues)]
+    who, word = k.rng.choice([(people[0], most), (people[-1], least)])
+    order = k(f"From {most} to {least}: ", f"从{most}到{least}：") + k.join(people)
+    full = k(f"{who} is the {word}.", f"{who}{word}。")
+    direct = k.values(who, full, f"{order}\n{full}")
+    text = k.space.join(k.pick(clues, len(clues)))
+    en, zh = f"Who is the {word}? {{}}|{{}} Which of them is the {word}?", f"谁{word}？{{}}|{{}}他们当中谁{word}？"
+    return k(en, zh).format(text, text), "", k.answer(direct, clues, steps)
+
+
+@family(prompt=(28, 90), response=(3, 200))
+def day_plan(k: Kit) -> Task:
+    """A study plan, or when it ends."""
+    subjects, length, pause = k.pick(k.words["subjects"], k.room(k(2, 3), 26, 2, 15)), 5 * k.number(1), 5 * k.number(1)
+    first = 5 * k.rng.randrange(84, 100)
+    starts = [first + i * (length + pause) for i in range(len(subjects))]
+    slots = [(clock(t), clock(t + length), subject) for t, subject in zip(starts, subjects, strict=True)]
+    en = f"start at {clock(first)}, {length} minutes each, breaks of {pause} minutes"
+    zh = f"{clock(first)}开始，每科{length}分钟，中间休息{pause}分钟"
+    if k.response < 20:
+        direct = k.values(slots[-1][1])
+        return k(f"When does this plan end: {en}?", f"{zh}，几点结束？"), k.join(subjects), k.answer(direct)
+    lines = [k(f"{a}-{b} {s}", f"{a}-{b}{s}") for a, b, s in slots]
+    long = [k(f"{s} from {a} to {b}, {length} minutes", f"{s}：{a}到{b}，共{length}分钟") for a, b, s in slots]
+    direct = ["\n".join(lines), "\n".join(long)]
+    return k(f"Make a plan: {en}.", f"做个计划：{zh}。"), k.join(subjects), k.answer(direct)
+
+
+# --- Generating ------------------------------------------------------------------------------------------------------
+
+
+def _word(kit: Kit, wordings: str, used: int) -> str:
+    """A wording in a frame that comes nearest to the wanted length beside `used` tokens of input."""
+    gaps = [(kit.prompt - used - count(wording), wording) for wording in wordings.split("|")]
+    fits = [(abs(gap - size), kit.rng.random(), frame, wording) for gap, wording in gaps for frame, size in kit.frames]
+    _, _, frame, wording = min(fits)
+    return frame.replace("{}", wording)
+
+
+def _fit(rng: random.Random, language: str, lengths: tuple[int, int], seen: set[tuple]) -> dict[str, str]:
+    """A record of about the wanted lengths that has not been seen: the best of a few attempts."""
+    shape, (prompt, response) = SHAPES[language], lengths
+    wanted = response - 1  # without EOS
+    if wanted == RESPONSE_LIMIT:
+        wanted += rng.randrange(8, 120)  # the cut ones go on
+    makers = [make for make, (a, b), (c, d) in FAMILIES if a <= prompt <= b and c <= wanted <= d]
+    best, least, attempts = None, math.inf, 0
+    while best is None or (least > 0.1 and attempts < 8):
+        attempts += 1
+        kit = Kit(rng, language, prompt, wanted)
+        wordings, text, output = rng.choice(makers)(kit)
+        used = count("\n" + text) if text else 0
+        instruction = _word(kit, wordings, used)
+        p, r = count(instruction) + used, min(count(output), RESPONSE_LIMIT) + 1
+        error = abs(p - prompt) / prompt + abs(r - response) / response
+        if p < shape.prompt[0] or r < shape.response[0] or not shape.total[0] <= p + r <= shape.total[1]:
+            continue
+        if error < least and (instruction, text, output) not in seen:
+            best, least = (instruction, text, output), error
+    seen.add(best)
+    return dict(zip(("instruction", "input", "output"), best, strict=True))
+
+
+def generate(language: str, samples: int, seed: int = 0) -> list[dict[str, str]]:
+    """`samples` different records; fewer of the same seed are the first ones of more."""
+    rng = random.Random(f"{language} {seed}")
+    records: list[dict[str, str]] = []
+    seen: set[tuple[str, str, str]] = set()
+    while len(records) < samples:
+        deck = _deck(SHAPES[language], rng)
+        records += [_fit(rng, language, lengths, seen) for lengths in deck[: samples - len(records)]]
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write embedded sample records as JSON lines.")
+    parser.add_argument("--language", choices=sorted(SHAPES), default="en")
+    parser.add_argument("--samples", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="file to write (default: standard output)")
+    args = parser.parse_args()
+    with open(args.out or sys.stdout.fileno(), "w", encoding="utf-8", closefd=bool(args.out)) as file:
+        for record in generate(args.language, args.samples, args.seed):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -35,5 +35,7 @@ def train() -> Tokenizer:
         show_progress=False,
     )
     records = [r for language in synthetic.SHAPES for r in synthetic.generate(language, TRAINING_SAMPLES)]
-    tokenizer.train_from_iterator((text for r in records for text in r.values()), trainer)
+    tokenizer.train_from_iterator(
+        [t for r in records for t in r.values()] + [f"{w} {w}" for w in synthetic.lexicon()], trainer
+    )
     return tokenizer

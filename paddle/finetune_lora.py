@@ -11,6 +11,15 @@ import runpy
 BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
 runpy.run_path(str(BOOTSTRAP))["enter"]("paddle")
 
+from tunebench.checkpoint import Checkpoint, lora_a
+from tunebench.flags import Flags
+from tunebench.plan import IGNORED, MicroBatch
+from tunebench.presets import LORA_TARGETS
+from tunebench.run import Run, read_job, recorded
+
+FRAMEWORK, METHOD = "paddle", "lora"
+JOB = read_job(METHOD)  # the flags, the checkpoint and the batch plan; refuses bad input before the slow imports below
+
 import resource
 
 import layer_norm
@@ -20,20 +29,13 @@ import weights
 from paddle.nn.clip import _squared_l2_norm
 from paddlenlp import peft, transformers
 
-from tunebench.checkpoint import Checkpoint, find_checkpoint, lora_a
-from tunebench.errors import one_line_refusals
-from tunebench.flags import Flags, parse_flags
-from tunebench.plan import IGNORED, MicroBatch, load_plan
-from tunebench.presets import LORA_TARGETS
-from tunebench.run import Run, recorded
-
-FRAMEWORK, METHOD = "paddle", "lora"
+GPU = paddle.device.cuda.device_count() > 0
 BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0
 
 
 def join_process_group() -> str:
     """The device of this process. One process, for now."""
-    return paddle.set_device("gpu" if paddle.is_compiled_with_cuda() else "cpu")
+    return paddle.set_device("gpu" if GPU else "cpu")
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint) -> paddle.nn.Layer:
@@ -90,7 +92,7 @@ def sum_of_losses(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor
 def clip_gradients(trainable: list[paddle.Tensor]) -> paddle.Tensor:
     """Scales the gradients to a global norm of at most 1, in place; the norm before that, a scalar.
 
-    As paddle.nn.utils.clip_grad_norm_, but with the kernel of ClipGradByGlobalNorm: the other one sums in a row on a CPU
+    As paddle.nn.utils.clip_grad_norm_, but with the kernel of ClipGradByGlobalNorm: the other sums in a row on a CPU
     and gives 0.9993 of the norm of 2 million elements.
     """
     norm = paddle.sqrt(paddle.add_n([_squared_l2_norm(p.grad) for p in trainable]))
@@ -102,28 +104,27 @@ def clip_gradients(trainable: list[paddle.Tensor]) -> paddle.Tensor:
 
 def synchronize() -> None:
     """Waits until the device has done all that it was given."""
-    if paddle.is_compiled_with_cuda():
+    if GPU:
         paddle.device.synchronize()
 
 
 def peak_memory_bytes() -> int:
     """The most memory held: by tensors on a GPU, by the whole process on a CPU."""
-    if paddle.is_compiled_with_cuda():
+    if GPU:
         return paddle.device.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(flags: Flags, run: Run) -> None:
+def main(run: Run) -> None:
+    flags, checkpoint, plan = run.flags, run.checkpoint, run.plan
     join_process_group()
-    checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
-    plan = load_plan(flags, checkpoint)
     paddle.seed(flags.seed)
     model = build_model(flags, checkpoint)
     trainable = [p for p in model.parameters() if not p.stop_gradient]
-    run.describe(checkpoint, sum(p.size for p in model.parameters()), sum(p.size for p in trainable))
+    run.describe(sum(p.size for p in model.parameters()), sum(p.size for p in trainable))
     optimizer = wrap(flags, model, trainable)
 
-    run.start(plan, synchronize)
+    run.start(synchronize)
     for step in range(plan.steps):
         loss = 0.0
         for batch in plan.micro_batches(step, flags.micro_bsz):
@@ -140,7 +141,5 @@ def main(flags: Flags, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_refusals(pathlib.Path(__file__).name):
-        flags = parse_flags(METHOD)
-        with recorded(FRAMEWORK, METHOD, flags) as run:
-            main(flags, run)
+    with recorded(FRAMEWORK, METHOD, JOB) as run:
+        main(run)

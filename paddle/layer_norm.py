@@ -14,7 +14,7 @@ def mend_frozen_scales(model: paddle.nn.Layer) -> None:
     Call it after the trainable parameters are listed. Costs the scales' gradients: one more product and column sum
     per norm in the backward pass.
     """
-    if paddle.is_compiled_with_cuda():
+    if paddle.get_device() != "cpu":
         return
     for layer in model.sublayers():
         if isinstance(layer, paddle.nn.LayerNorm) and layer.weight is not None:

@@ -1,6 +1,6 @@
 """Loads a Hugging Face checkpoint into a PaddleNLP model, by PaddleNLP's own name mappings.
 
-PaddleNLP's `convert_from_torch=True` does the same but leaves a second, Paddle-format copy in the checkpoint folder, and
+PaddleNLP's `convert_from_torch=True` does the same but leaves a second copy of the weights in the folder and
 only warns when a weight is missing. Here a missing or unused weight is an error.
 """
 

@@ -11,25 +11,27 @@ import runpy
 BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
 runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
 
+from tunebench.checkpoint import Checkpoint
+from tunebench.flags import Flags
+from tunebench.plan import IGNORED, MicroBatch
+from tunebench.run import Run, read_job, recorded
+
+FRAMEWORK, METHOD = "torch", "full"
+JOB = read_job(METHOD)  # the flags, the checkpoint and the batch plan; refuses bad input before the slow imports below
+
 import resource
 
 import torch
 import torch.nn.functional as F
 import transformers
 
-from tunebench.checkpoint import Checkpoint, find_checkpoint
-from tunebench.errors import one_line_refusals
-from tunebench.flags import Flags, parse_flags
-from tunebench.plan import IGNORED, MicroBatch, load_plan
-from tunebench.run import Run, recorded
-
-FRAMEWORK, METHOD = "torch", "full"
+GPU = torch.cuda.is_available()
 BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0
 
 
 def join_process_group() -> torch.device:
     """The device of this process. One process, for now."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if GPU else "cpu")
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, device: torch.device) -> torch.nn.Module:
@@ -72,28 +74,27 @@ def clip_gradients(trainable: list[torch.nn.Parameter]) -> torch.Tensor:
 
 def synchronize() -> None:
     """Waits until the device has done all that it was given."""
-    if torch.cuda.is_available():
+    if GPU:
         torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
     """The most memory held: by tensors on a GPU, by the whole process on a CPU."""
-    if torch.cuda.is_available():
+    if GPU:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def main(flags: Flags, run: Run) -> None:
+def main(run: Run) -> None:
+    flags, checkpoint, plan = run.flags, run.checkpoint, run.plan
     device = join_process_group()
-    checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
-    plan = load_plan(flags, checkpoint)
     torch.manual_seed(flags.seed)
     model = build_model(flags, checkpoint, device)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    run.describe(checkpoint, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable))
+    run.describe(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable))
     optimizer = wrap(flags, model, trainable)
 
-    run.start(plan, synchronize)
+    run.start(synchronize)
     for step in range(plan.steps):
         loss = 0.0
         for batch in plan.micro_batches(step, flags.micro_bsz):
@@ -110,7 +111,5 @@ def main(flags: Flags, run: Run) -> None:
 
 
 if __name__ == "__main__":
-    with one_line_refusals(pathlib.Path(__file__).name):
-        flags = parse_flags(METHOD)
-        with recorded(FRAMEWORK, METHOD, flags) as run:
-            main(flags, run)
+    with recorded(FRAMEWORK, METHOD, JOB) as run:
+        main(run)

@@ -40,10 +40,11 @@ def maths_settings() -> dict[str, str]:
 
     They are read when the libraries load. Threads: the physical cores this process may use, unless OMP_NUM_THREADS is
     set (Paddle alone would take 1, torch all). On AMD processors the MKL that Paddle bundles takes a slow path without
-    MKL_DEBUG_CPU_TYPE=5; torch's newer MKL ignores it.
+    MKL_DEBUG_CPU_TYPE=5; torch's newer MKL ignores it. On GPUs NVIDIA_TF32_OVERRIDE=0 keeps fp32 at fp32: Paddle alone
+    would multiply in TF32 by default, torch not.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(_usable_cores())
-    settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NVIDIA_TF32_OVERRIDE": "0"}
     if "AuthenticAMD" in _cpuinfo("vendor_id"):
         settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "5")
     return settings

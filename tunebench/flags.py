@@ -45,6 +45,11 @@ class Flags(BaseModel):
     lora_alpha: int = 0
 
     @property
+    def model_name(self) -> str:
+        """The preset's name, or a checkpoint folder's without its path."""
+        return Path(self.model).name
+
+    @property
     def replicas(self) -> int:
         """Data-parallel copies of the model: each global batch is split over them."""
         return self.nproc // self.mp
@@ -137,7 +142,9 @@ def resolve_plan_flags(options: dict) -> dict:
     if options["data"] not in DATA_NAMES:
         path = Path(options["data"]).expanduser()
         if path.suffix not in (".json", ".jsonl", ".parquet"):
-            raise BadInput(f"--data {options['data']}: use {', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file")
+            raise BadInput(
+                f"--data {options['data']}: use {', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file"
+            )
         if not path.is_file():
             raise BadInput(f"--data {options['data']}: no such file")
         options["data"] = str(path.resolve())

@@ -10,7 +10,13 @@ import pynvml
 from pydantic import BaseModel
 
 # What decides threads and kernels before a library loads. Recorded as found, unset ones left out.
-MATHS_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DEBUG_CPU_TYPE", "CUDA_VISIBLE_DEVICES")
+MATHS_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "MKL_DEBUG_CPU_TYPE",
+    "NVIDIA_TF32_OVERRIDE",
+    "CUDA_VISIBLE_DEVICES",
+)
 PACKAGES = {
     "torch": ("torch", "transformers", "peft", "accelerate", "deepspeed"),
     "paddle": ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp"),
@@ -52,7 +58,9 @@ def visible_accelerators() -> list[str]:
     except pynvml.NVMLError:
         return []
     try:
-        names = [pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())]
+        names = [
+            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())
+        ]
     finally:
         pynvml.nvmlShutdown()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -136,7 +136,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def write_plan(path: Path, about: dict[str, Any], samples: list[tuple[np.ndarray, int]], steps: int) -> None:
-    """Writes the plan whose rows go through `samples` (tokens, prompt length) in order, again from the start at the end."""
+    """Writes the plan whose rows go through `samples` (tokens, prompt length) in order, and again from the start."""
     rows = [samples[row % len(samples)] for row in range(steps * about["bsz"])]
     arrays = {
         "tokens": np.concatenate([tokens for tokens, _ in rows]).astype(np.int32),

@@ -11,21 +11,44 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import psutil
 
 from tunebench.bootstrap import ROOT
-from tunebench.checkpoint import Checkpoint
-from tunebench.errors import BadInput
-from tunebench.flags import Flags
+from tunebench.checkpoint import Checkpoint, find_checkpoint
+from tunebench.errors import BadInput, one_line_refusals
+from tunebench.flags import Flags, parse_flags
 from tunebench.hardware import read_hardware, read_versions
-from tunebench.plan import Plan
+from tunebench.plan import Plan, load_plan
 from tunebench.record import LOG_LINES, Git, Model, Record, Setup, Steps
 
 Framework = Literal["torch", "paddle"]
 Method = Literal["full", "lora"]
 TIMEOUT_EXIT = 124  # as timeout(1) has it
+
+
+class Job(NamedTuple):
+    """What a run is about to do: everything that can be wrong with it has been checked."""
+
+    flags: Flags
+    checkpoint: Checkpoint
+    plan: Plan
+
+
+def read_job(method: Method) -> Job:
+    """Reads the command line, checks the checkpoint and loads the plan, making what is missing.
+
+    It needs no framework, so that bad input is refused at once: with one line and exit code 2.
+    """
+    with one_line_refusals(Path(sys.argv[0]).name):
+        flags = parse_flags(method)
+        checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+        plan = load_plan(flags, checkpoint)
+        if flags.warmup_steps >= plan.steps:
+            raise BadInput(f"--warmup-steps {flags.warmup_steps} leaves none of the {plan.steps} steps to time")
+        return Job(flags, checkpoint, plan)
+    raise AssertionError("unreachable: a refusal ends the process")
 
 
 class Run:
@@ -35,36 +58,36 @@ class Run:
     The device is synchronised when `start` is called, where the timed steps start, and where they end.
     """
 
-    def __init__(self, framework: Framework, method: Method, flags: Flags) -> None:
-        self.framework, self.method, self.flags = framework, method, flags
+    def __init__(self, framework: Framework, method: Method, job: Job) -> None:
+        self.framework, self.method = framework, method
+        self.flags, self.checkpoint, self.plan = job
         self.argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
-        self.out = flags.out or new_record_path(framework, method, flags)
+        self.out = self.flags.out or new_record_path(framework, method, self.flags)
         self.model: Model | None = None
-        self.plan: Plan | None = None
         self.setup_seconds: float | None = None
         self.seconds: list[float] = []
         self.losses: list[Any] = []
         self.grad_norms: list[Any] = []
 
-    def describe(self, checkpoint: Checkpoint, parameters: int, trainable: int) -> None:
+    def describe(self, parameters: int, trainable: int) -> None:
         """Keeps the model's counts, as the framework has them. Raises RuntimeError if they contradict the config."""
         adapters = trainable if self.method == "lora" else 0
-        if parameters - adapters != checkpoint.parameters:
+        if parameters - adapters != self.checkpoint.parameters:
             raise RuntimeError(
-                f"the framework counts {parameters - adapters} parameters, the config has {checkpoint.parameters}"
+                f"the framework counts {parameters - adapters} parameters, the config has {self.checkpoint.parameters}"
             )
         self.model = Model(
-            name=self.flags.model,
-            family=checkpoint.config["model_type"],
-            parameters=checkpoint.parameters,
+            name=self.flags.model_name,
+            family=self.checkpoint.config["model_type"],
+            parameters=self.checkpoint.parameters,
             trainable_parameters=trainable,
-            config_sha256=checkpoint.config_sha256,
-            weights_sha256=checkpoint.weights_sha256,
+            config_sha256=self.checkpoint.config_sha256,
+            weights_sha256=self.checkpoint.weights_sha256,
         )
 
-    def start(self, plan: Plan, synchronize: Callable[[], None]) -> None:
+    def start(self, synchronize: Callable[[], None]) -> None:
         """Starts the clock of the first step."""
-        self.plan, self._synchronize = plan, synchronize
+        self._synchronize = synchronize
         synchronize()
         self._clock = time.perf_counter()
         self.setup_seconds = time.time() - psutil.Process().create_time()
@@ -76,7 +99,6 @@ class Run:
         `loss` and `grad_norm` are the framework's scalars. They are read after the last step, since to read one here
         would make the device wait.
         """
-        assert self.plan is not None
         done = len(self.seconds) + 1
         if done in (self.flags.warmup_steps, self.plan.steps):
             self._synchronize()
@@ -89,9 +111,8 @@ class Run:
         print(f"step {done}/{self.plan.steps}: {self.seconds[-1]:.3f} s, {rate:.0f} effective tokens/s", flush=True)
 
     def finish(self, peak_memory_bytes: int) -> None:
-        """Writes the record of a run whose steps are all done. Raises FloatingPointError on a loss that is no number."""
+        """Writes the record of a run whose steps are all done; FloatingPointError on a loss that is not finite."""
         steps = self.steps()
-        assert steps is not None
         if len(steps.loss) < len(self.losses):
             raise FloatingPointError(f"loss or gradient norm of step {len(steps.loss) + 1} is not a finite number")
         record = self.record("ok", None, peak_memory_bytes=[peak_memory_bytes])
@@ -102,10 +123,8 @@ class Run:
             flush=True,
         )
 
-    def steps(self) -> Steps | None:
+    def steps(self) -> Steps:
         """The steps so far, up to the first whose loss or gradient norm is not finite."""
-        if self.plan is None:
-            return None
         loss, grad_norm = [float(x) for x in self.losses], [float(x) for x in self.grad_norms]
         finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(loss, grad_norm, strict=True)]
         kept = range(finite.index(False) if False in finite else len(finite))
@@ -125,7 +144,7 @@ class Run:
             reason=reason,
             log=log or [],
             model=self.model,
-            plan=self.plan.info() if self.plan else None,
+            plan=self.plan.info(),
             steps=known.pop("steps", None) or (self.steps() if status == "ok" else None),
             setup_seconds=self.setup_seconds,
             **known,
@@ -170,13 +189,13 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
 
 
 @contextlib.contextmanager
-def recorded(framework: Framework, method: Method, flags: Flags) -> Iterator[Run]:
-    """Gives the script its `Run` and sees to it that every end but a refusal or Ctrl-C leaves a record.
+def recorded(framework: Framework, method: Method, job: Job) -> Iterator[Run]:
+    """Gives the script its `Run` and sees to it that every end but Ctrl-C leaves a record.
 
-    Bad input ends with exit code 2, an allocation failure or any other error with 1, --timeout with 124.
+    An allocation failure or any other error ends with exit code 1, --timeout with 124.
     """
-    run = Run(framework, method, flags)
-    watchdog = threading.Timer(flags.timeout, _end_at_timeout, [run])
+    run = Run(framework, method, job)
+    watchdog = threading.Timer(run.flags.timeout, _end_at_timeout, [run])
     watchdog.daemon = True
     watchdog.start()
     try:
@@ -184,8 +203,6 @@ def recorded(framework: Framework, method: Method, flags: Flags) -> Iterator[Run
     except KeyboardInterrupt:
         print(f"{run.argv[0]}: interrupted, no record written", file=sys.stderr)
         sys.exit(130)
-    except BadInput:
-        raise
     except Exception as error:
         _end_with(run, error)
     finally:
@@ -194,9 +211,10 @@ def recorded(framework: Framework, method: Method, flags: Flags) -> Iterator[Run
 
 def new_record_path(framework: str, method: str, flags: Flags) -> Path:
     """Where the record of a run without --out goes: a new file for each run."""
-    model = Path(flags.model).name
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return ROOT / "results" / "runs" / f"{framework}-{method}-{model}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
+    return (
+        ROOT / "results" / "runs" / f"{framework}-{method}-{flags.model_name}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
+    )
 
 
 def read_git() -> Git:

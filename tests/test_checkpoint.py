@@ -1,0 +1,98 @@
+"""The shared checkpoint: published sizes, the same bytes every time, and damage found before a run starts."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tunebench.checkpoint import find_checkpoint, lora_a, open_checkpoint, tensor_shapes, write_random
+from tunebench.errors import BadInput
+from tunebench.presets import PRESETS
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("llama-7b", 6_738_415_616), ("bloomz-7b1-mt", 7_069_016_064)])
+def test_published_parameter_counts(name, parameters):
+    assert sum(map(math.prod, tensor_shapes(PRESETS[name].config).values())) == parameters
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "bloom-tiny"])
+def test_tiny_presets_are_real_models(name):
+    checkpoint = find_checkpoint(name, "random", 0)
+    heads = checkpoint.config.get("num_attention_heads") or checkpoint.config["n_head"]
+    assert heads % 4 == 0
+    assert checkpoint.config["vocab_size"] % 4 == 0
+    assert 5e6 <= checkpoint.parameters <= 30e6
+    again = open_checkpoint(checkpoint.folder)
+    assert (again.weights_sha256, again.config_sha256) == (checkpoint.weights_sha256, checkpoint.config_sha256)
+
+
+def test_seed_decides_the_weights(tmp_path):
+    sums = {}
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / run).mkdir()
+        write_random(tmp_path / run, PRESETS["llama-tiny"], seed)
+        sums[run] = open_checkpoint(tmp_path / run).weights_sha256
+    assert sums["a"] == sums["b"] != sums["c"]
+
+
+def test_shards_hold_the_same_weights(tmp_path):
+    for run, shard in (("one", 1 << 30), ("many", 1 << 21)):
+        (tmp_path / run).mkdir()
+        write_random(tmp_path / run, PRESETS["bloom-tiny"], 0, shard_bytes=shard)
+    one, many = open_checkpoint(tmp_path / "one"), open_checkpoint(tmp_path / "many")
+    assert len(one.files) == 1
+    assert len(many.files) > 3
+    whole = load_file(one.files[0])
+    parts = {name: value for file in many.files for name, value in load_file(file).items()}
+    assert whole.keys() == parts.keys()
+    assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+
+
+def test_lora_start_is_kaiming_uniform():
+    start = lora_a(0, 3, "q_proj", (8, 4096))
+    assert start.dtype == np.float32
+    assert np.abs(start).max() <= 1 / 64
+    assert start.std() == pytest.approx(1 / 64 / math.sqrt(3), rel=0.02)
+    assert not np.array_equal(start, lora_a(0, 2, "q_proj", (8, 4096)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_random(tmp_path, PRESETS["llama-tiny"], 0)
+    (tmp_path / "fingerprint.json").unlink()
+    return tmp_path
+
+
+def edit_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+def cut(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
+        (lambda f: edit_config(f, model_type="gpt2"), "model_type 'gpt2' is not offered"),
+        (lambda f: edit_config(f, hidden_size=None), "hidden_size"),
+        (lambda f: edit_config(f, num_hidden_layers=5), "lack model.layers.4"),
+        (lambda f: edit_config(f, vocab_size=8000), "has shape"),
+        (lambda f: edit_config(f, rope_scaling={"rope_type": "yarn"}), "rope scaling"),
+        (cut, "not a whole safetensors file"),
+        (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    ],
+)
+def test_damage_is_named_in_one_line(folder, damage, message):
+    damage(folder)
+    with pytest.raises(BadInput) as refusal:
+        open_checkpoint(folder)
+    assert message in str(refusal.value)
+    assert str(folder) in str(refusal.value)
+    assert "\n" not in str(refusal.value)

@@ -1,0 +1,70 @@
+"""Flags: defaults, what follows from them, and one-line refusals that name the flag and what would work."""
+
+import pytest
+from conftest import refusal, run_program
+
+from tunebench.errors import BadInput
+from tunebench.flags import parse_flags
+
+
+def test_a_bare_call(capsys):
+    flags = parse_flags("lora", [])
+    assert (flags.model, flags.weights, flags.data) == ("llama-tiny", "random", "synthetic-en")
+    assert (flags.bsz, flags.micro_bsz, flags.accumulation, flags.steps, flags.warmup_steps) == (4, 4, 1, 30, 5)
+    assert (flags.lora_r, flags.lora_alpha) == (8, 32)
+    assert "llama-tiny (the default: no GPU visible)" in capsys.readouterr().out
+
+
+def test_accumulation_follows_from_the_batch_sizes():
+    flags = parse_flags("full", ["--model=llama-tiny", "--bsz=16", "--micro-bsz=4"])
+    assert (flags.replicas, flags.accumulation) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model=lama-tiny"], "--model lama-tiny: no such preset or folder; use one of llama-tiny, bloom-tiny"),
+        (["--model=me/mine", "--weights=random"], "--weights random is for presets"),
+        (["--data=squad"], "--data squad: use synthetic-en, synthetic-zh, alpaca, guanaco, or a .json"),
+        (["--data=missing.json"], "--data missing.json: no such file"),
+        (
+            ["--bsz=6", "--micro-bsz=4"],
+            "--micro-bsz 4 does not divide --bsz 6 over 1 replica(s); use one of 1, 2, 3, 6",
+        ),
+        (["--steps=5"], "--warmup-steps 5 leaves none of --steps 5 to time; use at most 4"),
+        (["--out=/tmp"], "--out /tmp is a folder; name a file"),
+    ],
+)
+def test_refused_in_combination(arguments, message):
+    with pytest.raises(BadInput) as refused:
+        parse_flags("full", ["--model=llama-tiny", *arguments])
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bsz=0"], "argument --bsz: 0 is out of range; use 1 or more"),
+        (["--bsz=two"], "argument --bsz: invalid positive value: 'two'"),
+        (["--lr=0"], "argument --lr: 0 is out of range; use a number above 0"),
+        (["--lr=nan"], "argument --lr: nan is out of range"),
+        (["--seed=-1"], "argument --seed: -1 is out of range; use 0 or more"),
+        (["--zero=3"], "argument --zero: invalid choice: 3 (choose from 0)"),
+        (["--dtype=int8"], "argument --dtype: invalid choice: 'int8' (choose from 'fp32')"),
+        (["--steps=5", "--epochs=1"], "argument --epochs: not allowed with argument --steps"),
+        (["--lora-r=8"], "unrecognized arguments: --lora-r=8"),
+        (["--batch=8"], "unrecognized arguments: --batch=8"),
+    ],
+)
+def test_refused_by_the_parser(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_flags("full", arguments, prog="finetune_full.py")
+    assert end.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert line.startswith(f"finetune_full.py: {message}")
+
+
+def test_prepare_refuses_in_one_line_too():
+    assert "--data missing.json: no such file" in refusal(run_program("data/prepare.py", "--data", "missing.json"))

@@ -1,0 +1,75 @@
+"""The layout's promises: what must not be importable, and what the mirrored scripts share."""
+
+import ast
+import difflib
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = [f"{framework}/finetune_{method}.py" for framework in ("torch", "paddle") for method in ("full", "lora")]
+
+
+@pytest.mark.parametrize("folder", ["torch", "paddle", "data", "tests"])
+def test_no_folder_passes_for_a_package(folder):
+    assert (ROOT / folder).is_dir()
+    assert not (ROOT / folder / "__init__.py").exists(), "it would hide the real framework"
+
+
+def test_no_module_beside_a_script_has_a_standard_name():
+    modules = [file for folder in ("torch", "paddle", "data") for file in (ROOT / folder).glob("*.py")]
+    assert len(modules) >= 8
+    assert not [file for file in modules if file.stem in sys.stdlib_module_names]
+
+
+def test_root_is_not_importable_from_the_environment():
+    code = "import importlib.util as u, sys; print([u.find_spec(n) for n in ('suites', 'results', 'tests')], sys.path)"
+    printed = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("[None, None, None]")
+    assert f"'{ROOT}'" not in printed
+
+
+def test_tunebench_imports_neither_framework():
+    for file in (ROOT / "tunebench").glob("*.py"):
+        tree = ast.walk(ast.parse(file.read_text()))
+        names = [alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names]
+        tree = ast.walk(ast.parse(file.read_text()))
+        names += [node.module or "" for node in tree if isinstance(node, ast.ImportFrom)]
+        assert not {name.split(".")[0] for name in names} & {"torch", "paddle", "paddlenlp", "transformers"}, file
+
+
+def definitions(script: str) -> list[str]:
+    body = ast.parse((ROOT / script).read_text()).body
+    return [node.name for node in body if isinstance(node, ast.FunctionDef)]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_twins_have_the_same_blocks_in_the_same_order(method):
+    torch, paddle = (definitions(f"{framework}/finetune_{method}.py") for framework in ("torch", "paddle"))
+    assert torch == paddle
+    assert len(torch) >= 8
+
+
+@pytest.mark.parametrize("framework", ["torch", "paddle"])
+def test_siblings_differ_only_where_lora_does(framework):
+    full, lora = ((ROOT / f"{framework}/finetune_{method}.py").read_text().splitlines() for method in ("full", "lora"))
+    main = [lines[lines.index("def main(run: Run) -> None:") :] for lines in (full, lora)]
+    assert main[0] == main[1], "\n".join(difflib.unified_diff(*main, lineterm=""))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_stay_readable(script):
+    assert 80 <= len((ROOT / script).read_text().splitlines()) <= 300
+
+
+def test_lock_files_name_no_local_build_and_no_host():
+    for framework in ("torch", "paddle"):
+        lines = (ROOT / framework / "constraints.txt").read_text().splitlines()
+        pins = [line for line in lines if line and not line.startswith("#")]
+        assert len(pins) > 50
+        assert all("==" in pin for pin in pins)
+        assert not [pin for pin in pins if "+" in pin or "://" in pin or "file:" in pin]
+        wanted = [line for line in (ROOT / framework / "requirements.txt").read_text().splitlines() if "==" in line]
+        locked = {pin.split(" ")[0].lower().replace("_", "-") for pin in pins}
+        assert {line.lower().replace("_", "-") for line in wanted} <= locked

@@ -1,0 +1,108 @@
+"""The batch plan: the same file from the same inputs, and arrays that say what was planned."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import run_program
+
+from tunebench.checkpoint import find_checkpoint
+from tunebench.errors import BadInput
+from tunebench.flags import parse_flags
+from tunebench.plan import IGNORED, load_plan, plan_path, read_plan, write_plan
+
+SAMPLES = [(np.array([11, 12, 13, 21, 2]), 3), (np.array([14, 22, 23, 2]), 1), (np.array([15, 2]), 1)]
+ABOUT = {"data": "hand-made", "samples": 3, "skipped": 0, "bsz": 2, "pad_id": 0}
+
+
+@pytest.fixture
+def plan(tmp_path):
+    write_plan(tmp_path / "plan.safetensors", ABOUT, SAMPLES, steps=2)
+    return read_plan(tmp_path / "plan.safetensors")
+
+
+def test_counts(plan):
+    assert plan.steps == 2
+    assert [plan.effective_tokens(step) for step in (0, 1)] == [9, 7]
+    assert [plan.padded_tokens(step) for step in (0, 1)] == [10, 10]
+    assert [plan.label_tokens(step) for step in (0, 1)] == [2 + 3, 1 + 2]
+    info = plan.info()
+    assert (info.effective_tokens, info.padded_tokens, info.label_tokens) == (16, 20, 8)
+
+
+def test_rows_go_through_the_samples_in_order_and_again(plan):
+    (batch,) = plan.micro_batches(1, micro_bsz=2)
+    assert batch.input_ids.tolist() == [[15, 2, 0, 0, 0], [11, 12, 13, 21, 2]]
+
+
+def test_padding_mask_and_shifted_labels(plan):
+    (batch,) = plan.micro_batches(0, micro_bsz=2)
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 2], [14, 22, 23, 2, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
+    assert batch.labels.tolist() == [[-100, -100, 21, 2, -100], [22, 23, 2, -100, -100]]
+    assert (batch.labels != IGNORED).sum() == plan.label_tokens(0)
+    assert {array.dtype for array in (batch.input_ids, batch.attention_mask, batch.labels)} == {np.dtype(np.int64)}
+
+
+def test_replicas_and_passes_cut_the_global_batch_without_changing_its_padding(plan):
+    (whole,) = plan.micro_batches(0, micro_bsz=2)
+    for cut in (
+        [next(plan.micro_batches(0, 1, replica, replicas=2)) for replica in (0, 1)],
+        list(plan.micro_batches(0, micro_bsz=1)),
+    ):
+        assert np.array_equal(np.concatenate([part.labels for part in cut]), whole.labels)
+        assert np.array_equal(np.concatenate([part.input_ids for part in cut]), whole.input_ids)
+
+
+def test_damage_is_named(plan):
+    plan.path.write_bytes(plan.path.read_bytes()[:-4])
+    with pytest.raises(BadInput, match="not a whole batch plan"):
+        read_plan(plan.path)
+
+
+def test_prepared_from_the_embedded_data():
+    arguments = ["--model=llama-tiny", "--bsz=4", "--steps=6", "--samples=50"]
+    flags = parse_flags("full", arguments)
+    checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+    plan = load_plan(flags, checkpoint)
+    assert plan.steps == 6
+    assert plan.info().samples == 50
+    tokens = np.split(plan.tokens, plan.offsets[1:-1])
+    assert len(tokens) == 24
+    assert all(row[-1] == checkpoint.config["eos_token_id"] for row in tokens)
+    assert max(plan.prompt_lengths) <= 256
+    assert max(map(len, tokens)) <= 256 + 385
+    assert plan.tokens.max() < checkpoint.config["vocab_size"]
+
+    before = plan.sha256
+    plan.path.unlink()
+    assert before in load_plan(flags, checkpoint).sha256, "the same inputs must give the same file"
+    assert "plan " + before[:12] in run_program("data/prepare.py", *arguments, check=True).stdout
+
+
+def test_each_input_has_a_plan_of_its_own():
+    checkpoint = find_checkpoint("llama-tiny", "random", 0)
+    paths = {
+        plan_path(parse_flags("full", ["--model=llama-tiny", *extra]).model_dump(), checkpoint)
+        for extra in ([], ["--bsz=8"], ["--steps=31"], ["--samples=99"], ["--data=synthetic-zh"], ["--epochs=1"])
+    }
+    assert len(paths) == 6
+
+
+def test_epochs_say_what_they_leave_out():
+    done = run_program("data/prepare.py", "--model=llama-tiny", "--samples=10", "--bsz=4", "--epochs=1", check=True)
+    assert "the last 2 samples fill no batch of 4: left out" in done.stdout
+    assert "2 steps of 4 from 10 samples" in done.stdout
+
+
+def test_skipped_samples_are_counted(tmp_path):
+    good = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(6)]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*good[:2], {"instruction": "x"}, *good[2:]])))
+    arguments = ["--model=llama-tiny", f"--data={path}", "--bsz=2", "--steps=6"]
+    done = run_program("data/prepare.py", *arguments)
+    assert done.returncode == 2
+    assert f"{path}:3: the field 'output' is missing" in done.stderr
+    done = run_program("data/prepare.py", *arguments, "--skip-bad", check=True)
+    assert f"--skip-bad left 1 malformed samples out, the first: {path}:3:" in done.stdout.replace("\n", "")
+    assert "from 6 samples of mine.jsonl" in done.stdout

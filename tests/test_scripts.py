@@ -1,0 +1,313 @@
+"""The four scripts for real: both frameworks on the same work, the records they leave, and how they end."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import ROOT, refusal, run_program, train
+
+from tunebench.checkpoint import find_checkpoint, tensor_shapes, write_random
+from tunebench.presets import LORA_TARGETS, PRESETS
+from tunebench.record import read_record
+from tunebench.tables import COLUMNS, join, parity
+
+pytestmark = pytest.mark.frameworks
+
+FAMILIES, METHODS, FRAMEWORKS = ("llama", "bloom"), ("full", "lora"), ("torch", "paddle")
+WORK = ["--bsz=2", "--samples=40", "--steps=20", "--warmup-steps=4", "--lr=5e-4", "--seed=1"]
+SHORT = ["--model=llama-tiny", "--bsz=2", "--samples=40", "--steps=3", "--warmup-steps=1", "--lr=5e-4", "--seed=1"]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("records")
+
+
+@pytest.fixture(scope="session")
+def records(folder):
+    """The records of 20 steps by (family, method, framework), all from the same start on the same tokens."""
+    return {
+        (family, method, framework): train(
+            framework, method, folder / f"{family}-{method}-{framework}.json", f"--model={family}-tiny", *WORK
+        )
+        for family in FAMILIES
+        for method in METHODS
+        for framework in FRAMEWORKS
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+class TestPairs:
+    def test_the_loss_curves_are_one(self, records, family, method):
+        torch, paddle = (records[family, method, framework] for framework in FRAMEWORKS)
+        assert len(torch.steps.loss) == len(paddle.steps.loss) == 20
+        assert paddle.steps.loss[0] == pytest.approx(torch.steps.loss[0], rel=1e-5)
+        assert paddle.steps.loss == pytest.approx(torch.steps.loss, rel=1e-4)
+        assert paddle.steps.grad_norm == pytest.approx(torch.steps.grad_norm, rel=1e-4)
+        assert parity(paddle, torch) < 1e-4
+
+    def test_they_learn(self, records, family, method):
+        loss = records[family, method, "torch"].steps.loss
+        assert sum(loss[-5:]) < sum(loss[:5]) * (0.99 if method == "lora" else 0.9)
+
+    def test_the_same_work(self, records, family, method):
+        torch, paddle = (records[family, method, framework] for framework in FRAMEWORKS)
+        assert torch.plan == paddle.plan
+        assert torch.model == paddle.model
+        assert torch.setup == paddle.setup
+        assert torch.hardware.threads == paddle.hardware.threads
+        assert torch.hardware.environment == paddle.hardware.environment
+        for part in ("effective_tokens", "padded_tokens", "label_tokens"):
+            assert getattr(torch.steps, part) == getattr(paddle.steps, part)
+
+    def test_what_is_trainable(self, records, family, method):
+        model = records[family, method, "paddle"].model
+        shapes = tensor_shapes(PRESETS[f"{family}-tiny"].config)
+        adapters = [
+            8 * sum(shape)
+            for name, shape in shapes.items()
+            if name.endswith(".weight") and name.split(".")[-2] in LORA_TARGETS[family]
+        ]
+        assert len(adapters) == (12 if family == "llama" else 4)
+        assert model.trainable_parameters == (sum(adapters) if method == "lora" else model.parameters)
+
+
+def test_a_record_says_what_it_ran_on(records):
+    for (_, _, framework), record in records.items():
+        package = {"torch": "torch", "paddle": "paddlepaddle"}[framework]
+        pins = (ROOT / framework / "requirements.txt").read_text()
+        assert f"{package}=={record.versions[package].split('+')[0]}" in pins
+        assert record.timed_from == 4
+        assert len(record.steps.seconds) == 20
+        assert all(seconds > 0 for seconds in record.steps.seconds)
+        assert 0 < record.setup_seconds < 300
+        assert record.peak_memory_bytes[0] > record.model.parameters * 4
+        assert record.hardware.environment["OMP_NUM_THREADS"] == str(record.hardware.threads)
+        if "AMD" in record.hardware.cpu:
+            assert record.hardware.environment["MKL_DEBUG_CPU_TYPE"] == "5"
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("method", METHODS)
+def test_accumulation_and_recompute_change_nothing(records, tmp_path, framework, method):
+    whole = records["llama", method, framework].steps
+    record = train(framework, method, tmp_path / "r.json", *SHORT, "--micro-bsz=1", "--recompute")
+    assert (record.setup.accumulation, record.setup.recompute) == (2, True)
+    assert record.steps.loss == pytest.approx(whole.loss[:3], rel=1e-5)
+    assert record.steps.grad_norm == pytest.approx(whole.grad_norm[:3], rel=1e-5)
+
+
+def test_a_checkpoint_folder_in_shards_with_its_own_tokenizer(tmp_path):
+    """--weights pretrained on both sides: shards, half precision on disk, and the checkpoint's tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    source = PRESETS["bloom-tiny"]
+    write_random(tmp_path, type(source)(source.config, "float16"), seed=5, shard_bytes=1 << 21)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(["a few words to learn from"], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    flags = [f"--model={tmp_path}", "--bsz=2", "--samples=8", "--steps=3", "--warmup-steps=1"]
+    torch, paddle = (train(framework, "full", tmp_path / f"{framework}.json", *flags) for framework in FRAMEWORKS)
+    assert torch.model == paddle.model
+    assert torch.model.name == tmp_path.name
+    assert torch.plan == paddle.plan
+    assert paddle.steps.loss == pytest.approx(torch.steps.loss, rel=1e-4)
+
+
+def test_both_environments_prepare_the_same_plan(tmp_path):
+    digests = []
+    for framework in FRAMEWORKS:
+        done = subprocess.run(
+            [ROOT / f".venv/{framework}/bin/python", ROOT / "data/prepare.py", "--data=synthetic-zh", "--samples=300"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=os.environ | {"TUNEBENCH_CACHE": str(tmp_path / framework)},
+        )
+        digests.append(done.stdout.rsplit("plan ", 1)[1].split(":")[0])
+    assert digests[0] == digests[1]
+
+
+class TestTables:
+    def test_every_pair_has_a_speedup(self, records):
+        rows = join(list(records.values()))
+        assert [(row.family, row.method) for row in rows] == [
+            ("bloom", "lora"),
+            ("bloom", "full"),
+            ("llama", "lora"),
+            ("llama", "full"),
+        ]
+        for row in rows:
+            torch, paddle = (records[row.family, row.method, framework] for framework in FRAMEWORKS)
+            rates = [sum(r.steps.effective_tokens[4:]) / sum(r.steps.seconds[4:]) for r in (paddle, torch)]
+            assert row.paddle_effective_tokens_per_second == pytest.approx(rates[0])
+            assert row.torch_effective_tokens_per_second == pytest.approx(rates[1])
+            assert row.speedup == pytest.approx(rates[0] / rates[1] - 1)
+            assert row.parity < 1e-4
+            assert row.note is None
+
+    def test_printed_from_the_records_alone(self, records, folder):
+        printed = run_program("summarize.py", folder, check=True).stdout
+        heading = [cell.strip() for cell in printed.split("\n| ")[1].splitlines()[0].strip(" |").split("|")]
+        assert tuple(heading) == COLUMNS
+        assert printed.index("### Bloom") < printed.index("### Llama")
+        assert printed.count("%") == 4
+        assert "no GPU" in printed
+
+        rows = json.loads(run_program("summarize.py", folder, "--format=json", check=True).stdout)
+        assert len(rows) == 4
+        lines = list(
+            csv.DictReader(io.StringIO(run_program("summarize.py", folder, "--format=csv", check=True).stdout))
+        )
+        assert [line["Speedup"] for line in lines] == [f"{row['speedup']:+.0%}" for row in rows]
+
+    def test_other_work_is_not_compared(self, records):
+        torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
+        other = paddle.model_copy(update={"plan": paddle.plan.model_copy(update={"sha256": "0" * 64})})
+        (row,) = join([torch, other])
+        assert row.speedup is None
+        assert row.refusal == "not the same work"
+        assert f"plan.sha256: {'0' * 12} ≠ {torch.plan.sha256[:12]}" in row.note
+
+    def test_other_losses_are_not_compared(self, records):
+        torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
+        loss = [*paddle.steps.loss[:-1], paddle.steps.loss[-1] * 1.01]
+        (row,) = join([torch, paddle.model_copy(update={"steps": paddle.steps.model_copy(update={"loss": loss})})])
+        assert row.speedup is None
+        assert row.refusal == "losses differ"
+        assert row.parity == pytest.approx(0.01, rel=0.01)
+
+    def test_one_side_alone_and_one_that_failed(self, records):
+        torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
+        (row,) = join([torch])
+        assert (row.paddle_status, row.speedup, row.torch_status) == (None, None, "ok")
+        failed = paddle.model_copy(update={"status": "oom", "reason": "Out of memory", "model": None, "steps": None})
+        (row,) = join([torch, failed])
+        assert (row.paddle_status, row.speedup) == ("oom", None)
+        assert "paddle oom: Out of memory" in row.note
+
+    def test_broken_and_missing_records(self, records, folder, tmp_path):
+        empty = run_program("summarize.py", tmp_path, check=True)
+        assert "no records in" in empty.stdout
+        good = folder / "llama-full-torch.json"
+        (tmp_path / "good.json").write_bytes(good.read_bytes())
+        (tmp_path / "cut.json").write_bytes(good.read_bytes()[:500])
+        (tmp_path / "other.json").write_text('{"a": 1}')
+        done = run_program("summarize.py", tmp_path, check=True)
+        assert "llama-tiny" in done.stdout
+        assert f"skipped {tmp_path}/cut.json" in done.stderr
+        assert f"skipped {tmp_path}/other.json" in done.stderr
+        assert run_program("summarize.py", tmp_path, "--strict").returncode == 1
+        assert "no such file or folder" in refusal(run_program("summarize.py", tmp_path / "nowhere"))
+
+
+class TestEnds:
+    def test_a_loss_that_is_no_number(self, tmp_path):
+        out = tmp_path / "r.json"
+        flags = [f"--out={out}", *SHORT[:-3], "--steps=6", "--lr=1e38"]
+        done = run_program("torch/finetune_full.py", *flags)
+        record = read_record(out)
+        assert done.returncode == 1
+        assert record.status == "failed"
+        assert "is not a finite number" in record.reason
+        assert 1 <= len(record.steps.loss) < 6
+
+    def test_timeout_ends_a_run_and_says_so(self, tmp_path):
+        out = tmp_path / "r.json"
+        started = time.monotonic()
+        flags = ["--model=llama-tiny", "--samples=40", "--steps=500", "--timeout=8", f"--out={out}"]
+        done = run_program("torch/finetune_full.py", *flags)
+        assert done.returncode == 124
+        assert time.monotonic() - started < 60
+        record = read_record(out)
+        assert record.status == "timeout"
+        assert "--timeout 8 s" in record.reason
+
+    @pytest.mark.parametrize("framework", FRAMEWORKS)
+    def test_bad_input_is_one_line_from_any_script(self, tmp_path, framework):
+        script = f"{framework}/finetune_full.py"
+        assert "no such preset" in refusal(run_program(script, "--model=lama"))
+        assert "argument --bsz: 0 is out of range" in refusal(run_program(script, "--bsz=0"))
+        assert "config.json is missing" in refusal(run_program(script, f"--model={tmp_path}"))
+        write_random(tmp_path, PRESETS["llama-tiny"], seed=0)
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1])
+        assert "not a whole safetensors file" in refusal(run_program(script, f"--model={tmp_path}"))
+        (tmp_path / "bad.json").write_text('[{"instruction": "x"}]')
+        bad_data = run_program(script, "--model=llama-tiny", f"--data={tmp_path / 'bad.json'}")
+        assert "bad.json:1: the field 'output' is missing" in refusal(bad_data)
+
+    def test_ctrl_c_leaves_no_record_and_no_process(self, tmp_path):
+        out = tmp_path / "r.json"
+        flags = ["--model=llama-tiny", "--samples=40", "--steps=500", f"--out={out}"]
+        command = [sys.executable, str(ROOT / "torch/finetune_full.py"), *flags]
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for line in running.stdout:
+            if line.startswith("step 1/"):
+                break
+        children = psutil.Process(running.pid).children(recursive=True)
+        running.send_signal(signal.SIGINT)
+        _, errors = running.communicate(timeout=60)
+        assert running.returncode == 130
+        assert "interrupted" in errors
+        assert "Traceback" not in errors
+        assert not out.exists()
+        assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+SPY = """
+import atexit, importlib.util, json, os, sys
+def tell():
+    if "torch" in sys.modules or "paddle" in sys.modules:
+        found = {n: getattr(importlib.util.find_spec(n), "origin", None) for n in ("torch", "paddle", "suites")}
+        open(os.environ["SPY_FILE"], "w").write(json.dumps([sys.path, found]))
+atexit.register(tell)
+"""
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_the_root_is_not_on_the_path_of_a_process_that_trains(tmp_path, framework):
+    """Even where PYTHONPATH names it, as some editors do."""
+    (tmp_path / "sitecustomize.py").write_text(SPY)
+    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "SPY_FILE": str(tmp_path / "seen.json")}
+    run_program(f"{framework}/finetune_lora.py", *SHORT, f"--out={tmp_path / 'r.json'}", env=env, check=True)
+    path, found = json.loads((tmp_path / "seen.json").read_text())
+    assert str(ROOT) not in path
+    other = {"torch": "paddle", "paddle": "torch"}[framework]
+    assert ".venv" in found[framework]
+    assert found[other] is None
+    assert found["suites"] is None
+
+
+def test_scripts_run_from_a_shell_with_no_environment_activated(tmp_path):
+    python = next(p for p in ("/usr/bin/python3", "/usr/local/bin/python3", sys.executable) if Path(p).exists())
+    env = {"PATH": "/usr/bin:/bin", "TUNEBENCH_CACHE": os.environ["TUNEBENCH_CACHE"], "HOME": str(tmp_path)}
+    flags = [*SHORT, f"--out={tmp_path / 'r.json'}"]
+    subprocess.run([python, ROOT / "torch/finetune_lora.py", *flags], env=env, check=True, capture_output=True)
+    assert read_record(tmp_path / "r.json").status == "ok"
+    done = subprocess.run(
+        [python, ROOT / "summarize.py", tmp_path], env=env, check=True, capture_output=True, text=True
+    )
+    assert "llama-tiny" in done.stdout
+
+
+def test_checkpoints_are_written_once_for_all(records):
+    assert len({r.model.weights_sha256 for (family, *_), r in records.items() if family == "llama"}) == 1
+    assert (
+        find_checkpoint("llama-tiny", "random", 1).weights_sha256
+        == records["llama", "full", "torch"].model.weights_sha256
+    )

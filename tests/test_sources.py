@@ -1,0 +1,128 @@
+"""Samples from files and hub data sets: read in order, and every malformed one named with file and line."""
+
+import json
+
+import pyarrow
+import pytest
+import sources
+from pyarrow import parquet
+
+from tunebench.errors import BadInput
+
+GOOD = [
+    {"instruction": "Add 2 and 3.", "input": "", "output": "5"},
+    {"instruction": "翻译成中文", "input": "good morning", "output": "早上好"},
+    {"instruction": "Name a prime.", "output": "7"},
+]
+PROMPTS = ["Add 2 and 3.", "翻译成中文\ngood morning", "Name a prime."]
+
+
+def lines(samples):
+    return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples).encode()
+
+
+def array(samples):
+    return b"[\n" + b",\n".join(lines([sample]).rstrip() for sample in samples) + b"\n]\n"
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.json", array(GOOD)), ("a.jsonl", lines(GOOD))])
+def test_json_and_jsonl(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    loaded = sources.load(str(tmp_path / name), None, skip_bad=False)
+    assert [sample.prompt for sample in loaded.samples] == PROMPTS
+    assert [sample.response for sample in loaded.samples] == ["5", "早上好", "7"]
+    assert loaded.skipped == []
+
+
+def test_parquet(tmp_path):
+    parquet.write_table(pyarrow.Table.from_pylist(GOOD), tmp_path / "a.parquet")
+    loaded = sources.load(str(tmp_path / "a.parquet"), 2, skip_bad=False)
+    assert [sample.prompt for sample in loaded.samples] == PROMPTS[:2]
+
+
+BAD = {
+    "missing": (b'{"instruction": "x", "input": ""}', "the field 'output' is missing"),
+    "type": (b'{"instruction": "x", "output": 5}', "the field 'output' must be text, not int"),
+    "input type": (b'{"instruction": "x", "input": [], "output": "y"}', "the field 'input' must be text"),
+    "empty response": (b'{"instruction": "x", "output": " "}', "the response (the field 'output') is empty"),
+    "empty prompt": (b'{"instruction": "", "output": "y"}', "the prompt (the fields 'instruction' and 'input')"),
+    "utf-8": (b'{"instruction": "caf\xe9", "output": "y"}', "the field 'instruction' is not valid UTF-8"),
+    "nul": (b'{"instruction": "x\\u0000", "output": "y"}', "the field 'instruction' contains a NUL byte"),
+    "no object": (b'["x", "y"]', "a sample must be an object, not list"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_malformed_is_refused_with_file_and_line_or_skipped_and_counted(tmp_path, fault, ending):
+    bad, message = BAD[fault]
+    good = [lines([sample]).rstrip() for sample in GOOD]
+    everything = [good[0], bad, good[1], good[2], bad]
+    path = tmp_path / f"bad{ending}"
+    path.write_bytes(b"[\n" + b",\n".join(everything) + b"]" if ending == ".json" else b"\n".join(everything))
+    first = f"{path}:{3 if ending == '.json' else 2}: "
+    with pytest.raises(BadInput) as refusal:
+        sources.load(str(path), None, skip_bad=False)
+    assert str(refusal.value).startswith(first + message)
+    assert "--skip-bad" in str(refusal.value)
+    loaded = sources.load(str(path), None, skip_bad=True)
+    assert [sample.prompt for sample in loaded.samples] == PROMPTS
+    assert len(loaded.skipped) == 2
+    assert loaded.skipped[0].startswith(first + message)
+
+
+def test_bad_rows_of_a_parquet_file_are_named(tmp_path):
+    text = pyarrow.array([b"fine", b"caf\xe9"], pyarrow.binary()).cast(pyarrow.string(), safe=False)
+    parquet.write_table(pyarrow.table({"instruction": text, "output": ["a", "b"]}), tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match=r"a\.parquet row 2: the field 'instruction' is not valid UTF-8"):
+        sources.load(str(tmp_path / "a.parquet"), None, skip_bad=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'{"instruction": "x"}', "must be an array of samples"),
+        ("a.json", b'[{"instruction": "x", "output": "y"}\n{"a": 1}]', "a.json:2: not JSON: a comma"),
+        ("a.json", b'[\n{"instruction": "x",}]', "a.json:2: not JSON"),
+        ("a.json", b'[{"instruction": "x", "output": "y"},', "a.json:1: not JSON"),
+        ("a.jsonl", b'{"instruction": \n', "a.jsonl:1: not JSON"),
+        ("a.jsonl", b"", "no usable sample"),
+        ("a.parquet", b"PAR1", "not a readable Parquet file"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput) as refusal:
+        sources.load(str(tmp_path / name), None, skip_bad=False)
+    assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_more_samples_than_there_are(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
+    with pytest.raises(BadInput, match=r"--samples 4: .* holds 3 usable samples"):
+        sources.load(str(tmp_path / "a.jsonl"), 4, skip_bad=False)
+
+
+@pytest.mark.parametrize("name", ["alpaca", "guanaco"])
+def test_hub_data_sets_load_through_the_datasets_library(tmp_path, monkeypatch, name):
+    """The real loading code, on a folder that has the data set's name: `datasets` takes it before the hub."""
+    folder = tmp_path / sources.HUB[name]
+    folder.mkdir(parents=True)
+    parquet.write_table(pyarrow.Table.from_pylist(GOOD), folder / "train.parquet")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    loaded = sources.load(name, 2, skip_bad=False)
+    assert [sample.prompt for sample in loaded.samples] == PROMPTS[:2]
+
+
+def test_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(BadInput) as refusal:
+        sources.load("alpaca", 2, skip_bad=False)
+    assert "tatsu-lab/alpaca could not be loaded" in str(refusal.value)
+    assert "\n" not in str(refusal.value)

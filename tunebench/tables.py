@@ -1,0 +1,340 @@
+"""Joins records into tables: which runs did the same work, how fast each side was, and what that makes of a speedup."""
+
+import csv
+import io
+import itertools
+import json
+import statistics
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tunebench.cache import results_folder
+from tunebench.errors import BadInput
+from tunebench.presets import PRESETS
+from tunebench.record import Record, read_record
+
+# Largest relative difference of two fp32 loss curves, at any step, that still counts as the same training.
+LOSS_TOLERANCE = 1e-3
+METHODS = {"lora": "LoRA", "full": "Finetune"}
+FAMILIES = {"llama": "Llama", "bloom": "Bloom"}
+NOT_AVAILABLE = "N/A"
+COLUMNS = (
+    "Model",
+    "Method",
+    "Num GPUs",
+    "Batch Size",
+    "Paddle Setup",
+    "Paddle Effective Tokens/s",
+    "Torch Setup",
+    "Torch Effective Tokens/s",
+    "Speedup",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table. Rates in effective tokens/s of the whole job; `speedup` is Paddle ÷ Torch − 1.
+
+    `num_gpus` is the number of processes where there are no GPUs. A side that did not end ok has its status; a pair
+    that cannot be compared has no speedup, `refusal` in its place and the fields that differ in `note`.
+    `parity` is the largest relative difference of the two loss curves at any step.
+    """
+
+    family: str
+    model: str
+    method: str
+    num_gpus: int
+    batch_size: int
+    paddle_setup: str | None
+    paddle_status: str | None
+    paddle_effective_tokens_per_second: float | None
+    paddle_runs: int
+    torch_setup: str | None
+    torch_status: str | None
+    torch_effective_tokens_per_second: float | None
+    torch_runs: int
+    speedup: float | None
+    refusal: str | None
+    parity: float | None
+    note: str | None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All runs of one side with one setup on one piece of work."""
+
+    records: list[Record]
+
+    @property
+    def first(self) -> Record:
+        """The run that stands for the others where they must agree."""
+        return self.records[0]
+
+    @property
+    def rate(self) -> float | None:
+        """The geometric mean of the runs, in effective tokens/s; None when they did not end ok."""
+        if self.first.status != "ok":
+            return None
+        return statistics.geometric_mean(record.effective_tokens_per_second for record in self.records)
+
+
+def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
+    """The records of files and folders (searched through, but for hidden and `published` ones), and what was broken."""
+    records, broken = [], []
+    for file in itertools.chain.from_iterable(_record_files(path) for path in paths):
+        try:
+            records.append(read_record(file))
+        except BadInput as fault:
+            broken.append(str(fault))
+    return sorted(records, key=lambda record: record.started_at), broken
+
+
+def join(records: list[Record]) -> list[Row]:
+    """One row for each two cells that belong together, like for like first, then what is left of each side."""
+    groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
+    for record in records:
+        group = (*_model_of(record), record.method, record.devices, record.setup.bsz)
+        groups.setdefault(group, {"paddle": [], "torch": []})[record.framework].append(record)
+    rows = []
+    for group in sorted(groups, key=lambda g: (g[0], g[1], list(METHODS).index(g[2]), g[3:])):
+        cells = {framework: _cells(members) for framework, members in groups[group].items()}
+        rows.extend(_row(group, paddle, torch) for paddle, torch in _pairs(**cells))
+    return rows
+
+
+def differences(paddle: Record, torch: Record) -> list[str]:
+    """Why two runs did not do the same work: each differing field with both values; empty when they did."""
+    ours, theirs = _work(paddle), _work(torch)
+    return [
+        f"{field}: {_short(ours[field])} ≠ {_short(theirs[field])}" for field in ours if ours[field] != theirs[field]
+    ]
+
+
+def parity(paddle: Record, torch: Record) -> float:
+    """The largest relative difference of two loss curves at any step."""
+    assert paddle.steps is not None
+    assert torch.steps is not None
+    return max(abs(a - b) / abs(b) for a, b in zip(paddle.steps.loss, torch.steps.loss, strict=True))
+
+
+def render(rows: list[Row], form: str, records: list[Record]) -> str:
+    """The rows as `md` (a table per model family, what it was measured on above it), `csv` or `json`."""
+    if form == "json":
+        return json.dumps([asdict(row) for row in rows], indent=1)
+    if form == "csv":
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("Family", *COLUMNS, "Note"))
+        writer.writerows((row.family, *_texts(row), row.note or "") for row in rows)
+        return text.getvalue().rstrip("\n")
+    parts = []
+    for family, members in itertools.groupby(rows, key=lambda row: row.family):
+        parts.append(f"### {FAMILIES.get(family, family)}\n")
+        parts.append(_measured_on([r for r in records if _model_of(r)[0] == family]) + "\n")
+        members = list(members)
+        parts.append(_markdown(members) + "\n")
+        parts.extend(
+            f"{row.model} {METHODS[row.method]} bsz {row.batch_size}: {row.note}\n" for row in members if row.note
+        )
+    parts.append(
+        "Speedup = Paddle ÷ Torch − 1. Effective tokens/s leave padding out; warm-up and start-up are not timed. "
+        "A cell with one run has no interval: repeat with `run_all.sh --repeats N` before you trust a small difference."
+    )
+    return "\n".join(parts)
+
+
+def print_tables(paths: list[Path]) -> None:
+    """Prints the Markdown tables of the records under `paths`, and names the broken ones."""
+    records, broken = load_records(paths)
+    for fault in broken:
+        print(f"skipped {fault}")
+    if records:
+        print(render(join(records), "md", records), flush=True)
+
+
+def _record_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        if path == results_folder():
+            return []
+        raise BadInput(f"{path}: no such file or folder; name record files or folders of them")
+    return sorted(file for file in path.rglob("*.json") if not _is_kept_apart(file.relative_to(path)))
+
+
+def _is_kept_apart(file: Path) -> bool:
+    return any(part.startswith(".") or part == "published" for part in file.parts)
+
+
+def _model_of(record: Record) -> tuple[str, str]:
+    """Family and name, for a run that failed before its model stood by its flags."""
+    if record.model is not None:
+        return record.model.family, record.model.name
+    arguments = itertools.chain.from_iterable(argument.split("=", 1) for argument in record.argv)
+    name = next((value for flag, value in itertools.pairwise(arguments) if flag == "--model"), "unknown")
+    return (PRESETS[name].config["model_type"] if name in PRESETS else "other"), Path(name).name
+
+
+def _cells(records: list[Record]) -> list[Cell]:
+    """One side's runs by setup and work. Runs that did not end ok count only where none of their setup did."""
+    by_key: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.status == "ok":
+            by_key[json.dumps([record.setup.model_dump(), _work(record)], sort_keys=True, default=str)].append(record)
+    done = {_setup(runs[0]) for runs in by_key.values()}
+    ended: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        if record.status != "ok" and _setup(record) not in done:
+            ended[_setup(record), record.status].append(record)
+    return [Cell(runs) for runs in (*by_key.values(), *ended.values())]
+
+
+def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[Cell | None, Cell | None]]:
+    """Same setup and same work first; then same work, fastest to fastest; then the same setup; then alone."""
+    pairs: list[tuple[Cell | None, Cell | None]] = []
+    ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
+    for fits in (
+        lambda a, b: _setup(a) == _setup(b) and not _cannot_compare(a, b),
+        lambda a, b: not _cannot_compare(a, b),
+        lambda a, b: _setup(a) == _setup(b),
+    ):
+        for cell in list(ours):
+            match = next((other for other in theirs if fits(cell.first, other.first)), None)
+            if match is not None:
+                pairs.append((cell, match))
+                ours.remove(cell)
+                theirs.remove(match)
+    return pairs + [(cell, None) for cell in ours] + [(None, cell) for cell in theirs]
+
+
+def _cannot_compare(paddle: Record, torch: Record) -> bool:
+    return paddle.status == torch.status == "ok" and bool(differences(paddle, torch))
+
+
+def _row(group: tuple[Any, ...], paddle: Cell | None, torch: Cell | None) -> Row:
+    family, model, method, devices, bsz = group
+    speedup = refusal = agreement = note = None
+    if paddle and torch and paddle.rate and torch.rate:
+        different = differences(paddle.first, torch.first)
+        if different:
+            refusal, note = "not the same work", f"not the same work: {'; '.join(different)}"
+        else:
+            agreement = parity(paddle.first, torch.first)
+            if agreement > LOSS_TOLERANCE:
+                refusal = "losses differ"
+                note = f"the loss curves differ by {agreement:.1e} of the loss, more than {LOSS_TOLERANCE:g}"
+            else:
+                speedup = paddle.rate / torch.rate - 1
+    reasons = [f"{c.first.framework} {c.first.status}: {c.first.reason}" for c in (paddle, torch) if c and not c.rate]
+    return Row(
+        family=family,
+        model=model,
+        method=method,
+        num_gpus=devices,
+        batch_size=bsz,
+        **_side("paddle", paddle),
+        **_side("torch", torch),
+        speedup=speedup,
+        refusal=refusal,
+        parity=agreement,
+        note="; ".join(filter(None, [note, *reasons])) or None,
+    )
+
+
+def _side(framework: str, cell: Cell | None) -> dict[str, Any]:
+    return {
+        f"{framework}_setup": _setup(cell.first) if cell else None,
+        f"{framework}_status": cell.first.status if cell else None,
+        f"{framework}_effective_tokens_per_second": cell.rate if cell else None,
+        f"{framework}_runs": len(cell.records) if cell else 0,
+    }
+
+
+def _setup(record: Record) -> str:
+    """How a run was split and computed, in the words of the published record."""
+    setup = record.setup
+    replicas = record.devices // setup.mp
+    parts = [f"MP {setup.mp}"] * (setup.mp > 1) + [f"ZeRO {setup.zero}"] * (setup.zero > 0)
+    parts += [f"DP {replicas}"] * (replicas > 1 and not setup.zero)
+    parts += [f"{setup.micro_bsz * replicas}*{setup.accumulation}"] * (setup.accumulation > 1)
+    parts += ["recompute"] * setup.recompute + ["tuned"] * setup.tuned
+    return ", ".join([*parts, f"{setup.dtype} {setup.amp or ''}".strip()])
+
+
+def _work(record: Record) -> dict[str, Any]:
+    """What must be equal for two runs to have done the same work on the same machine."""
+    plan, model, steps, hardware = record.plan, record.model, record.steps, record.hardware
+    return {
+        "plan.sha256": plan and plan.sha256,
+        "model.parameters": model and model.parameters,
+        "model.trainable_parameters": model and model.trainable_parameters,
+        "model.config_sha256": model and model.config_sha256,
+        "model.weights_sha256": model and model.weights_sha256,
+        "setup.dtype": record.setup.dtype,
+        "setup.amp": record.setup.amp,
+        "setup.recompute": record.setup.recompute,
+        "steps": steps and len(steps.seconds),
+        "timed_from": record.timed_from,
+        "hardware.cpu": hardware.cpu,
+        "hardware.cores": hardware.cores,
+        "hardware.threads": hardware.threads,
+        "hardware.environment": hardware.environment,
+        "hardware.accelerators": hardware.accelerators,
+    }
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text[:12] if len(text) == 64 else text
+
+
+def _texts(row: Row) -> list[str]:
+    def rate(value: float | None, status: str | None) -> str:
+        if value is not None:
+            return f"{value:.2f}"
+        return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
+
+    return [
+        row.model,
+        METHODS[row.method],
+        str(row.num_gpus),
+        str(row.batch_size),
+        row.paddle_setup or NOT_AVAILABLE,
+        rate(row.paddle_effective_tokens_per_second, row.paddle_status),
+        row.torch_setup or NOT_AVAILABLE,
+        rate(row.torch_effective_tokens_per_second, row.torch_status),
+        (row.refusal or NOT_AVAILABLE) if row.speedup is None else f"{row.speedup:+.0%}",
+    ]
+
+
+def _markdown(rows: list[Row]) -> str:
+    table = [list(COLUMNS), *map(_texts, rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _measured_on(records: list[Record]) -> str:
+    """The caveat above a table: machine, versions, steps and runs, read from its records."""
+    done = [record for record in records if record.status == "ok"]
+    if not done:
+        return "No run ended ok."
+    machines = {(r.hardware.cpu, r.hardware.cores, r.hardware.threads, tuple(r.hardware.accelerators)) for r in done}
+    texts = []
+    for cpu, cores, threads, accelerators in sorted(machines):
+        gpus = f"{len(accelerators)}× {accelerators[0]}" if accelerators else "no GPU"
+        texts.append(f"{gpus}, {cpu} with {cores} cores, {threads} threads per process")
+    versions = {f"{name} {r.versions[name]}" for r in done for name in VERSIONS_SHOWN if name in r.versions}
+    steps = {f"{len(r.steps.seconds) - r.timed_from} of {len(r.steps.seconds)}" for r in done if r.steps}
+    caveat = "" if all(machine[3] for machine in machines) else " It compares CPU kernels: it says nothing about GPUs."
+    environment = {f"{k}={v}" for r in done for k, v in r.hardware.environment.items() if k == "MKL_DEBUG_CPU_TYPE"}
+    return (
+        f"Measured on: {'; '.join(texts)}; {', '.join(sorted(versions))}; steps timed: {', '.join(sorted(steps))}"
+        f"{'; ' + ', '.join(environment) if environment else ''}.{caveat}"
+    )
+
+
+VERSIONS_SHOWN = ("torch", "transformers", "peft", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp")
