@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import date, timedelta
 from itertools import accumulate, chain, pairwise
 from itertools import count as integers
-from typing import NamedTuple
 
 # The tokenizer splits text by this pattern first, and nearly every piece is one token: so pieces stand for tokens.
 PIECES = r"[0-9]|[\u4e00-\u9fff]|\n+| ?[^\W\d_\u4e00-\u9fff]+| ?[^\s\w]+|\s"
@@ -31,27 +30,17 @@ def count(text: str) -> int:
     return len(_pieces(text))
 
 
-# --- Lengths ---------------------------------------------------------------------------------------------------------
-
-
-class Shape(NamedTuple):
-    """Token lengths: quantiles of prompt and response (EOS included), and how the two go together."""
-
-    prompt: dict[float, int]
-    response: dict[float, int]
-    total: tuple[int, int]  # least and most tokens of prompt and response together
-    opposed: float  # share of records where a longer prompt goes with a shorter response
-
-
-# Measured on 1,000 real instruction records each (32k vocabulary); 0.375 and `opposed` are fitted to the totals.
+# Of real instruction data (1,000 records each, 32k vocabulary): quantiles of the prompt and of the response with its
+# EOS; least and most tokens of both together; share of records where a longer prompt goes with a shorter response. The
+# quantile 0.375 and the share are fitted to the quantiles of the total.
 SHAPES = {
-    "en": Shape(
+    "en": (
         {0: 5, 0.1: 9, 0.25: 11, 0.5: 15, 0.75: 23, 0.9: 33, 0.95: 44, 0.99: 93, 1: 171},
         {0: 2, 0.1: 12, 0.25: 29, 0.375: 52, 0.5: 114, 0.75: 277, 0.9: 385, 1: 385},
         (15, 556),
         0.15,
     ),
-    "zh": Shape(
+    "zh": (
         {0: 5, 0.1: 11, 0.25: 15, 0.5: 19, 0.75: 26, 0.9: 39, 0.95: 52, 0.99: 94, 1: 194},
         {0: 5, 0.1: 27, 0.25: 62, 0.375: 105, 0.5: 168, 0.75: 324, 0.9: 385, 1: 385},
         (16, 453),
@@ -68,24 +57,21 @@ def _draw(quantiles: dict[float, int], rng: random.Random) -> list[int]:
         u = (stratum + rng.random()) / DECK
         (a, low), (b, high) = next(pair for pair in pairwise(quantiles.items()) if u <= pair[1][0])
         lengths.append(int(low + (high - low) * (u - a) / (b - a) + 0.5))
-    rng.shuffle(lengths)
-    return lengths
+    return rng.sample(lengths, DECK)
 
 
-def _deck(shape: Shape, rng: random.Random) -> list[tuple[int, int]]:
+def _deck(language: str, rng: random.Random) -> list[tuple[int, int]]:
     """A deck of (prompt, response) lengths in random order."""
-    prompts, responses = _draw(shape.prompt, rng), _draw(shape.response, rng)
-    head = int(shape.opposed * DECK)
+    *quantiles, (least, most), opposed = SHAPES[language]
+    prompts, responses = (_draw(of, rng) for of in quantiles)
+    head = int(opposed * DECK)
     prompts[:head], responses[:head] = sorted(prompts[:head]), sorted(responses[:head], reverse=True)
-    least, most = shape.total
     for i in range(DECK):
         while not least <= prompts[i] + responses[i] <= most:  # swap with another pair so that both fit
             j = rng.randrange(DECK)
             if least <= prompts[i] + responses[j] <= most and least <= prompts[j] + responses[i] <= most:
                 responses[i], responses[j] = responses[j], responses[i]
-    pairs = list(zip(prompts, responses, strict=True))
-    rng.shuffle(pairs)
-    return pairs
+    return rng.sample(list(zip(prompts, responses, strict=True)), DECK)
 
 
 # --- Words -----------------------------------------------------------------------------------------------------------
@@ -189,15 +175,14 @@ for _forms, _stems in REGULAR.items():
 FRAMES = {
     language: [(frame, count(re.sub(" ?{}", "", frame))) for frame in frames.split("|")]
     for language, frames in {
-        "en": "{}|{} Thanks.|Hello! {}|Quick question: {}|Help me, please: {}|{} Take your time.|A small task: {} Thanks!"
+        "en": "{}|{} Thanks.|Hello! {}|Quick question: {}|Help me, please: {}|{} Take your time.|A small task: {}"
         "|Here is one for you: {}|My daughter asks me: {} Please be precise.|This came up at work: {} Thanks a lot."
         "|{} I want to check my own result.|Hello! {} We need it for the meeting tomorrow morning."
         "|{} I am preparing for a test and would like to compare my own answer with yours afterwards."
         "|Here is one for you: {} Please keep the wording simple enough for a beginner, because that is what I am.",
-        "zh": "{}|{}谢谢。|你好，{}|请帮忙：{}|帮我看看：{}|有一道题：{}|孩子问我：{}|请教一个问题：{}|你好，{}麻烦你了。"
-        "|{}请检查一遍结果。|下面是一道练习题：{}|工作中遇到一个问题：{}|请教一个问题：{}谢谢。|{}我在准备考试，想对一下答案。"
-        "|{}这是我的作业，请写得清楚一些。|老师今天布置了一道题：{}请写得清楚一些。"
-        "|{}我自己做了一遍，但是不太确定对不对，想核对一下。"
+        "zh": "{}|{}谢谢。|你好，{}|请帮忙：{}|帮我看看：{}|有一道题：{}|孩子问我：{}|请教一个问题：{}"
+        "|你好，{}麻烦你了。|{}请检查一遍结果。|下面是一道练习题：{}|工作中遇到一个问题：{}|请教一个问题：{}谢谢。"
+        "|{}我在准备考试，想对一下答案。|{}这是我的作业，请写得清楚一些。|老师今天布置了一道题：{}请写得清楚一些。"
         "|下面是一道练习题：{}我自己做了一遍，但是不太确定对不对，所以想请你再做一遍。",
     }.items()
 }
@@ -254,8 +239,7 @@ class Kit:
 
     def __init__(self, rng: random.Random, language: str, prompt: int, response: int) -> None:
         self.rng, self.prompt, self.response, self.en = rng, prompt, response, language == "en"
-        self.words, self.kinds, self.pairs = WORDS[language], KINDS[language], PAIRS[language]
-        self.frames = FRAMES[language]
+        self.words, self.kinds, self.pairs, self.frames = (t[language] for t in (WORDS, KINDS, PAIRS, FRAMES))
         self.person = self("{} is {} years old, lives in {} and works as a {}.", "{}今年{}岁，住在{}，职业是{}。")
         self.space, self.comma, self.colon = (" ", ", ", ": ") if self.en else ("", "、", "：")
 
@@ -299,8 +283,7 @@ class Kit:
 
     def series(self, wordings: str, lines: Iterable[str], separator: str = "\n", text: str = "") -> Task:
         """As many of the lines as come nearest to the wanted response; # in the wordings becomes their number."""
-        taken: list[str] = []
-        used = 0
+        taken, used = [], 0
         for line in lines:
             size = count(separator + line)
             if len(taken) > 1 and used + size / 2 > self.response:
@@ -358,15 +341,15 @@ def arithmetic(k: Kit) -> Task:
     return k(en, zh), "", k.answer(k.values(total, f"{text} = {total}"), steps)
 
 
-@family(prompt=(5, 24), response=(12, LONG))
+@family(prompt=(5, 18), response=(12, LONG))
 def number_facts(k: Kit) -> Task:
     n, mark = k.number(1, 4), k.rng.choice(("", "- "))
     after, is_it = next(filter(is_prime, integers(n + 1))), k(("is not", "is"), ("不是", "是"))[is_prime(n)]
     facts = k(
-        f"{n} {is_it} a prime number.|The next prime number is {after}.|The square of {n} is {n * n}.|In words:"
-        f" {in_words(n)}.|The number before {n} is {n - 1}.|{n} is {'odd' if n % 2 else 'even'}.|In binary it is {n:b}.",
-        f"{n}{is_it}质数。|比{n}大的最小质数是{after}。|{n}的平方是{n * n}。|用汉字写作{in_hanzi(n)}。|前面一个数是{n - 1}。"
-        f"|{n}是{'奇' if n % 2 else '偶'}数。|写成二进制是{n:b}。",
+        f"{n} {is_it} a prime number.|The next prime number is {after}.|The square of {n} is {n * n}.|In binary it is"
+        f" {n:b}.|In words it is {in_words(n)}.|The number before {n} is {n - 1}.|It is {'odd' if n % 2 else 'even'}.",
+        f"{n}{is_it}质数。|比{n}大的最小质数是{after}。|{n}的平方是{n * n}。|用汉字写作{in_hanzi(n)}。"
+        f"|前面一个数是{n - 1}。|{n}是{'奇' if n % 2 else '偶'}数。|写成二进制是{n:b}。",
     ).split("|")
     for d in k.pick(range(2, 100), 14):
         facts.append(k(f"{n} + {d} = {n + d} and {n} × {d} = {n * d}.", f"{n} + {d} = {n + d}，{n} × {d} = {n * d}。"))
@@ -390,9 +373,9 @@ def invention(k: Kit) -> Task:
     bill = k("{2} {0} at {3} euros each cost {4} euros.", "{0}{2}{1}，每{1}{3}元，共{4}元。")
     en, zh, lines = k.rng.choice(
         [
-            ("people", "人物", (k.person.format(*row) for row in k.people(99))),
+            ("people", "人物", (k.person.format(*row) for row in k.people(36))),
             ("stops of a bus ride", "公交车站的上下车情况", ride(k.number(2))),
-            ("purchases", "笔购物记录", (bill.format(*row, row[2] * row[3]) for row in k.goods(99))),
+            ("purchases", "购物记录", (bill.format(*row, row[2] * row[3]) for row in k.goods(50))),
         ]
     )
     en = f"Invent some {en}.|Make up # {en}.|I need # {en} as an example.|Write down # {en} that you have made up."
@@ -400,15 +383,15 @@ def invention(k: Kit) -> Task:
     return k.series(k(en, zh), lines)
 
 
-@family(prompt=(6, 30), response=(12, LONG), weight=3)
+@family(prompt=(6, 24), response=(12, LONG), weight=2)
 def number_series(k: Kit) -> Task:
     a, d = k.number(2), k.number(1, 3)
     return k.listing(
         [  # what is listed, in both languages, and its terms
             (f"multiples of {d}", f"{d}的倍数", (f"{d} × {n} = {d * n}" for n in integers(1))),
             (f"multiples of {d} from {a * d}", f"从{a * d}起{d}的倍数", integers(a * d, d)),
-            (f"squares from {a} × {a}", f"从{a}的平方起的平方数", (n * n for n in integers(a))),
-            (f"cubes from {a}³", f"从{a}³起的立方数", (f"{n} × {n} × {n} = {n**3}" for n in integers(a))),
+            (f"squares of the numbers from {a}", f"从{a}起各数的平方", (n * n for n in integers(a))),
+            (f"cubes of numbers from {a}", f"从{a}起各数的立方", (f"{n} × {n} × {n} = {n**3}" for n in integers(a))),
             (f"primes above {a}", f"大于{a}的质数", filter(is_prime, integers(a + 1))),
             (f"doublings of {d}", f"把{d}不断加倍的算式", (f"{d << n} × 2 = {d << n + 1}" for n in integers())),
         ]
@@ -427,7 +410,7 @@ def everyday_series(k: Kit) -> Task:
     leap = (y for y in integers(year) if y % (400 if y % 100 == 0 else 4) == 0)
     animals = (f"{y}年{'鼠牛虎兔龙蛇马羊猴鸡狗猪'[(y - 1900) % 12]}" for y in integers(year))
     dates = (f"{k.date(d)}{k(', a ', '，')}{k.weekday(d)}" for d in (day + timedelta(i * add) for i in integers()))
-    months = (k("{}: ", "{}月底：").format(i) + f"{a} + {add} = {a + add}" for i, a in enumerate(integers(n, add), 1))
+    months = (k("{}: ", "第{}个月：").format(i) + f"{a} + {add} = {a + add}" for i, a in enumerate(integers(n, add), 1))
     table = (f"{x}{k.space}{many} = {x * rate}{k.space}{other}" for x in integers(n, step))
     fizz = ("Fizz" * (i % step == 0) + "Buzz" * (i % 7 == 0) or str(i) for i in integers(n))
     skips = ("过" if i % step == 0 or str(step) in str(i) else str(i) for i in integers(n))
@@ -465,11 +448,9 @@ def spelled_numbers(k: Kit) -> Task:
 @family(prompt=(12, 30), response=(1, 26))
 def weekday(k: Kit) -> Task:
     day = date(k.rng.randrange(1950, 2060), k.rng.randint(1, 12), k.rng.randint(1, 28)) + timedelta(k.rng.randrange(4))
-    text, name, later = k.date(day), k.weekday(day), k.weekday(day + timedelta(1))
+    text, name = k.date(day), k.weekday(day)
     en, zh = f"Which weekday is {text}?|Name the weekday of {text}.", f"{text}是星期几？|请问{text}是星期几？"
-    full = k(f"{text} is a {name}.", f"{text}是{name}。")
-    direct = k.values(name, full, full + k(f" The day after is a {later}.", f"第二天是{later}。"))
-    return k(en, zh), "", k.answer(direct)
+    return k(en, zh), "", k.answer(k.values(name, k(f"{text} is a {name}.", f"{text}是{name}。")))
 
 
 @family(prompt=(5, 24), response=(7, 160))
@@ -489,7 +470,7 @@ def repeated_division(k: Kit) -> Task:
     return k(en, zh), "", k.answer([f"{n} = {' × '.join(factors)}"], steps)
 
 
-@family(prompt=(14, 200), response=(3, LONG))
+@family(prompt=(14, 200), response=(3, LONG), weight=2)
 def sorting(k: Kit) -> Task:
     numbers, down = k.pick(range(2, 1000), k.room(4.8)), k.rng.random() < 0.5
     order = k(*(("largest to smallest", "从大到小") if down else ("smallest to largest", "从小到大")))
@@ -503,7 +484,7 @@ def sorting(k: Kit) -> Task:
     return k(en, zh), k.join(numbers), k.answer(direct, lines, inserts)
 
 
-@family(prompt=(14, 200), response=(1, LONG))
+@family(prompt=(14, 200), response=(1, LONG), weight=2)
 def filtering(k: Kit) -> Task:
     """Choosing or counting the numbers with a property."""
     numbers, limit, d = k.pick(range(2, 1000), k.room(4.8)), k.number(3), k.rng.randrange(2, 10)
@@ -523,7 +504,7 @@ def filtering(k: Kit) -> Task:
     return k(en, zh), k.join(numbers), k.answer(direct, short, long)
 
 
-@family(prompt=(14, 150), response=(1, LONG))
+@family(prompt=(14, 150), response=(1, 300), weight=2)
 def groups(k: Kit) -> Task:
     """Words of two kinds, or the odd one out."""
     (a, b), n, odd = k.pick(list(k.kinds), 2), k.room(k(2, 3.2), 11, 4, 24), k.response < 12 and k.rng.random() < 0.7
@@ -542,7 +523,7 @@ def groups(k: Kit) -> Task:
     return k(en, zh), k.join(mixed), k.answer([direct], lines, long)
 
 
-@family(prompt=(14, 150), response=(2, LONG))
+@family(prompt=(14, 150), response=(2, 300), weight=2)
 def word_list(k: Kit) -> Task:
     """Counting or removing repeats, reversing."""
     pool = k.pick(k.rng.choice(list(k.kinds.values())), 9)
@@ -561,7 +542,7 @@ def word_list(k: Kit) -> Task:
     return k(en, zh), k.join(words), k.answer([listed, k("Result: ", "结果：") + listed], marks)
 
 
-@family(prompt=(8, 120), response=(1, LONG))
+@family(prompt=(8, 120), response=(1, 300), weight=2)
 def pairs(k: Kit) -> Task:
     """Opposites, capitals, past tenses …, of one word or several."""
     what, table = k.rng.choice(list(k.pairs.items()))
@@ -577,12 +558,13 @@ def pairs(k: Kit) -> Task:
     return k(en, zh), asked, k.answer([answers], lines, long)
 
 
-@family(prompt=(28, 190), response=(2, LONG))
+@family(prompt=(26, 200), response=(2, LONG), weight=3)
 def inventory(k: Kit) -> Task:
-    """The value of a stock, or its list as Markdown or JSON."""
+    """The value of some goods, the change for them, or their list as Markdown or JSON."""
     rows = k.goods(k.room(k(10.5, 11), 12, 2, 17))
     text = "\n".join(k(f"{q} {g} at {p} euros each", f"{g}{q}{unit}，每{unit}{p}元") for g, unit, q, p in rows)
-    values, style = [q * p for _, _, q, p in rows], k.rng.randrange(4)
+    values, style = [q * p for _, _, q, p in rows], k.rng.randrange(5)
+    total, sums = sum(values), " + ".join(map(str, values))
     if style == 0:
         table = [k("| item | quantity | price |", "| 品名 | 数量 | 单价 |"), "|---|---|---|"]
         table += [f"| {g} | {q} | {p} |" for g, _, q, p in rows]
@@ -590,21 +572,26 @@ def inventory(k: Kit) -> Task:
     if style == 1:
         keys = k(("item", "quantity", "price"), ("品名", "数量", "单价"))
         data = [dict(zip(keys, (g, q, p), strict=True)) for g, _, q, p in rows]
-        return k("Write it as JSON.", "写成JSON格式。"), text, json.dumps(data, ensure_ascii=False)
-    full = k(f"The total value is {sum(values)} euros.", f"总价是{sum(values)}元。")
+        direct = [json.dumps(data, ensure_ascii=False, indent=indent) for indent in (None, 1)]
+        return k("Write it as JSON.", "写成JSON格式。"), text, k.answer(direct)
     lines = [f"{g}{k.colon}{q} × {p} = {q * p}" for g, _, q, p in rows]
+    if style == 2:
+        name, change = k.rng.choice(k.words["names"]), k.number(1, 2)
+        en = f"{name} buys all this and pays {total + change} euros. How much change is due?"
+        zh = f"{name}买了这些东西，付了{total + change}元，应找回多少元？"
+        lines += [f"{sums} = {total}", f"{total + change} - {total} = {change}"]
+        return k(en, zh), text, k.answer(k.values(change), lines[-2:], lines)
+    full = k(f"The total value is {total} euros.", f"总价是{total}元。")
     running = [f"{line}{k('; together ', '；累计')}{s}" for line, s in zip(lines, accumulate(values), strict=True)]
     en, zh = "What is it worth in total?|What does all of it cost?", "总价是多少？|请计算下面这批货物的总价。"
-    return k(en, zh), text, k.answer(k.values(sum(values), full), lines, running)
+    return k(en, zh), text, k.answer(k.values(total, full), lines, running)
 
 
-@family(prompt=(20, 190), response=(1, LONG))
+@family(prompt=(20, 200), response=(1, LONG), weight=3)
 def personal_data(k: Kit) -> Task:
     """One field of short records, or all of them as sentences or JSON."""
-    keys, rows = (
-        k(("name", "age", "home", "job"), ("姓名", "年龄", "城市", "职业")),
-        k.people(k.room(k(13, 17), 11, 1, 12)),
-    )
+    keys = k(("name", "age", "home", "job"), ("姓名", "年龄", "城市", "职业"))
+    rows = k.people(k.room(k(13, 17), 11, 1, 12))
     data = [dict(zip(keys, row, strict=True)) for row in rows]
     text = "\n".join(k("; ", "；").join(f"{key}{k.colon}{value}" for key, value in row.items()) for row in data)
     if k.response < 12 or k.rng.random() < 0.3:
@@ -617,7 +604,7 @@ def personal_data(k: Kit) -> Task:
     return k("Convert this to JSON.", "转换成JSON。"), text, k.answer(direct)
 
 
-@family(prompt=(24, 150), response=(1, LONG))
+@family(prompt=(20, 150), response=(1, LONG), weight=2)
 def ranking(k: Kit) -> Task:
     """A chain of comparisons, given in mixed order."""
     en, zh = ("taller tallest shortest", "older oldest youngest"), ("高 最高 最矮", "年长 最年长 最年轻")
@@ -634,13 +621,13 @@ def ranking(k: Kit) -> Task:
     return k(en, zh).format(text, text), "", k.answer(direct, clues, steps)
 
 
-@family(prompt=(28, 90), response=(3, 200))
+@family(prompt=(28, 90), response=(3, 300), weight=2)
 def day_plan(k: Kit) -> Task:
     """A study plan, or when it ends."""
     subjects, length, pause = k.pick(k.words["subjects"], k.room(k(2, 3), 26, 2, 15)), 5 * k.number(1), 5 * k.number(1)
     first = 5 * k.rng.randrange(84, 100)
-    starts = [first + i * (length + pause) for i in range(len(subjects))]
-    slots = [(clock(t), clock(t + length), subject) for t, subject in zip(starts, subjects, strict=True)]
+    starts = zip(integers(first, length + pause), subjects, strict=False)
+    slots = [(clock(start), clock(start + length), subject) for start, subject in starts]
     en = f"start at {clock(first)}, {length} minutes each, breaks of {pause} minutes"
     zh = f"{clock(first)}开始，每科{length}分钟，中间休息{pause}分钟"
     if k.response < 20:
@@ -665,35 +652,32 @@ def _word(kit: Kit, wordings: str, used: int) -> str:
 
 def _fit(rng: random.Random, language: str, lengths: tuple[int, int], seen: set[tuple]) -> dict[str, str]:
     """A record of about the wanted lengths that has not been seen: the best of a few attempts."""
-    shape, (prompt, response) = SHAPES[language], lengths
+    (prompt, response), (prompts, responses, (least, most), _) = lengths, SHAPES[language]
     wanted = response - 1  # without EOS
     if wanted == RESPONSE_LIMIT:
         wanted += rng.randrange(8, 120)  # the cut ones go on
     makers = [make for make, (a, b), (c, d) in FAMILIES if a <= prompt <= b and c <= wanted <= d]
-    best, least, attempts = None, math.inf, 0
-    while best is None or (least > 0.1 and attempts < 8):
+    best, error, attempts = None, math.inf, 0
+    while best is None or (error > 0.1 and attempts < 8):
         attempts += 1
         kit = Kit(rng, language, prompt, wanted)
         wordings, text, output = rng.choice(makers)(kit)
         used = count("\n" + text) if text else 0
-        instruction = _word(kit, wordings, used)
-        p, r = count(instruction) + used, min(count(output), RESPONSE_LIMIT) + 1
-        error = abs(p - prompt) / prompt + abs(r - response) / response
-        if p < shape.prompt[0] or r < shape.response[0] or not shape.total[0] <= p + r <= shape.total[1]:
-            continue
-        if error < least and (instruction, text, output) not in seen:
-            best, least = (instruction, text, output), error
+        task = _word(kit, wordings, used), text, output
+        p, r = count(task[0]) + used, min(count(output), RESPONSE_LIMIT) + 1
+        legal = prompts[0] <= p <= prompts[1] and responses[0] <= r and least <= p + r <= most and task not in seen
+        off = abs(p - prompt) / prompt + abs(r - response) / response
+        if legal and off < error:
+            best, error = task, off
     seen.add(best)
     return dict(zip(("instruction", "input", "output"), best, strict=True))
 
 
 def generate(language: str, samples: int, seed: int = 0) -> list[dict[str, str]]:
     """`samples` different records; fewer of the same seed are the first ones of more."""
-    rng = random.Random(f"{language} {seed}")
-    records: list[dict[str, str]] = []
-    seen: set[tuple[str, str, str]] = set()
+    rng, records, seen = random.Random(f"{language} {seed}"), [], set()
     while len(records) < samples:
-        deck = _deck(SHAPES[language], rng)
+        deck = _deck(language, rng)
         records += [_fit(rng, language, lengths, seen) for lengths in deck[: samples - len(records)]]
     return records
 
@@ -705,9 +689,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="file to write (default: standard output)")
     args = parser.parse_args()
+    records = generate(args.language, args.samples, args.seed)
     with open(args.out or sys.stdout.fileno(), "w", encoding="utf-8", closefd=bool(args.out)) as file:
-        for record in generate(args.language, args.samples, args.seed):
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,29 @@
-"""The tokenizer: a byte-level BPE trained on the embedded data, or the one of a Hugging Face checkpoint."""
+"""The tokenizer of a model: the embedded one, or the one of a Hugging Face checkpoint.
+
+The embedded one is a byte-level BPE trained on the embedded data, so it needs no download and loses no text.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import pathlib
 import tempfile
+from pathlib import Path
+from typing import Any
 
 import synthetic
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 VOCAB_SIZE = 8192
 SPECIAL = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
-PAD, EOS = 0, 2
+PAD_ID, EOS_ID = 0, 2
 TRAINING_SAMPLES = 4000  # of each language
 
 
 def train() -> Tokenizer:
-    """Trains on the embedded data; the same bytes every time."""
+    """The embedded tokenizer; the same bytes every time."""
     tokenizer = Tokenizer(models.BPE())
-    # Single digits and single Han characters are tokens of their own, like in the llama family.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(synthetic.PIECES), behavior="isolated"),
@@ -34,8 +37,87 @@ def train() -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    records = [r for language in synthetic.SHAPES for r in synthetic.generate(language, TRAINING_SAMPLES)]
-    tokenizer.train_from_iterator(
-        [t for r in records for t in r.values()] + [f"{w} {w}" for w in synthetic.lexicon()], trainer
-    )
+    texts = [f"{word} {word}" for word in synthetic.lexicon()]  # at the start of a text and after a space
+    for language in synthetic.SHAPES:
+        texts += [text for record in synthetic.generate(language, TRAINING_SAMPLES) for text in record.values()]
+    tokenizer.train_from_iterator(texts, trainer)
+    # Plain entries instead of added tokens: text that spells "</s>" stays text, and survives the round trip.
+    return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))
+
+
+def embedded(cache: Path) -> Tokenizer:
+    """The embedded tokenizer from a cache folder; trained and put there if it is missing or broken."""
+    sources = b"".join(Path(module).read_bytes() for module in (synthetic.__file__, __file__))
+    key = hashlib.sha256(sources + str(VOCAB_SIZE).encode()).hexdigest()[:12]
+    path = cache / f"tokenizer-{key}.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+        if tokenizer.get_vocab_size() == VOCAB_SIZE:
+            return tokenizer
+    except Exception:  # the library raises plain Exception for a missing or broken file
+        pass
+    tokenizer = train()
+    cache.mkdir(parents=True, exist_ok=True)
+    # Written whole and then renamed, so that no other process ever reads half a file.
+    descriptor, temporary = tempfile.mkstemp(dir=cache, prefix=path.stem, suffix=".tmp")
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(tokenizer.to_str())
+    Path(temporary).replace(path)
     return tokenizer
+
+
+def of_checkpoint(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a checkpoint folder; None if it has none."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return None
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"{path} is not a readable tokenizer: {str(error).splitlines()[0]}") from error
+
+
+def eos_id(tokenizer: Tokenizer, folder: Path | None) -> int:
+    """The id that ends a response; `folder` is the checkpoint's, None for the embedded tokenizer."""
+    if folder is None:
+        return EOS_ID
+    found = _special_id(tokenizer, folder, "eos_token")
+    if found is None:
+        raise ValueError(
+            f"no eos_token_id in {folder / 'config.json'} and no eos_token in tokenizer_config.json beside it"
+        )
+    return found
+
+
+def pad_id(tokenizer: Tokenizer, folder: Path | None) -> int:
+    """The id that fills short rows; the end-of-sequence id where a checkpoint names none."""
+    if folder is None:
+        return PAD_ID
+    found = _special_id(tokenizer, folder, "pad_token")
+    return eos_id(tokenizer, folder) if found is None else found
+
+
+def _special_id(tokenizer: Tokenizer, folder: Path, name: str) -> int | None:
+    """From config.json (an id or a list of them) or else from tokenizer_config.json (a token)."""
+    value = _read(folder / "config.json").get(f"{name}_id")
+    if isinstance(value, list) and value:
+        value = value[0]
+    if isinstance(value, int):
+        return value
+    token = _read(folder / "tokenizer_config.json").get(name)
+    if isinstance(token, dict):  # a serialized AddedToken
+        token = token.get("content")
+    return tokenizer.token_to_id(token) if isinstance(token, str) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; {} if there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return content

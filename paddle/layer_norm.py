@@ -16,6 +16,6 @@ def mend_frozen_scales(model: paddle.nn.Layer) -> None:
     """
     if paddle.get_device() != "cpu":
         return
-    for layer in model.sublayers():
+    for layer in model.sublayers(include_self=True):
         if isinstance(layer, paddle.nn.LayerNorm) and layer.weight is not None:
             layer.weight.stop_gradient = False

@@ -22,8 +22,8 @@ from tunebench.tables import COLUMNS, join, parity
 pytestmark = pytest.mark.frameworks
 
 FAMILIES, METHODS, FRAMEWORKS = ("llama", "bloom"), ("full", "lora"), ("torch", "paddle")
-WORK = ["--bsz=2", "--samples=40", "--steps=20", "--warmup-steps=4", "--lr=5e-4", "--seed=1"]
-SHORT = ["--model=llama-tiny", "--bsz=2", "--samples=40", "--steps=3", "--warmup-steps=1", "--lr=5e-4", "--seed=1"]
+WORK = ["--bsz=2", "--samples=20", "--steps=20", "--warmup-steps=4", "--lr=5e-4", "--seed=1"]
+SHORT = ["--model=llama-tiny", "--bsz=2", "--samples=20", "--steps=3", "--warmup-steps=1", "--lr=5e-4", "--seed=1"]
 
 
 @pytest.fixture(scope="session")
@@ -56,8 +56,9 @@ class TestPairs:
         assert parity(paddle, torch) < 1e-4
 
     def test_they_learn(self, records, family, method):
+        """Steps 11 to 20 see the samples of steps 1 to 10 again."""
         loss = records[family, method, "torch"].steps.loss
-        assert sum(loss[-5:]) < sum(loss[:5]) * (0.99 if method == "lora" else 0.9)
+        assert all(again < first for first, again in zip(loss[:10], loss[10:], strict=True))
 
     def test_the_same_work(self, records, family, method):
         torch, paddle = (records[family, method, framework] for framework in FRAMEWORKS)
@@ -218,7 +219,7 @@ class TestTables:
 class TestEnds:
     def test_a_loss_that_is_no_number(self, tmp_path):
         out = tmp_path / "r.json"
-        flags = [f"--out={out}", *SHORT[:-3], "--steps=6", "--lr=1e38"]
+        flags = [f"--out={out}", *SHORT[:-3], "--steps=6", "--lr=1e20"]
         done = run_program("torch/finetune_full.py", *flags)
         record = read_record(out)
         assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""The one folder for what can be made again: tokens, plans, random checkpoints."""
+"""Where files go: the cache for what can be made again, the results for what cannot, and how they are written."""
 
 import contextlib
 import fcntl
@@ -15,6 +15,11 @@ def cache_folder() -> Path:
     folder = Path(os.environ.get("TUNEBENCH_CACHE") or ROOT / ".cache").expanduser().resolve()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def results_folder() -> Path:
+    """`results` in the repository, or where TUNEBENCH_RESULTS says; made by the first record."""
+    return Path(os.environ.get("TUNEBENCH_RESULTS") or ROOT / "results").expanduser().resolve()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

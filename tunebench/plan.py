@@ -21,6 +21,7 @@ from tunebench.cache import cache_folder, write_atomically
 from tunebench.checkpoint import Checkpoint
 from tunebench.errors import BadInput
 from tunebench.flags import DATA_NAMES, Flags
+from tunebench.processes import dying_with_parent
 from tunebench.record import PlanInfo
 
 PLAN_VERSION = 1  # part of the cache key: raise it when the same inputs would give another plan
@@ -170,9 +171,8 @@ def _prepare(flags: Flags) -> None:
     arguments = [f"--model={flags.model}", f"--weights={flags.weights}", f"--data={flags.data}", f"--bsz={flags.bsz}"]
     arguments += [f"--samples={flags.samples}"] * (flags.samples is not None) + ["--skip-bad"] * flags.skip_bad
     arguments += [f"--epochs={flags.epochs}"] if flags.epochs else [f"--steps={flags.steps}"]
-    done = subprocess.run(
-        [sys.executable, ROOT / "data" / "prepare.py", *arguments, f"--seed={flags.seed}"], check=False
-    )
+    command = [sys.executable, ROOT / "data" / "prepare.py", *arguments, f"--seed={flags.seed}"]
+    done = subprocess.run(command, check=False, preexec_fn=dying_with_parent())
     if done.returncode:
         sys.exit(done.returncode)  # prepare.py has said why
 

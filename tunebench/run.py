@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import psutil
 
 from tunebench.bootstrap import ROOT
+from tunebench.cache import results_folder
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Flags, parse_flags
@@ -213,7 +214,7 @@ def new_record_path(framework: str, method: str, flags: Flags) -> Path:
     """Where the record of a run without --out goes: a new file for each run."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     return (
-        ROOT / "results" / "runs" / f"{framework}-{method}-{flags.model_name}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
+        results_folder() / "runs" / f"{framework}-{method}-{flags.model_name}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
     )
 
 

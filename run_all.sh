@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Sets up what is missing, runs a suite and prints its tables. Ctrl-C keeps what is done; the same command goes on.
+#
+#   bash run_all.sh [--cpu] [--suite NAME] [--only GLOB] [--repeats N] [--fresh] [--dry-run]
+#
+# --cpu          set up CPU builds on any machine (see setup.sh)
+# --suite NAME   which of suites/NAME.toml, or a .toml file of your own (default: cpu)
+# --only GLOB    only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle' or '*lora*'
+# --repeats N    rounds (default: 1); the order of the two sides alternates
+# --fresh        from the start; earlier results move to results/.previous/
+# --dry-run      print the runs, start none
+#
+# Records go to results/SUITE/PAIR/FRAMEWORK-rROUND.json. Exit code: 0, 1 where a run failed, 2 for bad input, 130 when
+# interrupted. TUNEBENCH_RESULTS and TUNEBENCH_CACHE move the two folders that it writes to.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+setup=() suite=()
+for argument in "$@"; do
+  case $argument in
+    -h|--help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$root/run_all.sh"; exit 0 ;;
+    --cpu) setup=(--cpu) ;;
+    *) suite+=("$argument") ;;
+  esac
+done
+
+# pip answers Ctrl-C with an ordinary failure, so say here what it was.
+trap 'echo "run_all.sh: interrupted during set-up; the same command goes on" >&2; exit 130' INT
+bash "$root/setup.sh" ${setup[@]+"${setup[@]}"}
+trap - INT
+# -P: the working directory could be the repository, which must not be on Python's path.
+exec "$root/.venv/torch/bin/python" -P -m tunebench.suite ${suite[@]+"${suite[@]}"}

@@ -1,0 +1,78 @@
+"""Child processes that cannot outlive who started them, whichever way that ends."""
+
+import contextlib
+import ctypes
+import functools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LIBC = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: loading in a forked child could hang
+PR_SET_PDEATHSIG = 1
+PATIENCE = 15.0  # seconds from SIGTERM to SIGKILL
+
+
+def dying_with_parent() -> Callable[[], None]:
+    """A `preexec_fn` with which the child is killed when the thread that starts it ends, by SIGKILL too."""
+    return functools.partial(_die_with, os.getpid())
+
+
+def start(command: Sequence[str | Path], **options: Any) -> subprocess.Popen:
+    """Starts `command` without input in a session, and so a group, of its own; it dies with this thread."""
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=dying_with_parent(), **options
+    )
+
+
+def end(process: subprocess.Popen, patience: float = PATIENCE) -> None:
+    """Ends a process made by `start`, its group and its descendants in other groups; returns when all are gone.
+
+    They get SIGTERM, and after `patience` seconds SIGKILL. What the process left running when it ended by itself is
+    ended just so.
+    """
+    deadline = time.monotonic() + patience
+    asked: set[psutil.Process] = set()
+    left = _members(process)
+    while left:
+        for member in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if time.monotonic() > deadline:
+                    member.kill()
+                elif member not in asked:  # once: a second SIGTERM would break into a launcher's own clearing up
+                    member.terminate()
+        asked |= left
+        process.poll()
+        time.sleep(0.05)
+        left = {member for member in asked | _members(process) if _runs(member)}
+    process.wait()
+
+
+def _die_with(parent: int) -> None:
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the line above took effect
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _members(process: subprocess.Popen) -> set[psutil.Process]:
+    """Who is in the group, also when its leader is gone, and who descends from the leader (launchers start groups)."""
+    members: set[psutil.Process] = set()
+    for other in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if os.getpgid(other.pid) == process.pid:
+                members.add(other)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        if process.poll() is None:
+            members.update(psutil.Process(process.pid).children(recursive=True))
+    return members
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False

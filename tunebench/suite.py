@@ -1,0 +1,281 @@
+"""Runs a suite: each run in a process of its own, one after the other, leaving one record. It goes on where it stopped.
+
+run_all.sh calls it. A suite is a TOML file: flags for all runs, and pairs of runs, one run per framework.
+"""
+
+import signal
+
+if __name__ == "__main__":  # until `main` takes over, Ctrl-C ends the slow imports below without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.live import Live
+from rich.text import Text
+
+from tunebench import processes
+from tunebench.bootstrap import ROOT, maths_settings
+from tunebench.cache import results_folder
+from tunebench.errors import BadInput, one_line_refusals
+from tunebench.flags import Parser, positive
+from tunebench.record import LOG_LINES, Record, read_record
+from tunebench.run import describe_run
+
+PROGRAM = "run_all.sh"
+FINAL = ("ok", "oom", "unsupported")  # what another try would not change
+GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
+LOOK, LINE = 0.25, 10.0  # seconds between two looks at a run, two lines about it; rare: the cores are the run's
+STEP = re.compile(rb"step (\d+)/(\d+): ([\d.]+) s, (\d+) effective tokens/s")
+NOW = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
+
+
+stop_signals: list[int] = []  # the signals that asked this process to end
+
+
+def main() -> int:
+    """Runs what the command line asks for; the exit code: 0, 1 where a run failed, 130 when interrupted."""
+    parser = Parser(prog=PROGRAM, description="Runs a suite and prints its tables.", allow_abbrev=False)
+    add = parser.add_argument
+    add("--suite", default="cpu", help="a name in suites/, or a .toml file (default: cpu)")
+    add("--only", metavar="GLOB", help="only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle'")
+    add("--repeats", type=positive, default=1, help="rounds, the order of the sides alternating (default: 1)")
+    add("--fresh", action="store_true", help="from the start; earlier results move to results/.previous/")
+    add("--dry-run", action="store_true", help="print the runs, start none")
+    options = parser.parse_args()
+    sys.stdout.reconfigure(line_buffering=True)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, lambda number, _: stop_signals.append(number))
+    os.environ.update(maths_settings())  # what each run sets for itself; here for the records of those that could not
+
+    path = find_suite(options.suite)
+    suite, folder = read_suite(path), results_folder() / path.stem
+    runs = plan_runs(path, suite, folder, options.repeats, options.only)
+    if options.dry_run:
+        for run in runs:
+            print(f"{run.name}{': done already' if _before(run)[0] else ''}\n  {shlex.join(run.command)}")
+        return 0
+    for framework in sorted({run.framework for run in runs}):
+        if not (ROOT / ".venv" / framework / "complete").exists():
+            raise BadInput(f"the environment .venv/{framework} is not complete; run: bash setup.sh {framework}")
+    with _locked(folder):
+        for old in sorted(folder.iterdir()) if options.fresh else []:
+            if old.name != ".lock":
+                _set_aside(old, folder)
+        print(f"suite {path.stem} ({suite.title}), records in {folder}/")
+        return run_all(runs, folder)
+
+
+def run_all(runs: list[Planned], folder: Path) -> int:
+    """Runs what is not done, whatever became of the others, and prints the tables after each pair; the exit code."""
+    from tunebench.tables import print_tables
+
+    before = [_before(run) for run in runs]
+    to_run = sum(record is None for record, _ in before)
+    print(f"{len(runs)} runs, {len(runs) - to_run} of them done already")
+    bad: list[str] = []
+    took: list[float] = []  # seconds of each run so far
+    ran = False
+    for _, pair in itertools.groupby(range(len(runs)), key=lambda i: (runs[i].pair, runs[i].round)):
+        ran = False
+        for i in pair:
+            run, (record, why) = runs[i], before[i]
+            title = f"[{i + 1}/{len(runs)}] {run.name}"
+            if record is not None:
+                print(f"{title}: done already: {_result(record)}")
+                continue
+            if run.record.exists():  # or it could pass for the one to come
+                print(f"{title}: again, since {why}; what there is moves to {_set_aside(run.record, folder)}")
+            record = None if stop_signals else _execute(run, title, took, to_run - len(took) - 1)
+            if record is None:
+                kept = sum(run.record.exists() for run in runs)
+                again = shlex.join(argument for argument in sys.argv[1:] if argument != "--fresh")
+                print(
+                    f"interrupted; {kept} of {len(runs)} runs have their record. `{f'bash run_all.sh {again}'.strip()}` goes on from here"
+                )
+                return 130
+            print(f"{title}: {_result(record)}, {_duration(took[-1])}")
+            ran = True
+            if record.status not in FINAL:
+                bad.append(f"  {run.name}: {_result(record)}, log: {run.log}")
+        if ran:
+            print_tables([folder])
+    if not ran:
+        print_tables([folder])
+    if bad:
+        print(f"{len(bad)} of {len(runs)} runs did not end well; the same command tries them again:", *bad, sep="\n")
+    return 1 if bad else 0
+
+
+def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record | None:
+    """Runs it to its end and gives the record that is there then; None where a signal to this process ended it."""
+    run.record.parent.mkdir(parents=True, exist_ok=True)
+    # On PYTHONPATH the repository's root would offer torch/ and paddle/ as empty packages.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    started_at, started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
+    limit = started + run.flags.timeout + GRACE
+    steps: list[tuple[float, ...]] = []
+    unread = b""
+    with run.log.open("wb") as log, run.log.open("rb") as printed, _status_line() as show:
+        show(f"{title}: starts, log: {run.log}", True)
+        process = processes.start(
+            run.command,
+            cwd=run.cwd,
+            env=environment | {"PYTHONUNBUFFERED": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            while process.poll() is None and not stop_signals and time.monotonic() < limit:
+                time.sleep(LOOK)
+                *lines, unread = (unread + printed.read()).split(b"\n")
+                steps += [tuple(map(float, found.groups())) for found in map(STEP.search, lines) if found]
+                show(
+                    f"{title}: {_progress(steps, run.flags.warmup_steps, time.monotonic() - started, took, rest)}",
+                    False,
+                )
+            exit_code = process.returncode
+        finally:
+            processes.end(process)  # also what it left running
+    took.append(time.monotonic() - started)
+    if exit_code is None and stop_signals:
+        return None
+    with contextlib.suppress(BadInput):
+        return read_record(run.record)
+    return _record_for(run, started_at, exit_code)
+
+
+def _record_for(run: Planned, started_at: str, exit_code: int | None) -> Record:
+    """Writes the record of a run that ended without leaving one; `exit_code` None: it overran its time."""
+    log = run.log.read_text(errors="replace").splitlines()
+    if exit_code is None:
+        reason = f"not ended {GRACE:g} s after --timeout {run.flags.timeout:g} s, so the suite ended it"
+    elif exit_code < 0:
+        name = signal.Signals(-exit_code).name if -exit_code in list(signal.Signals) else "signal"
+        reason = f"killed by {name} ({-exit_code})"
+    else:
+        reason = f"exit code {exit_code}, last line: {log[-1] if log else 'none'}"
+    # This interpreter is that of one environment: the other's versions have to be asked for.
+    ask = (
+        "import json, sys; from tunebench.hardware import read_versions; print(json.dumps(read_versions(sys.argv[1])))"
+    )
+    asked = subprocess.run(
+        [run.command[0], "-P", "-c", ask, run.framework], capture_output=True, text=True, check=False
+    )
+    about = describe_run(run.framework, run.method, run.flags, run.argv)
+    about |= {"started_at": started_at, "versions": json.loads(asked.stdout) if asked.returncode == 0 else {}}
+    unknown = dict.fromkeys(("model", "plan", "steps", "setup_seconds"))
+    status = "timeout" if exit_code is None else "failed"
+    record = Record(status=status, reason=reason, log=log[-LOG_LINES:], peak_memory_bytes=[], **unknown, **about)
+    record.write(run.record)
+    return record
+
+
+def _before(run: Planned) -> tuple[Record | None, str]:
+    """The record of a run that is done, or why the one that is there does not do."""
+    if not run.record.exists():
+        return None, ""
+    try:
+        record = read_record(run.record)
+    except BadInput:
+        return None, "its record is broken"
+    if record.argv[:-1] != run.argv[:-1]:  # without --out: results may be moved
+        return None, "its flags changed"
+    if record.status not in FINAL:
+        return None, f"it ended as {record.status}"
+    return record, ""
+
+
+def _progress(steps: list[tuple[float, ...]], warmup: int, elapsed: float, took: list[float], rest: int) -> str:
+    """Where a run is, from its steps so far (number, of how many, seconds, tokens/s), and how long all will take."""
+    if not steps:
+        return f"starting, {_duration(elapsed)}"
+    timed = steps[warmup:] or steps
+    seconds = sum(step[2] for step in timed)
+    rate = sum(step[2] * step[3] for step in timed) / max(seconds, 1e-9)
+    done, total = steps[-1][:2]
+    left = (total - done) * seconds / len(timed)
+    in_all = left + rest * (sum(took) / len(took) if took else elapsed + left)
+    return (
+        f"step {done:.0f}/{total:.0f}, {rate:.0f} effective tokens/s, {_duration(left)} left, all: {_duration(in_all)}"
+    )
+
+
+@contextlib.contextmanager
+def _status_line() -> Iterator[Callable[[str, bool], None]]:
+    """On a terminal one line that is overwritten, elsewhere a line every now and then, or at once."""
+    if sys.stdout.isatty():
+        with Live(auto_refresh=False, transient=True) as live:
+            yield lambda text, _: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
+        return
+    shown = time.monotonic()
+
+    def show(text: str, at_once: bool) -> None:
+        nonlocal shown
+        if at_once or time.monotonic() - shown >= LINE:
+            print(text)
+            shown = time.monotonic()
+
+    yield show
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the folder's lock, which no child inherits. Raises `BadInput` while another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise BadInput(f"suite {folder.name} is running already, as process {lock.read()}; wait for it") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+def _set_aside(path: Path, folder: Path) -> Path:
+    """Moves a file with its log, or a folder, out of the suite's results."""
+    target = folder.parent / ".previous" / f"{folder.name}-{NOW}" / path.relative_to(folder)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(target)
+    with contextlib.suppress(FileNotFoundError):
+        path.with_suffix(".log").rename(target.with_suffix(".log"))
+    return target
+
+
+def _result(record: Record) -> str:
+    if record.status != "ok" or record.steps is None:
+        return f"{record.status}: {record.reason}"
+    timed = len(record.steps.seconds) - record.timed_from
+    return f"ok, {record.effective_tokens_per_second:.0f} effective tokens/s over {timed} timed steps"
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+
+if __name__ == "__main__":
+    with one_line_refusals(PROGRAM):
+        try:
+            sys.exit(main())
+        except OSError as error:
+            if error.filename is not None or error.errno not in (errno.EPIPE, errno.EIO):
+                raise BadInput(str(error)) from None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read this is gone
+            sys.exit(130)

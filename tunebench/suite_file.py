@@ -1,0 +1,150 @@
+"""What a suite is: its TOML file, and the runs that follow from it, all checked before any starts."""
+
+import contextlib
+import fnmatch
+import io
+import itertools
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationError
+
+from tunebench.bootstrap import ROOT
+from tunebench.errors import BadInput
+from tunebench.flags import Flags, parse_flags
+from tunebench.record import Strict
+from tunebench.run import Framework, Method
+
+METHODS: dict[str, Method] = {"finetune_lora.py": "lora", "finetune_full.py": "full"}
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of suites and pairs: they name folders
+
+
+def _check_flags(flags: dict[str, Any]) -> dict[str, Any]:
+    for name, value in flags.items():
+        if name in ("out", "help"):
+            raise ValueError(f"{name} is no flag for a suite")
+        if not isinstance(value, bool | int | float | str):
+            raise ValueError(f"{name}: a flag is a text, a number, true or false")
+    return flags
+
+
+def _check_names(pairs: "list[Pair]") -> "list[Pair]":
+    names = [pair.name for pair in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"two pairs have the name {max(names, key=names.count)}")
+    return pairs
+
+
+FlagTable = Annotated[dict[str, Any], AfterValidator(_check_flags), Field(default_factory=dict)]
+
+
+class Pair(Strict):
+    """The same script on both sides; `torch` and `paddle` hold flags of one side only, which go before the others."""
+
+    name: str = Field(pattern=NAME)
+    script: Literal["finetune_lora.py", "finetune_full.py"]
+    flags: FlagTable
+    torch: FlagTable
+    paddle: FlagTable
+
+
+class Suite(Strict):
+    """A suite file. Flags are named as on the command line, without dashes; true stands for a bare flag."""
+
+    title: str
+    defaults: FlagTable
+    pair: Annotated[list[Pair], Field(min_length=1), AfterValidator(_check_names)]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a suite, its flags checked. `argv` is as its record will have it, --out last."""
+
+    pair: str
+    framework: Framework
+    round: int
+    method: Method
+    flags: Flags
+    argv: list[str]
+    record: Path
+    log: Path
+    cwd: Path
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"{self.pair}/{self.framework} r{self.round}"
+
+    @property
+    def command(self) -> list[str]:
+        """What is executed: the script, by the Python of its environment."""
+        python = ROOT / ".venv" / self.framework / "bin" / "python"
+        return [str(python), str(ROOT / self.framework / self.argv[0]), *self.argv[1:]]
+
+
+def find_suite(name: str) -> Path:
+    """The file of a suite: suites/NAME.toml, or `name` itself where it is a path."""
+    suites = ROOT / "suites"
+    path = Path(name).expanduser().resolve() if name.endswith(".toml") else suites / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in suites.glob("*.toml")))
+        raise BadInput(f"--suite {name}: no such suite; use {known}, or a .toml file")
+    if not re.match(NAME, path.stem) or path.stem in ("published", "runs"):
+        raise BadInput(f"--suite {name}: {path.stem} cannot name a folder in results/; use another file name")
+    return path
+
+
+def read_suite(path: Path) -> Suite:
+    """Reads a suite file. Raises `BadInput` with the file and the first thing wrong in it."""
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Suite.model_validate(content)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not TOML: {error}") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = list(first["loc"])
+        if where[0] == "pair" and len(where) > 1:
+            pair, number = content["pair"][where[1]], where[1] + 1
+            where[:2] = [f"pair {pair.get('name', number) if isinstance(pair, dict) else number}"]
+        message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
+        raise BadInput(": ".join(map(str, [path, *where, message]))) from None
+
+
+def plan_runs(path: Path, suite: Suite, folder: Path, repeats: int, only: str | None) -> list[Planned]:
+    """The runs in order, all flags checked: in odd rounds Paddle goes first, in even ones Torch (ABBA)."""
+    checked: dict[tuple[str, str], tuple[Flags, list[str]]] = {}
+    for pair, framework in itertools.product(suite.pair, ("paddle", "torch")):
+        table = suite.defaults | pair.flags | getattr(pair, framework)
+        arguments = [f"--{k}" if v is True else f"--{k}={v}" for k, v in table.items() if v is not False]
+        where = f"{path}: pair {pair.name} ({framework})"
+        flags = _parse(where, METHODS[pair.script], arguments, path.parent)
+        checked[pair.name, framework] = flags, arguments
+    wanted = [key for key in checked if only is None or fnmatch.fnmatchcase("/".join(key), only)]
+    if not wanted:
+        raise BadInput(f"--only {only} fits none of {', '.join(map('/'.join, checked))}")
+    runs = []
+    for number, pair in itertools.product(range(1, repeats + 1), suite.pair):
+        for framework in ("paddle", "torch") if number % 2 else ("torch", "paddle"):
+            if (pair.name, framework) in wanted:
+                flags, arguments = checked[pair.name, framework]
+                record = folder / pair.name / f"{framework}-r{number}.json"
+                argv = [pair.script, *arguments, f"--out={record}"]
+                who = (pair.name, framework, number, METHODS[pair.script])
+                runs.append(Planned(*who, flags, argv, record, record.with_suffix(".log"), path.parent))
+    return runs
+
+
+def _parse(where: str, method: Method, arguments: list[str], folder: Path) -> Flags:
+    """The flags as the script will read them; relative paths count from the suite file. Raises `BadInput`."""
+    said = io.StringIO()
+    try:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            return parse_flags(method, arguments, prog=where)
+    except BadInput as refusal:
+        raise BadInput(f"{where}: {refusal}") from None
+    except SystemExit:
+        raise BadInput(said.getvalue().strip().removesuffix("; see --help")) from None
