@@ -1,6 +1,6 @@
 """How long 10,000 embedded samples take: to generate and to tokenize, in each language.
 
-    python benchmarks/data.py [--samples 10000]
+python benchmarks/data.py [--samples 10000]
 """
 
 import pathlib
@@ -33,7 +33,7 @@ def main() -> None:
         start = time.perf_counter()
         loaded = sources.load(data, options.samples, skip_bad=False)
         generated = time.perf_counter()
-        prepare.encode(embedded, loaded.samples, tokenizer.EOS)
+        prepare.encode(embedded, loaded.samples, tokenizer.EOS_ID)
         done = time.perf_counter()
         print(f"{data}: generated in {generated - start:.1f} s, tokenized in {done - generated:.1f} s")
 

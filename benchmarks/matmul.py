@@ -1,6 +1,6 @@
 """What MKL_DEBUG_CPU_TYPE=5 does to each framework's matrix product: alternating processes, GFLOP/s and their ratio.
 
-    python benchmarks/matmul.py [--rounds 3] [--size 2048]
+python benchmarks/matmul.py [--rounds 3] [--size 2048]
 """
 
 import argparse

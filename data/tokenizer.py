@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import synthetic
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from tunebench.cache import write_atomically
+from tunebench.errors import BadInput
 
 VOCAB_SIZE = 8192
 SPECIAL = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
@@ -57,12 +58,7 @@ def embedded(cache: Path) -> Tokenizer:
     except Exception:  # the library raises plain Exception for a missing or broken file
         pass
     tokenizer = train()
-    cache.mkdir(parents=True, exist_ok=True)
-    # Written whole and then renamed, so that no other process ever reads half a file.
-    descriptor, temporary = tempfile.mkstemp(dir=cache, prefix=path.stem, suffix=".tmp")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(tokenizer.to_str())
-    Path(temporary).replace(path)
+    write_atomically(path, tokenizer.to_str().encode())
     return tokenizer
 
 
@@ -74,7 +70,7 @@ def of_checkpoint(folder: Path) -> Tokenizer | None:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
-        raise ValueError(f"{path} is not a readable tokenizer: {str(error).splitlines()[0]}") from error
+        raise BadInput(f"{path} is not a readable tokenizer: {str(error).splitlines()[0]}") from None
 
 
 def eos_id(tokenizer: Tokenizer, folder: Path | None) -> int:
@@ -83,7 +79,7 @@ def eos_id(tokenizer: Tokenizer, folder: Path | None) -> int:
         return EOS_ID
     found = _special_id(tokenizer, folder, "eos_token")
     if found is None:
-        raise ValueError(
+        raise BadInput(
             f"no eos_token_id in {folder / 'config.json'} and no eos_token in tokenizer_config.json beside it"
         )
     return found
@@ -117,7 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise BadInput(f"{path} is not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object")
+        raise BadInput(f"{path} is not a JSON object")
     return content

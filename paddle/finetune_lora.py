@@ -92,7 +92,7 @@ def sum_of_losses(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor
 def clip_gradients(trainable: list[paddle.Tensor]) -> paddle.Tensor:
     """Scales the gradients to a global norm of at most 1, in place; the norm before that, a scalar.
 
-    As paddle.nn.utils.clip_grad_norm_, but with the kernel of ClipGradByGlobalNorm: on a CPU the other's float32 sums of
+    As paddle.nn.utils.clip_grad_norm_, but with the kernel of ClipGradByGlobalNorm: on a CPU the other's sums of
     an embedding's gradient are off by more than 1e-4 (tests/test_numerics.py shows it).
     """
     norm = paddle.sqrt(paddle.add_n([_squared_l2_norm(p.grad) for p in trainable]))

@@ -15,6 +15,8 @@ import synthetic
 import tokenizer as tokenizers_of
 from conftest import ROOT
 
+from tunebench.errors import BadInput
+
 SAMPLES = 10_000
 QUANTILES = [0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1]
 REAL = {  # tokens of real instruction data at these quantiles: prompt, response with EOS, total; mean total
@@ -232,6 +234,21 @@ def test_numbers_in_words_are_right(language, records):
     assert len({words for _, words in rows}) > 2000
 
 
+@pytest.mark.parametrize(
+    ("number", "words", "hanzi"),
+    [
+        (10, "ten", "十"),
+        (305, "three hundred and five", "三百零五"),
+        (2016, "two thousand and sixteen", "二千零一十六"),
+        (20_500, "twenty thousand five hundred", "二万零五百"),
+        (81_040, "eighty-one thousand and forty", "八万一千零四十"),
+    ],
+)
+def test_numbers_are_written_as_people_write_them(number, words, hanzi):
+    assert synthetic.in_words(number) == words
+    assert synthetic.in_hanzi(number) == hanzi
+
+
 # --- The tokenizer ----------------------------------------------------------------------------------------------------
 
 
@@ -313,14 +330,14 @@ def test_ids_of_a_checkpoint(tmp_path, tokenizer, files, eos, pad):
 
 def test_checkpoints_without_what_is_needed(tmp_path, tokenizer):
     assert tokenizers_of.of_checkpoint(tmp_path) is None
-    with pytest.raises(ValueError, match=r"eos_token.*config\.json"):
+    with pytest.raises(BadInput, match=r"eos_token.*config\.json"):
         tokenizers_of.eos_id(tokenizer, checkpoint(tmp_path, config={}, tokenizer_config={"eos_token": "<unknown>"}))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json"):
+    with pytest.raises(BadInput, match=r"config\.json"):
         tokenizers_of.eos_id(tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").write_text(tokenizer.to_str())
     assert tokenizers_of.of_checkpoint(tmp_path).get_vocab_size() == 8192
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"tokenizer\.json") as refused:
+    with pytest.raises(BadInput, match=r"tokenizer\.json") as refused:
         tokenizers_of.of_checkpoint(tmp_path)
     assert "\n" not in str(refused.value)

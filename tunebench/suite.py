@@ -33,6 +33,7 @@ from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Parser, positive
 from tunebench.record import LOG_LINES, Record, read_record
 from tunebench.run import describe_run
+from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
 
 PROGRAM = "run_all.sh"
 FINAL = ("ok", "oom", "unsupported")  # what another try would not change
@@ -40,7 +41,6 @@ GRACE = 30.0  # seconds that a run has after its --timeout to leave its own reco
 LOOK, LINE = 0.25, 10.0  # seconds between two looks at a run, two lines about it; rare: the cores are the run's
 STEP = re.compile(rb"step (\d+)/(\d+): ([\d.]+) s, (\d+) effective tokens/s")
 NOW = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
-
 
 stop_signals: list[int] = []  # the signals that asked this process to end
 
@@ -72,9 +72,8 @@ def main() -> int:
         if not (ROOT / ".venv" / framework / "complete").exists():
             raise BadInput(f"the environment .venv/{framework} is not complete; run: bash setup.sh {framework}")
     with _locked(folder):
-        for old in sorted(folder.iterdir()) if options.fresh else []:
-            if old.name != ".lock":
-                _set_aside(old, folder)
+        if options.fresh:
+            _set_aside(folder, *(old for old in folder.iterdir() if old.name != ".lock"))
         print(f"suite {path.stem} ({suite.title}), records in {folder}/")
         return run_all(runs, folder)
 
@@ -86,26 +85,26 @@ def run_all(runs: list[Planned], folder: Path) -> int:
     before = [_before(run) for run in runs]
     to_run = sum(record is None for record, _ in before)
     print(f"{len(runs)} runs, {len(runs) - to_run} of them done already")
+    for run, (record, _) in zip(runs, before, strict=True):
+        if record is not None:
+            print(f"done already: {run.name}: {_result(record)}")
     bad: list[str] = []
     took: list[float] = []  # seconds of each run so far
     ran = False
-    for _, pair in itertools.groupby(range(len(runs)), key=lambda i: (runs[i].pair, runs[i].round)):
+    for _, pair in itertools.groupby(range(len(runs)), key=lambda i: (runs[i].round, runs[i].pair)):
         ran = False
         for i in pair:
             run, (record, why) = runs[i], before[i]
-            title = f"[{i + 1}/{len(runs)}] {run.name}"
             if record is not None:
-                print(f"{title}: done already: {_result(record)}")
                 continue
-            if run.record.exists():  # or it could pass for the one to come
-                print(f"{title}: again, since {why}; what there is moves to {_set_aside(run.record, folder)}")
+            title = f"[{i + 1}/{len(runs)}] {run.name}"
+            if why:  # what is there could pass for the record to come
+                print(f"{title}: again, since {why}; the old one moves to {_set_aside(folder, run.record, run.log)}/")
             record = None if stop_signals else _execute(run, title, took, to_run - len(took) - 1)
             if record is None:
-                kept = sum(run.record.exists() for run in runs)
-                again = shlex.join(argument for argument in sys.argv[1:] if argument != "--fresh")
-                print(
-                    f"interrupted; {kept} of {len(runs)} runs have their record. `{f'bash run_all.sh {again}'.strip()}` goes on from here"
-                )
+                done = sum(_before(run)[0] is not None for run in runs)
+                command = ["bash", PROGRAM, *(argument for argument in sys.argv[1:] if argument != "--fresh")]
+                print(f"interrupted with {done} of {len(runs)} runs done; `{shlex.join(command)}` goes on from here")
                 return 130
             print(f"{title}: {_result(record)}, {_duration(took[-1])}")
             ran = True
@@ -143,10 +142,8 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
                 time.sleep(LOOK)
                 *lines, unread = (unread + printed.read()).split(b"\n")
                 steps += [tuple(map(float, found.groups())) for found in map(STEP.search, lines) if found]
-                show(
-                    f"{title}: {_progress(steps, run.flags.warmup_steps, time.monotonic() - started, took, rest)}",
-                    False,
-                )
+                elapsed = time.monotonic() - started
+                show(f"{title}: {_progress(steps, run.flags.warmup_steps, elapsed, took, rest)}", False)
             exit_code = process.returncode
         finally:
             processes.end(process)  # also what it left running
@@ -169,12 +166,8 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None) -> Record:
     else:
         reason = f"exit code {exit_code}, last line: {log[-1] if log else 'none'}"
     # This interpreter is that of one environment: the other's versions have to be asked for.
-    ask = (
-        "import json, sys; from tunebench.hardware import read_versions; print(json.dumps(read_versions(sys.argv[1])))"
-    )
-    asked = subprocess.run(
-        [run.command[0], "-P", "-c", ask, run.framework], capture_output=True, text=True, check=False
-    )
+    ask = f"import json, tunebench.hardware as h; print(json.dumps(h.read_versions({run.framework!r})))"
+    asked = subprocess.run([run.command[0], "-P", "-c", ask], capture_output=True, text=True, check=False)
     about = describe_run(run.framework, run.method, run.flags, run.argv)
     about |= {"started_at": started_at, "versions": json.loads(asked.stdout) if asked.returncode == 0 else {}}
     unknown = dict.fromkeys(("model", "plan", "steps", "setup_seconds"))
@@ -248,14 +241,14 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _set_aside(path: Path, folder: Path) -> Path:
-    """Moves a file with its log, or a folder, out of the suite's results."""
-    target = folder.parent / ".previous" / f"{folder.name}-{NOW}" / path.relative_to(folder)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path.rename(target)
-    with contextlib.suppress(FileNotFoundError):
-        path.with_suffix(".log").rename(target.with_suffix(".log"))
-    return target
+def _set_aside(folder: Path, *paths: Path) -> Path:
+    """Moves what there is of `paths` out of the suite's results, and says where to."""
+    previous = folder.parent / ".previous" / f"{folder.name}-{NOW}"
+    for path in filter(Path.exists, paths):
+        target = previous / path.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    return previous
 
 
 def _result(record: Record) -> str:

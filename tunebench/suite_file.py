@@ -107,7 +107,7 @@ def read_suite(path: Path) -> Suite:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = list(first["loc"])
-        if where[0] == "pair" and len(where) > 1:
+        if where[:1] == ["pair"] and len(where) > 1:
             pair, number = content["pair"][where[1]], where[1] + 1
             where[:2] = [f"pair {pair.get('name', number) if isinstance(pair, dict) else number}"]
         message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
