@@ -13,6 +13,7 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("paddle")
 
 from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
+from tunebench.optimizer import BETAS, EPSILON, MAX_GRAD_NORM, WEIGHT_DECAY
 from tunebench.plan import IGNORED, MicroBatch
 from tunebench.run import Run, read_job, recorded
 
@@ -28,7 +29,6 @@ from paddle.nn.clip import _squared_l2_norm
 from paddlenlp import transformers
 
 GPU = paddle.device.cuda.device_count() > 0
-BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0
 
 
 def join_process_group() -> str:

@@ -13,6 +13,7 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("paddle")
 
 from tunebench.checkpoint import Checkpoint, lora_a
 from tunebench.flags import Flags
+from tunebench.optimizer import BETAS, EPSILON, MAX_GRAD_NORM, WEIGHT_DECAY
 from tunebench.plan import IGNORED, MicroBatch
 from tunebench.presets import LORA_TARGETS
 from tunebench.run import Run, read_job, recorded
@@ -30,7 +31,6 @@ from paddle.nn.clip import _squared_l2_norm
 from paddlenlp import peft, transformers
 
 GPU = paddle.device.cuda.device_count() > 0
-BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0
 
 
 def join_process_group() -> str:
@@ -54,17 +54,10 @@ def build_model(flags: Flags, checkpoint: Checkpoint) -> paddle.nn.Layer:
     model.mark_only_lora_as_trainable()
     for name, parameter in model.named_parameters():
         if name.endswith(".lora_A"):
-            layer, target = adapter_of(name)
-            start = lora_a(flags.seed, layer, target, tuple(parameter.shape[::-1]))
+            start = lora_a(flags.seed, name, tuple(parameter.shape[::-1]))
             parameter.set_value(paddle.to_tensor(start.T))
     model.train()
     return model
-
-
-def adapter_of(name: str) -> tuple[int, str]:
-    """The layer and the target module that an adapter's parameter belongs to, by its name."""
-    parts = name.split(".")
-    return int(next(part for part in parts if part.isdigit())), parts[parts.index("lora_A") - 1]
 
 
 def wrap(flags: Flags, model: paddle.nn.Layer, trainable: list[paddle.Tensor]) -> paddle.optimizer.Optimizer:

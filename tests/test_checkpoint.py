@@ -51,11 +51,13 @@ def test_shards_hold_the_same_weights(tmp_path):
 
 
 def test_lora_start_is_kaiming_uniform():
-    start = lora_a(0, 3, "q_proj", (8, 4096))
+    torch_name = "base_model.model.model.layers.3.self_attn.q_proj.lora_A.default.weight"
+    start = lora_a(0, torch_name, (8, 4096))
     assert start.dtype == np.float32
     assert np.abs(start).max() <= 1 / 64
     assert start.std() == pytest.approx(1 / 64 / math.sqrt(3), rel=0.02)
-    assert not np.array_equal(start, lora_a(0, 2, "q_proj", (8, 4096)))
+    assert np.array_equal(start, lora_a(0, "model.llama.layers.3.self_attn.q_proj.lora_A", (8, 4096)))
+    assert not np.array_equal(start, lora_a(0, "model.llama.layers.2.self_attn.q_proj.lora_A", (8, 4096)))
 
 
 @pytest.fixture

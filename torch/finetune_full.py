@@ -13,6 +13,7 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
 
 from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
+from tunebench.optimizer import BETAS, EPSILON, MAX_GRAD_NORM, WEIGHT_DECAY
 from tunebench.plan import IGNORED, MicroBatch
 from tunebench.run import Run, read_job, recorded
 
@@ -26,7 +27,6 @@ import torch.nn.functional as F
 import transformers
 
 GPU = torch.cuda.is_available()
-BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0
 
 
 def join_process_group() -> torch.device:

@@ -13,6 +13,7 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
 
 from tunebench.checkpoint import Checkpoint, lora_a
 from tunebench.flags import Flags
+from tunebench.optimizer import BETAS, EPSILON, MAX_GRAD_NORM, WEIGHT_DECAY
 from tunebench.plan import IGNORED, MicroBatch
 from tunebench.presets import LORA_TARGETS
 from tunebench.run import Run, read_job, recorded
@@ -28,7 +29,6 @@ import torch.nn.functional as F
 import transformers
 
 GPU = torch.cuda.is_available()
-BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0
 
 
 def join_process_group() -> torch.device:
@@ -49,16 +49,9 @@ def build_model(flags: Flags, checkpoint: Checkpoint, device: torch.device) -> t
     model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            layer, target = adapter_of(name)
-            start = lora_a(flags.seed, layer, target, tuple(parameter.shape))
+            start = lora_a(flags.seed, name, tuple(parameter.shape))
             parameter.data.copy_(torch.from_numpy(start))
     return model.to(device).train()
-
-
-def adapter_of(name: str) -> tuple[int, str]:
-    """The layer and the target module that an adapter's parameter belongs to, by its name."""
-    parts = name.split(".")
-    return int(next(part for part in parts if part.isdigit())), parts[parts.index("lora_A") - 1]
 
 
 def wrap(flags: Flags, model: torch.nn.Module, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -132,11 +132,14 @@ def canonical_name(name: str, config: dict[str, Any]) -> str:
     return name
 
 
-def lora_a(seed: int, layer: int, target: str, shape: tuple[int, int]) -> np.ndarray:
+def lora_a(seed: int, name: str, shape: tuple[int, int]) -> np.ndarray:
     """The start value of LoRA's A, shape (r, in), float32, the same on both sides (B starts at zero).
 
+    `name` is the parameter's in either framework: its layer and target module decide.
     Uniform within ±1/√in, which is what Kaiming's rule with a = √5 gives (peft's and PaddleNLP's default).
     """
+    parts = name.split(".")
+    layer, target = next(part for part in parts if part.isdigit()), parts[parts.index("lora_A") - 1]
     bound = 1.0 / math.sqrt(shape[1])
     return _generator(seed, f"lora_a.{layer}.{target}").uniform(-bound, bound, shape).astype(np.float32)
 

@@ -1,0 +1,284 @@
+"""The suite runner for real: what it writes, what it skips, and what is left when it or a run is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tunebench import processes
+from tunebench.record import read_record
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = """
+title = "two short pairs"
+[defaults]
+steps = 4
+"warmup-steps" = 1
+bsz = 2
+samples = 40
+model = "llama-tiny"
+recompute = false
+[[pair]]
+name = "full"
+script = "finetune_full.py"
+[[pair]]
+name = "lora"
+script = "finetune_lora.py"
+flags = { steps = 40, recompute = true }
+"""
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """Starts the runner on `folder`/mini.toml, its results in `folder`/results, from a folder that is neither."""
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "tunebench.suite", f"--suite={folder / 'mini.toml'}", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+        env=os.environ | {"TUNEBENCH_RESULTS": str(folder / "results"), "PYTHONPATH": str(ROOT)} | environment,
+    )
+
+
+def finish(running: subprocess.Popen, exit_code: int) -> str:
+    """What the runner printed by its end, which must be with `exit_code` and without a traceback."""
+    printed, errors = running.communicate(timeout=300)
+    assert running.returncode == exit_code, printed + errors
+    assert "Traceback" not in printed + errors
+    return printed
+
+
+def refusal(folder: Path, *arguments: str) -> str:
+    """The one line with which the runner refused its input, before it made a file."""
+    running = start(folder, *arguments)
+    printed, errors = running.communicate(timeout=60)
+    assert (running.returncode, printed) == (2, ""), printed + errors
+    assert errors.count("\n") == 1
+    assert not (folder / "results").exists()
+    return errors
+
+
+def wait_for(what, timeout: float = 60):
+    """The first true value of `what()`."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
+
+
+def descendants(running: subprocess.Popen, program: str) -> list[psutil.Process]:
+    """All that the runner started, once `program` is among it; none before."""
+    found = psutil.Process(running.pid).children(recursive=True)
+    return found if any(program in " ".join(process.cmdline()) for process in found) else []
+
+
+@pytest.fixture
+def mini(tmp_path):
+    """A folder with a suite of its own."""
+    (tmp_path / "mini.toml").write_text(SUITE)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "parts"),
+    [
+        ("samples = 40", "samples = ", ["not TOML", "line 7"]),
+        ('title = "two short pairs"', "", ["title: Field required"]),
+        ('name = "lora"', 'name = "lora"\nspeed = 1', ["pair lora: speed: unknown key"]),
+        ('name = "lora"', 'name = "../lora"', ["pair ../lora: name"]),
+        ('name = "lora"', 'name = "full"', ["two pairs have the name full"]),
+        ("finetune_lora", "finetune_lore", ["pair lora: script"]),
+        ("samples = 40", "samples = 0", ["pair full (paddle): argument --samples: 0 is out of range"]),
+        ("samples = 40", "sample = 40", ["pair full (paddle): unrecognized arguments: --sample=40"]),
+        ("samples = 40", "samples = [40]", ["defaults: samples: a flag is"]),
+        ("samples = 40", 'out = "x.json"', ["defaults: out is no flag for a suite"]),
+        ("steps = 40", "bsz = 3, micro-bsz = 2", ["pair lora (paddle): --micro-bsz 2 does not divide --bsz 3"]),
+        ("recompute = true", 'data = "x.json"', ["pair lora (paddle): --data x.json: no such file"]),
+    ],
+)
+def test_a_bad_suite_is_refused_in_one_line(mini, old, new, parts):
+    assert old in SUITE
+    (mini / "mini.toml").write_text(SUITE.replace(old, new))
+    line = refusal(mini)
+    assert all(part in line for part in [str(mini / "mini.toml"), *parts]), line
+
+
+def test_bad_arguments_are_refused_in_one_line(mini):
+    assert "no such suite; use cpu, or a .toml file" in refusal(mini, "--suite=gpus")
+    assert "fits none of full/paddle, full/torch, lora/paddle, lora/torch" in refusal(mini, "--only=llama*")
+    assert "--repeats: 0 is out of range" in refusal(mini, "--repeats=0")
+    (mini / "published.toml").write_text(SUITE)
+    assert "published cannot name a folder" in refusal(mini, f"--suite={mini / 'published.toml'}")
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "suites").glob("*.toml")), ids=lambda file: file.stem)
+def test_the_suites_are_valid_and_alternate(mini, file):
+    printed = finish(start(mini, f"--suite={file.stem}", "--repeats=3", "--dry-run"), 0)
+    names = [line.split("/")[1] for line in printed.splitlines() if not line.startswith(" ")]
+    third = len(names) // 3
+    assert names == ["paddle r1", "torch r1"] * (third // 2) + ["torch r2", "paddle r2"] * (third // 2) + [
+        "paddle r3",
+        "torch r3",
+    ] * (third // 2)
+    assert not (mini / "results").exists()
+
+
+def test_ending_a_process_ends_all_that_it_started(tmp_path):
+    """One grandchild in a session of its own, one that ignores SIGTERM, and one whose parent is gone."""
+    ready = tmp_path / "ready"
+    child = f"""
+import subprocess, sys, time
+sleep = [sys.executable, "-c", "import time; print(1, flush=True); time.sleep(60)"]
+deaf = [sys.executable, "-c", "import signal, time; signal.signal(15, 1); print(1, flush=True); time.sleep(60)"]
+ones = [subprocess.Popen(sleep, start_new_session=True, stdout=-1), subprocess.Popen(deaf, stdout=-1)]
+for one in ones: one.stdout.readline()
+gone = subprocess.run(["sh", "-c", "sleep 60 & echo $!"], stdout=-1, text=True) if 0 else None
+orphan = subprocess.Popen(["sh", "-c", "sleep 60 >/dev/null & echo $!"], stdout=-1, text=True).stdout.readline()
+open({str(ready)!r}, "w").write(" ".join([*(str(one.pid) for one in ones), orphan.strip(), "."]))
+time.sleep(60)
+"""
+    process = processes.start([sys.executable, "-c", child])
+    wait_for(lambda: ready.exists() and ready.read_text().endswith("."))
+    others = [psutil.Process(int(pid)) for pid in ready.read_text().split()[:-1]]
+    started = time.monotonic()
+    processes.end(process, patience=1)
+    assert process.returncode == -signal.SIGTERM
+    assert not psutil.wait_procs(others, timeout=2)[1]
+    assert 1 <= time.monotonic() - started < 5
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory):
+    """Two rounds of one pair: the folder and what was printed."""
+    folder = tmp_path_factory.mktemp("rounds")
+    (folder / "mini.toml").write_text(SUITE)
+    return folder, finish(start(folder, "--repeats=2", "--only=full/*"), 0)
+
+
+@pytest.mark.frameworks
+class TestRounds:
+    def test_files_and_records(self, rounds):
+        folder, printed = rounds
+        results = folder / "results" / "mini"
+        names = [f"full/{framework}-r{number}" for framework in ("paddle", "torch") for number in (1, 2)]
+        files = {str(file.relative_to(results)) for file in results.rglob("*") if file.is_file()}
+        assert files == {".lock", *(name + end for name in names for end in (".json", ".log"))}
+        records = {name: read_record(results / f"{name}.json") for name in names}
+        for name, record in records.items():
+            assert record.status == "ok"
+            assert record.framework in name
+            flags = ["--steps=4", "--warmup-steps=1", "--bsz=2", "--samples=40", "--model=llama-tiny"]
+            assert record.argv == ["finetune_full.py", *flags, f"--out={results / name}.json"]
+            assert len(record.steps.seconds) == 4
+            log = (results / f"{name}.log").read_text()
+            assert log.count("effective tokens/s\n") == 4
+            assert f"{record.effective_tokens_per_second:.0f} effective tokens/s over 3 timed steps" in printed
+        assert len({record.plan.sha256 for record in records.values()}) == 1
+
+    def test_the_order_is_abba(self, rounds):
+        folder, printed = rounds
+        records = [read_record(file) for file in (folder / "results").rglob("*.json")]
+        order = [record.framework for record in sorted(records, key=lambda record: record.started_at)]
+        assert order == ["paddle", "torch", "torch", "paddle"]
+        ends = [line.split(":")[0] for line in printed.splitlines() if ": ok, " in line]
+        assert ends == [
+            f"[{i}/4] full/{name}" for i, name in enumerate(("paddle r1", "torch r1", "torch r2", "paddle r2"), 1)
+        ]
+
+    def test_a_second_call_skips_what_is_done_and_a_change_runs_again(self, rounds):
+        folder, _ = rounds
+        results = folder / "results" / "mini" / "full"
+        before = {file: file.stat().st_mtime_ns for file in results.iterdir()}
+        printed = finish(start(folder, "--repeats=2", "--only=full/*"), 0)
+        assert "4 runs, 4 of them done already" in printed
+        assert "done already: full/torch r2: ok, " in printed
+        assert "llama-tiny" in printed.split("| Model")[1]  # the tables all the same
+        assert before == {file: file.stat().st_mtime_ns for file in results.iterdir()}
+
+        (folder / "mini.toml").write_text(SUITE.replace('"finetune_full.py"', '"finetune_full.py"\npaddle={lr=2e-4}'))
+        (results / "paddle-r2.json").write_text("{}")
+        printed = finish(start(folder, "--repeats=2", "--only=full/*"), 0)
+        assert "4 runs, 2 of them done already" in printed
+        assert "full/paddle r1: again, since its flags changed" in printed
+        assert "full/paddle r2: again, since its record is broken" in printed
+        after = {file: file.stat().st_mtime_ns for file in results.iterdir()}
+        assert {file.stem for file in before if before[file] != after[file]} == {"paddle-r1", "paddle-r2"}
+        assert "--lr=0.0002" in read_record(results / "paddle-r1.json").argv
+        (previous,) = (folder / "results" / ".previous").iterdir()
+        assert "--lr=0.0002" not in read_record(previous / "full" / "paddle-r1.json").argv
+        assert (previous / "full" / "paddle-r2.json").read_text() == "{}"
+
+
+@pytest.mark.frameworks
+def test_killed_and_interrupted_then_gone_on_with(mini):
+    """A run is killed and the suite goes on; it is interrupted in the next run; a second call does the rest."""
+    results = mini / "results" / "mini"
+    running = start(mini, "--only=*/torch", "--fresh")
+    child = wait_for(lambda: descendants(running, "finetune_full.py"))[0]
+    assert "PYTHONPATH" not in child.environ()
+    assert os.getsid(child.pid) == child.pid
+    child.kill()
+    wait_for(lambda: (results / "lora" / "torch-r1.log").exists() and descendants(running, "finetune_lora.py"))
+
+    second = start(mini)
+    _, errors = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert errors == f"run_all.sh: suite mini is running already, as process {running.pid}; wait for it\n"
+
+    wait_for(lambda: "step 2/40" in (results / "lora" / "torch-r1.log").read_text())
+    started = descendants(running, "finetune_lora.py")
+    running.send_signal(signal.SIGINT)
+    printed = finish(running, 130)
+    assert not [process for process in started if process.is_running()]
+    assert "[1/2] full/torch r1: failed: killed by SIGKILL (9)" in printed
+    last = printed.splitlines()[-1]
+    assert last.startswith("interrupted with 0 of 2 runs done; `bash run_all.sh --suite=")
+    assert last.endswith("mini.toml '--only=*/torch'` goes on from here")
+    failed = read_record(results / "full" / "torch-r1.json")
+    assert (failed.status, failed.reason) == ("failed", "killed by SIGKILL (9)")
+    assert failed.argv[0] == "finetune_full.py"
+    assert failed.setup.bsz == 2
+    assert "torch" in failed.versions
+    assert not (results / "lora" / "torch-r1.json").exists()
+
+    printed = finish(start(mini, "--only=*/torch"), 0)
+    assert "full/torch r1: again, since it ended as failed" in printed
+    assert read_record(results / "full" / "torch-r1.json").status == "ok"
+    assert read_record(results / "lora" / "torch-r1.json").setup.recompute
+    assert read_record(next((mini / "results" / ".previous").rglob("torch-r1.json"))) == failed
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_nothing_outlives_the_runner(mini, number):
+    """It ends while a run has a child of its own, data/prepare.py."""
+    running = start(mini, TUNEBENCH_CACHE=str(mini / "cache"))
+    started = wait_for(lambda: descendants(running, "prepare.py"))
+    assert len(started) >= 2
+    running.send_signal(number)
+    finish(running, -number if number == signal.SIGKILL else 130)
+    assert not psutil.wait_procs(started, timeout=3)[1]
+    assert not list((mini / "results").rglob("*.json"))
+
+
+@pytest.mark.frameworks
+def test_a_run_that_does_not_end_well_is_named_and_fresh_moves_it(mini):
+    (mini / "mini.toml").write_text(SUITE.replace("steps = 4\n", "steps = 400\ntimeout = 1\n"))
+    printed = finish(start(mini, "--only=full/paddle"), 1)
+    assert printed.splitlines()[-2].startswith("1 of 1 runs did not end well")
+    assert printed.splitlines()[-1].startswith("  full/paddle r1: timeout: not done within --timeout 1 s")
+    record = mini / "results" / "mini" / "full" / "paddle-r1.json"
+    old = json.loads(record.read_text())
+    printed = finish(start(mini, "--only=full/paddle", "--fresh"), 1)
+    assert "again" not in printed
+    (moved,) = (mini / "results" / ".previous").rglob("paddle-r1.json")
+    assert json.loads(moved.read_text()) == old
+    assert moved.with_suffix(".log").exists()
