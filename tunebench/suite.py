@@ -84,7 +84,7 @@ def run_all(runs: list[Planned], folder: Path) -> int:
 
     before = [_before(run) for run in runs]
     to_run = sum(record is None for record, _ in before)
-    print(f"{len(runs)} runs, {len(runs) - to_run} of them done already")
+    print(f"runs: {len(runs)}, done already: {len(runs) - to_run}")
     for run, (record, _) in zip(runs, before, strict=True):
         if record is not None:
             print(f"done already: {run.name}: {_result(record)}")
