@@ -41,10 +41,8 @@ find_python() {
 
 gpu() { [ $cpu -eq 0 ] && command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
 
-# Whether it is the CPU or the GPU build is not in the stamp, so that one call with --cpu decides for those after it.
 stamp_of() {
-  { cat "$1/requirements.txt" "$1/constraints.txt" pyproject.toml; echo "$PWD"; } |
-    "$python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())'
+  "$python" -c 'import runpy, sys; print(runpy.run_path("tunebench/bootstrap.py")["stamp"](sys.argv[1]))' "$1"
 }
 
 build() {
@@ -70,6 +68,7 @@ build() {
   if [ -e "$folder" ]; then
     if [ -e "$folder/complete" ]; then say "$folder is out of date: building it anew"
     else say "$folder was left half-made: building it anew"; fi
+    rm -f "$folder/complete"  # first, so that a half-removed environment does not pass for a whole one
     rm -rf "$folder"
   fi
   say "making $folder with $("$python" --version), packages as pinned in $name/requirements.txt and $name/constraints.txt ($kind)"

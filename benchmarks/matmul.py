@@ -6,6 +6,7 @@ python benchmarks/matmul.py [--rounds 3] [--size 2048]
 import argparse
 import os
 import pathlib
+import runpy
 import statistics
 import subprocess
 
@@ -25,8 +26,9 @@ print(2 * size**3 / min(seconds[1:]) / 1e9)
 
 
 def gflops(framework: str, size: int, kernel: str | None) -> float:
-    """One fresh process's rate, with all cores, with or without the variable."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    """One fresh process's rate, with the scripts' threads, with or without the variable."""
+    settings = runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["maths_settings"]()
+    environment = os.environ | settings | {"CUDA_VISIBLE_DEVICES": ""}
     environment.pop("MKL_DEBUG_CPU_TYPE", None)
     if kernel:
         environment["MKL_DEBUG_CPU_TYPE"] = kernel

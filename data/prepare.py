@@ -75,7 +75,7 @@ def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[tup
     try:
         with safe_open(cached, framework="numpy") as file:
             arrays, about = {name: file.get_tensor(name) for name in ARRAYS}, json.loads(file.metadata()["about"])
-    except (FileNotFoundError, SafetensorError):
+    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):  # missing or damaged
         own = tokenizers_of.of_checkpoint(checkpoint.folder)
         folder = None if own is None else checkpoint.folder
         tokenizer = own or tokenizers_of.embedded(cache_folder())
@@ -98,6 +98,8 @@ def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> dict[s
         responses = tokenizer.encode_batch([sample.response for sample in chunk], add_special_tokens=False)
         for prompt, response in zip(prompts, responses, strict=True):
             ids = prompt.ids[:PROMPT_TOKENS]
+            if not ids or not response.ids:
+                raise BadInput(f"sample {len(tokens) + 1}: the tokenizer makes no token of its prompt or response")
             tokens.append([*ids, *response.ids[:RESPONSE_TOKENS], eos_id])
             prompt_lengths.append(len(ids))
     return {

@@ -10,7 +10,7 @@ from typing import Any
 import synthetic
 
 from tunebench.errors import BadInput
-from tunebench.flags import DEFAULT_SAMPLES
+from tunebench.flags import DATA_NAMES, DEFAULT_SAMPLES
 
 HUB = {"alpaca": "tatsu-lab/alpaca", "guanaco": "Chinese-Vicuna/guanaco_belle_merge_v1.0"}
 
@@ -32,13 +32,13 @@ class Loaded:
 
 
 def load(data: str, wanted: int | None, skip_bad: bool) -> Loaded:
-    """Reads `wanted` samples of a named source or file (default: 10,000, or all that there are where fewer).
+    """Reads `wanted` samples of a named source (default: 10,000) or of a file (default: all).
 
     Raises `BadInput` for a malformed sample, with file and line, unless `skip_bad`; and where `wanted` are not there.
     """
     samples: list[Sample] = []
     skipped: list[str] = []
-    limit = wanted or DEFAULT_SAMPLES
+    limit = wanted or (DEFAULT_SAMPLES if data in DATA_NAMES else math.inf)
     for where, raw in _raw_samples(data, limit):
         if len(samples) == limit:
             break
@@ -84,10 +84,10 @@ def _check(raw: Any) -> Sample:
     return Sample(prompt, texts["output"])
 
 
-def _raw_samples(data: str, limit: int) -> Iterator[tuple[str, Any]]:
+def _raw_samples(data: str, limit: float) -> Iterator[tuple[str, Any]]:
     """Each raw sample with where it stands; a ValueError in a sample's place is one that could not be read."""
     if data.startswith("synthetic-"):
-        generated = synthetic.generate(data.removeprefix("synthetic-"), limit)
+        generated = synthetic.generate(data.removeprefix("synthetic-"), int(limit))
         return ((f"{data} sample {i}", sample) for i, sample in enumerate(generated, 1))
     if data in HUB:
         return _from_hub(HUB[data])
@@ -124,6 +124,8 @@ def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
             raw, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise BadInput(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{path}:{line}: not readable: {error}") from None
         yield f"{path}:{line}", raw
         position = _skip_blank(text, end)
         if text.startswith(",", position):
@@ -131,6 +133,9 @@ def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
         elif not text.startswith("]", position):
             line = 1 + text.count("\n", 0, position)
             raise BadInput(f"{path}:{line}: not JSON: a comma or the closing bracket is missing")
+    rest = _skip_blank(text, position + 1)
+    if rest < len(text):
+        raise BadInput(f"{path}:{1 + text.count(chr(10), 0, rest)}: not JSON: text after the closing bracket")
 
 
 def _skip_blank(text: str, position: int) -> int:
@@ -149,6 +154,8 @@ def _from_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 raw = json.loads(text)
             except json.JSONDecodeError as error:
                 raw = ValueError(f"not JSON: {error.msg}")
+            except (ValueError, RecursionError) as error:
+                raw = ValueError(f"not readable: {error}")
             yield f"{path}:{number}", raw
 
 

@@ -68,7 +68,10 @@ def of_checkpoint(folder: Path) -> Tokenizer | None:
     if not path.exists():
         return None
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()  # a file may ask for either, and both would pass for tokens of the sample
+        tokenizer.no_truncation()
+        return tokenizer
     except Exception as error:  # the library raises plain Exception
         raise BadInput(f"{path} is not a readable tokenizer: {str(error).splitlines()[0]}") from None
 

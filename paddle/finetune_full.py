@@ -103,7 +103,8 @@ def main(run: Run) -> None:
     paddle.seed(flags.seed)
     model = build_model(flags, checkpoint)
     trainable = [p for p in model.parameters() if not p.stop_gradient]
-    run.describe(sum(p.size for p in model.parameters()), sum(p.size for p in trainable))
+    name = paddle.device.cuda.get_device_name() if GPU else "cpu"
+    run.describe(name, sum(p.size for p in model.parameters()), sum(p.size for p in trainable))
     optimizer = wrap(flags, model, trainable)
 
     run.start(synchronize)

@@ -48,6 +48,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint) -> paddle.nn.Layer:
     targets = [f".*{target}" for target in LORA_TARGETS[checkpoint.config["model_type"]]]
     config = peft.LoRAConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, lora_dropout=0.0, target_modules=targets)
     if flags.recompute:
+        model.get_input_embeddings().register_forward_post_hook(require_gradient)
         model.config.recompute = True
         model.recompute_enable()
     model = peft.LoRAModel(model, config)
@@ -58,6 +59,11 @@ def build_model(flags: Flags, checkpoint: Checkpoint) -> paddle.nn.Layer:
             parameter.set_value(paddle.to_tensor(start.T))
     model.train()
     return model
+
+
+def require_gradient(layer: paddle.nn.Layer, inputs: tuple, output: paddle.Tensor) -> None:
+    """A hook for the embedding, as peft sets one on the other side: without, PaddleNLP does not recompute layer 0."""
+    output.stop_gradient = False
 
 
 def wrap(flags: Flags, model: paddle.nn.Layer, trainable: list[paddle.Tensor]) -> paddle.optimizer.Optimizer:
@@ -114,7 +120,8 @@ def main(run: Run) -> None:
     paddle.seed(flags.seed)
     model = build_model(flags, checkpoint)
     trainable = [p for p in model.parameters() if not p.stop_gradient]
-    run.describe(sum(p.size for p in model.parameters()), sum(p.size for p in trainable))
+    name = paddle.device.cuda.get_device_name() if GPU else "cpu"
+    run.describe(name, sum(p.size for p in model.parameters()), sum(p.size for p in trainable))
     optimizer = wrap(flags, model, trainable)
 
     run.start(synchronize)

@@ -9,13 +9,14 @@ import paddle
 
 
 def mend_frozen_scales(model: paddle.nn.Layer) -> None:
-    """Lets every LayerNorm scale take a gradient. The optimizer, which does not hold them, leaves them as they are.
+    """Lets each LayerNorm scale behind the first adapter take a gradient; nothing reads it, no optimizer holds it.
 
-    Call it after the trainable parameters are listed. Costs the scales' gradients: one more product and column sum
-    per norm in the backward pass.
+    Norms before the first adapter pass no gradient on. Call it after the trainable parameters are listed.
     """
     if paddle.get_device() != "cpu":
         return
-    for layer in model.sublayers(include_self=True):
-        if isinstance(layer, paddle.nn.LayerNorm) and layer.weight is not None:
+    passes_gradients = False
+    for layer in model.sublayers(include_self=True):  # in the order of execution
+        passes_gradients |= any(not p.stop_gradient for p in layer.parameters(include_sublayers=False))
+        if passes_gradients and isinstance(layer, paddle.nn.LayerNorm) and layer.weight is not None:
             layer.weight.stop_gradient = False

@@ -15,8 +15,9 @@ sys.path.insert(0, str(ROOT / "data"))
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory):
-    """A cache and a results folder that no other run shares, for this process and all that it starts."""
+    """For this process and all that it starts: no GPU, and a cache and a results folder that no other run shares."""
     patch = pytest.MonkeyPatch()
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the same tests on a machine with GPUs
     patch.setenv("TUNEBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("TUNEBENCH_RESULTS", str(tmp_path_factory.mktemp("results")))
     yield

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from tunebench.checkpoint import find_checkpoint, lora_a, open_checkpoint, tensor_shapes, write_random
 from tunebench.errors import BadInput
@@ -77,6 +77,25 @@ def cut(folder):
     file.write_bytes(file.read_bytes()[:-1000])
 
 
+def to_int8(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({name: value.astype(np.int8) for name, value in tensors.items()}, folder / "model.safetensors")
+
+
+def test_the_config_names_that_bloom_checkpoints_use(tmp_path):
+    write_random(tmp_path, PRESETS["bloom-tiny"], 0)
+    parameters = open_checkpoint(tmp_path).parameters
+    edit_config(tmp_path, hidden_size=None, n_embed=256)
+    assert open_checkpoint(tmp_path).parameters == parameters
+    edit_config(tmp_path, n_layer=None, n_head=None, num_hidden_layers=4, num_attention_heads=8)
+    assert open_checkpoint(tmp_path).parameters == parameters
+
+
+def test_a_fingerprint_in_a_folder_of_somebody_is_not_believed(folder):
+    (folder / "fingerprint.json").write_text('{"weights_sha256": "0"}')
+    assert open_checkpoint(folder).weights_sha256 != "0"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -86,7 +105,14 @@ def cut(folder):
         (lambda f: edit_config(f, hidden_size=None), "hidden_size"),
         (lambda f: edit_config(f, num_hidden_layers=5), "lack model.layers.4"),
         (lambda f: edit_config(f, vocab_size=8000), "has shape"),
-        (lambda f: edit_config(f, rope_scaling={"rope_type": "yarn"}), "rope scaling"),
+        (lambda f: edit_config(f, rope_scaling={"rope_type": "yarn"}), "rope_scaling.rope_type"),
+        (lambda f: edit_config(f, rope_scaling="linear"), "rope_scaling 'linear' is not offered"),
+        (lambda f: edit_config(f, model_type=["llama"]), "model_type ['llama'] is not offered"),
+        (lambda f: edit_config(f, num_attention_heads=0), "num_attention_heads 0 is not offered"),
+        (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act 'gelu' is not offered"),
+        (lambda f: edit_config(f, attention_bias=True), "attention_bias True is not offered"),
+        (lambda f: edit_config(f, rms_norm_eps="x"), "rms_norm_eps 'x' is not offered"),
+        (to_int8, "use weights in F32, F16 or BF16"),
         (cut, "not a whole safetensors file"),
         (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
     ],

@@ -33,6 +33,8 @@ def test_accumulation_follows_from_the_batch_sizes():
         ),
         (["--steps=5"], "--warmup-steps 5 leaves none of --steps 5 to time; use at most 4"),
         (["--out=/tmp"], "--out /tmp is a folder; name a file"),
+        (["--out=/dev/null/r.json"], "--out /dev/null/r.json: "),
+        (["--weights=pretrained"], "--weights pretrained needs a checkpoint: llama-tiny is a preset"),
     ],
 )
 def test_refused_in_combination(arguments, message):
@@ -49,7 +51,7 @@ def test_refused_in_combination(arguments, message):
         (["--bsz=two"], "argument --bsz: invalid positive value: 'two'"),
         (["--lr=0"], "argument --lr: 0 is out of range; use a number above 0"),
         (["--lr=nan"], "argument --lr: nan is out of range"),
-        (["--seed=-1"], "argument --seed: -1 is out of range; use 0 or more"),
+        (["--seed=-1"], "argument --seed: -1 is out of range; use 0 to 4294967295"),
         (["--zero=3"], "argument --zero: invalid choice: 3 (choose from 0)"),
         (["--dtype=int8"], "argument --dtype: invalid choice: 'int8' (choose from 'fp32')"),
         (["--steps=5", "--epochs=1"], "argument --epochs: not allowed with argument --steps"),

@@ -91,7 +91,11 @@ if HERE == "paddle":
     def test_a_frozen_layer_norm_passes_the_right_gradient(norm_and_exact, monkeypatch):
         monkeypatch.syspath_prepend(ROOT / "paddle")
         import layer_norm
+        import paddle
 
         layer, x, out_gradient, exact = norm_and_exact
-        layer_norm.mend_frozen_scales(layer)
+        first, adapter = paddle.nn.LayerNorm(16), paddle.nn.Linear(16, 16)
+        first.weight.stop_gradient = first.bias.stop_gradient = True
+        layer_norm.mend_frozen_scales(paddle.nn.Sequential(first, adapter, layer))
         assert input_gradient(layer, x, out_gradient) == pytest.approx(exact, abs=1e-6)
+        assert first.weight.stop_gradient, "nothing before the first adapter needs a gradient"

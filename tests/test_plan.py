@@ -76,7 +76,7 @@ def test_prepared_from_the_embedded_data():
 
     before = plan.sha256
     plan.path.unlink()
-    assert before in load_plan(flags, checkpoint).sha256, "the same inputs must give the same file"
+    assert before == load_plan(flags, checkpoint).sha256, "the same inputs must give the same file"
     assert "plan " + before[:12] in run_program("data/prepare.py", *arguments, check=True).stdout
 
 
@@ -106,3 +106,16 @@ def test_skipped_samples_are_counted(tmp_path):
     done = run_program("data/prepare.py", *arguments, "--skip-bad", check=True)
     assert f"--skip-bad left 1 malformed samples out, the first: {path}:3:" in done.stdout.replace("\n", "")
     assert "from 6 samples of mine.jsonl" in done.stdout
+
+
+def test_padding_that_a_tokenizer_file_asks_for_is_no_token_of_a_sample(tmp_path):
+    import tokenizer as tokenizers_of
+
+    plain = tokenizers_of.embedded(tmp_path)
+    texts = ["One word.", "And then a good many more words than that."]
+    lengths = [len(plain.encode(text).ids) for text in texts]
+    plain.enable_padding()
+    plain.enable_truncation(3)
+    plain.save(str(tmp_path / "tokenizer.json"))
+    loaded = tokenizers_of.of_checkpoint(tmp_path)
+    assert [len(encoded.ids) for encoded in loaded.encode_batch(texts)] == lengths

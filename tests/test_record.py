@@ -41,6 +41,7 @@ def test_written_whole_and_read_back(tmp_path):
         ({"reason": None}, "status failed needs a reason"),
         ({"status": "great"}, "status: Input should be"),
         ({"schema": 2}, "schema: Input should be 1"),
+        ({"model": {"parameters": 0}}, "model.name: Field required"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"steps": {"seconds": [1.0]}}, "steps.effective_tokens: Field required"),
     ],

@@ -18,6 +18,7 @@ def project(tmp_path):
     shutil.copy(ROOT / "setup.sh", tmp_path)
     (tmp_path / "tunebench").mkdir()
     (tmp_path / "tunebench" / "__init__.py").write_text("")
+    shutil.copy(ROOT / "tunebench" / "bootstrap.py", tmp_path / "tunebench")
     (tmp_path / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools==84.2.1"]\nbuild-backend = "setuptools.build_meta"\n'
         '[project]\nname = "tunebench"\nversion = "0"\n[project.optional-dependencies]\ntest = []\n'

@@ -85,6 +85,9 @@ def test_bad_rows_of_a_parquet_file_are_named(tmp_path):
         ("a.json", b'[{"instruction": "x", "output": "y"}\n{"a": 1}]', "a.json:2: not JSON: a comma"),
         ("a.json", b'[\n{"instruction": "x",}]', "a.json:2: not JSON"),
         ("a.json", b'[{"instruction": "x", "output": "y"},', "a.json:1: not JSON"),
+        ("a.json", b'[{"instruction": "x", "output": "y"}]\n[]', "a.json:2: not JSON: text after the closing bracket"),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "a.json:1: not readable"),
+        ("a.jsonl", b"9" * 5000, "a.jsonl:1: not readable"),
         ("a.jsonl", b'{"instruction": \n', "a.jsonl:1: not JSON"),
         ("a.jsonl", b"", "no usable sample"),
         ("a.parquet", b"PAR1", "not a readable Parquet file"),
@@ -96,6 +99,11 @@ def test_unreadable_files_are_named(tmp_path, name, content, message):
         sources.load(str(tmp_path / name), None, skip_bad=False)
     assert message in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_all_of_a_file_is_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(GOOD) * 3400)
+    assert len(sources.load(str(tmp_path / "a.jsonl"), None, skip_bad=False).samples) == 10_200
 
 
 def test_more_samples_than_there_are(tmp_path):

@@ -44,7 +44,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, device: torch.device) -> t
     targets = LORA_TARGETS[checkpoint.config["model_type"]]
     config = peft.LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, lora_dropout=0.0, target_modules=targets)
     if flags.recompute:
-        model.enable_input_require_grads()
+        # peft then makes the embedding's output require a gradient, as enable_input_require_grads does.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
@@ -55,8 +55,8 @@ def build_model(flags: Flags, checkpoint: Checkpoint, device: torch.device) -> t
 
 
 def wrap(flags: Flags, model: torch.nn.Module, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer. One process has nothing to shard."""
-    return torch.optim.AdamW(trainable, lr=flags.lr, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+    """The optimizer, fused as transformers has it by default. One process has nothing to shard."""
+    return torch.optim.AdamW(trainable, lr=flags.lr, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,7 +101,8 @@ def main(run: Run) -> None:
     torch.manual_seed(flags.seed)
     model = build_model(flags, checkpoint, device)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    run.describe(sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable))
+    name = torch.cuda.get_device_name() if GPU else "cpu"
+    run.describe(name, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable))
     optimizer = wrap(flags, model, trainable)
 
     run.start(synchronize)

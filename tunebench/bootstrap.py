@@ -1,10 +1,12 @@
 """The first thing that every program here runs: the right interpreter, and maths libraries set up equally.
 
-Loaded by path, before anything of the project can be imported, so it uses the standard library alone.
+Loaded by path, before anything of the project can be imported: standard library alone, and any Python from 3.6 on.
 """
 
+import hashlib
 import importlib.util
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +20,8 @@ def enter(*environments: str) -> None:
     running interpreter lacks them, this process is replaced by the same command in `.venv/<environment>`; where that
     is not complete either, the program ends with exit code 2 and the command that makes it.
     """
+    # Until a program says otherwise, Ctrl-C ends it as it ends any command: without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     # On sys.path the repository root would offer torch/ and paddle/ as empty namespace packages.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     os.environ.update(maths_settings())
@@ -26,7 +30,7 @@ def enter(*environments: str) -> None:
         return
     for name in environments:
         python = ROOT / ".venv" / name / "bin" / "python"
-        if (ROOT / ".venv" / name / "complete").exists() and Path(sys.executable) != python:
+        if is_complete(name) and Path(sys.executable) != python:
             sys.stdout.flush()
             os.execv(python, [str(python), *sys.argv])
     program = Path(sys.argv[0]).name
@@ -35,7 +39,22 @@ def enter(*environments: str) -> None:
     sys.exit(2)
 
 
-def maths_settings() -> dict[str, str]:
+def is_complete(name: str) -> bool:
+    """Whether an environment was made to its end, from the files that are here now."""
+    complete = ROOT / ".venv" / name / "complete"
+    return complete.exists() and complete.read_text().split("\n")[0] == stamp(name)
+
+
+def stamp(name: str) -> str:
+    """What setup.sh writes into an environment last: a digest of all that it was made from, but for the kind of build.
+
+    One call with --cpu thus decides for those after it.
+    """
+    files = (ROOT / name / "requirements.txt", ROOT / name / "constraints.txt", ROOT / "pyproject.toml")
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files) + str(ROOT).encode()).hexdigest()
+
+
+def maths_settings() -> dict:
     """The environment variables that give both frameworks the same threads and the same kernels.
 
     They are read when the libraries load. Threads: the physical cores this process may use, unless OMP_NUM_THREADS is
@@ -65,7 +84,7 @@ def _usable_cores() -> int:
     return len(cores)
 
 
-def _cpuinfo(field: str) -> list[str]:
+def _cpuinfo(field: str) -> list:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field]

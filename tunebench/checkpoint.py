@@ -10,19 +10,67 @@ import shutil
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tunebench.cache import cache_folder, only_one
 from tunebench.errors import BadInput
-from tunebench.presets import LORA_TARGETS, PRESETS, Preset
+from tunebench.presets import PRESETS, Preset
 
 WRITER_VERSION = 1  # part of the cache key: raise it when the same seed would give other weights
 SHARD_BYTES = 1 << 30
+FINGERPRINT = "fingerprint.json"  # in the cache only: the digest of weights written there
+
+
+class Rope(BaseModel):
+    """Plain rotary embedding: PaddleNLP and transformers scale differently."""
+
+    rope_type: Literal["default"] = "default"
+    type: Literal["default"] = "default"
+
+
+class LlamaShape(BaseModel):
+    """What a llama config has to say, and what of it both frameworks honour. Everything else is left to them."""
+
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    vocab_size: PositiveInt
+    max_position_embeddings: PositiveInt = 2048
+    rms_norm_eps: PositiveFloat = 1e-6
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: Rope | None = None
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    attention_dropout: Literal[0, 0.0] = 0.0
+    mlp_bias: Literal[False] = False
+    pretraining_tp: Literal[1] = 1
+    tie_word_embeddings: Literal[False] = False
+
+
+class BloomShape(BaseModel):
+    """The same of a bloom config."""
+
+    hidden_size: PositiveInt
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    vocab_size: PositiveInt
+    layer_norm_epsilon: PositiveFloat = 1e-5
+    apply_residual_connection_post_layernorm: Literal[False] = False
+    hidden_dropout: Literal[0, 0.0] = 0.0
+    attention_dropout: Literal[0, 0.0] = 0.0
+    slow_but_exact: Literal[False] = False
+    tie_word_embeddings: Literal[True] = True
+
+
+FAMILIES: dict[str, type[BaseModel]] = {"llama": LlamaShape, "bloom": BloomShape}
 
 
 @dataclass(frozen=True)
@@ -58,8 +106,11 @@ def find_checkpoint(model: str, weights: str, seed: int) -> Checkpoint:
     return open_checkpoint(folder.resolve())
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
-    """Reads and checks a Hugging Face checkpoint folder (config.json and safetensors, in one file or in shards)."""
+def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint:
+    """Reads and checks a Hugging Face checkpoint folder (config.json and safetensors, in one file or in shards).
+
+    `known_sha256` saves reading the weights of a folder that nobody else writes to.
+    """
     config = _read_config(folder)
     files = _weight_files(folder)
     wanted = tensor_shapes(config)
@@ -68,7 +119,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         try:
             with safe_open(file, framework="numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
-                    found[canonical_name(name, config)] = tuple(tensors.get_slice(name).get_shape())
+                    tensor = tensors.get_slice(name)
+                    found[canonical_name(name, config)] = tuple(tensor.get_shape())
+                    if tensor.get_dtype() not in ("F32", "F16", "BF16"):
+                        raise BadInput(f"{file}: {name} is {tensor.get_dtype()}; use weights in F32, F16 or BF16")
         except (SafetensorError, OSError) as error:
             raise BadInput(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
     for name, shape in wanted.items():
@@ -76,9 +130,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             raise BadInput(f"{folder}: the weights lack {name}, which its config.json asks for; use a whole checkpoint")
         if found[name] != shape:
             raise BadInput(f"{folder}: {name} has shape {found[name]}, its config.json asks for {shape}")
-    manifest = folder / "fingerprint.json"
-    sha256 = json.loads(manifest.read_text())["weights_sha256"] if manifest.exists() else _sha256_of(files)
-    return Checkpoint(folder, config, files, sha256)
+    return Checkpoint(folder, config, files, known_sha256 or _sha256_of(files))
 
 
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -103,12 +155,11 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
             shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
         shapes["model.norm.weight"] = (hidden,)
-        if not config.get("tie_word_embeddings", False):
-            shapes["lm_head.weight"] = (vocab, hidden)
+        shapes["lm_head.weight"] = (vocab, hidden)
         return shapes
     shapes["transformer.word_embeddings.weight"] = (vocab, hidden)
     norms = ["transformer.word_embeddings_layernorm"]
-    for layer in range(config.get("n_layer") or config["num_hidden_layers"]):
+    for layer in range(config["n_layer"]):
         prefix = f"transformer.h.{layer}."
         norms += [prefix + "input_layernorm", prefix + "post_attention_layernorm"]
         linears = {
@@ -156,8 +207,8 @@ def _random_checkpoint(name: str, preset: Preset, seed: int) -> Checkpoint:
             write_random(part, preset, seed, description=f"random weights of {name}")
             part.rename(folder)
     try:
-        return open_checkpoint(folder)
-    except BadInput as damage:
+        return open_checkpoint(folder, json.loads((folder / FINGERPRINT).read_text())["weights_sha256"])
+    except (BadInput, OSError, ValueError, KeyError, TypeError) as damage:
         raise BadInput(f"{damage} (a cached random checkpoint: remove {folder} and it is written again)") from None
 
 
@@ -191,7 +242,7 @@ def write_random(
         index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))
     fingerprint = {"weights_sha256": _sha256_of(_weight_files(folder))}
-    (folder / "fingerprint.json").write_text(json.dumps(fingerprint))
+    (folder / FINGERPRINT).write_text(json.dumps(fingerprint))
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], preset: Preset, seed: int, dtype: np.dtype) -> np.ndarray:
@@ -215,18 +266,22 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise BadInput(f"{path} is not readable JSON ({error})") from None
     family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in LORA_TARGETS:
-        raise BadInput(f"{path}: model_type {family!r} is not offered; use one of {', '.join(LORA_TARGETS)}")
+    if family not in tuple(FAMILIES):
+        raise BadInput(f"{path}: model_type {family!r} is not offered; use one of {', '.join(FAMILIES)}")
+    # Names that either library writes for the same thing; PaddleNLP reads the one on the right.
+    for other, name in (("n_embed", "hidden_size"), ("rope_parameters", "rope_scaling")):
+        if config.get(name) is None and other in config:
+            config[name] = config[other]
+    if family == "bloom" and config.get("n_layer") is None:
+        config |= {"n_layer": config.get("num_hidden_layers"), "n_head": config.get("num_attention_heads")}
+    if isinstance(config.get("rope_scaling"), dict) and "rope_theta" in config["rope_scaling"]:
+        config["rope_theta"] = config["rope_scaling"]["rope_theta"]
     try:
-        tensor_shapes(config)
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path}: the {family} config lacks or has a wrong {error}") from None
-    # transformers 5 writes rope_parameters; PaddleNLP reads the older key.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        raise BadInput(f"{path}: rope scaling {rope} is not offered; use a checkpoint without it")
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
+        FAMILIES[family].model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(map(str, first["loc"]))
+        raise BadInput(f"{path}: {name} {config.get(name)!r} is not offered: {first['msg']}") from None
     return config
 
 
@@ -238,7 +293,9 @@ def _weight_files(folder: Path) -> list[Path]:
         raise BadInput(f"{folder} has neither model.safetensors nor model.safetensors.index.json; only those are read")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a shard's name is no text")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise BadInput(f"{index} is not a readable index ({error})") from None
     for name in names:
         if not (folder / name).exists():

@@ -1,6 +1,7 @@
 """The flags: one parser for all four scripts, so that a setup is spelled the same on both sides."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,8 +104,8 @@ def parse_flags(method: str, argv: Sequence[str] | None = None, prog: str | None
             f"--warmup-steps {flags.warmup_steps} leaves none of --steps {flags.steps} to time; "
             f"use at most {flags.steps - 1}"
         )
-    if flags.out is not None and flags.out.is_dir():
-        raise BadInput(f"--out {flags.out} is a folder; name a file")
+    if flags.out is not None:
+        _check_out(flags.out)
     return flags
 
 
@@ -114,7 +115,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--model", help=f"{', '.join(PRESETS)}, or a Hugging Face checkpoint: a folder or a hub name")
     add("--weights", choices=["random", "pretrained"], help="random: a preset's shared seeded checkpoint")
     add("--data", default="synthetic-en", help=f"{', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file")
-    add("--samples", type=positive, help=f"how many of the data (default: {DEFAULT_SAMPLES}, or all that a file has)")
+    add("--samples", type=positive, help=f"how many of the data (default: {DEFAULT_SAMPLES:,}; of a file, all)")
     add("--skip-bad", action="store_true", help="leave malformed samples out and count them, instead of refusing them")
     add("--bsz", type=positive, default=4, help="global batch size")
     length = parser.add_mutually_exclusive_group()
@@ -134,6 +135,8 @@ def resolve_plan_flags(options: dict) -> dict:
     options["weights"] = options["weights"] or ("random" if model in PRESETS else "pretrained")
     if options["weights"] == "random" and model not in PRESETS:
         raise BadInput(f"--weights random is for presets; --model {model} is none of {', '.join(PRESETS)}")
+    if options["weights"] == "pretrained" and model in PRESETS and not Path(model).is_dir():
+        raise BadInput(f"--weights pretrained needs a checkpoint: {model} is a preset; name a folder or owner/name")
     if options["weights"] == "pretrained" and not Path(model).expanduser().is_dir() and model.count("/") != 1:
         raise BadInput(
             f"--model {model}: no such preset or folder; use one of {', '.join(PRESETS)}, a checkpoint folder, "
@@ -145,8 +148,8 @@ def resolve_plan_flags(options: dict) -> dict:
             raise BadInput(
                 f"--data {options['data']}: use {', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file"
             )
-        if not path.is_file():
-            raise BadInput(f"--data {options['data']}: no such file")
+        if not path.is_file() or not os.access(path, os.R_OK):
+            raise BadInput(f"--data {options['data']}: no such file, or not readable")
         options["data"] = str(path.resolve())
     if options["steps"] is None and options["epochs"] is None:
         options["steps"] = 30
@@ -162,10 +165,10 @@ def positive(text: str) -> int:
 
 
 def not_negative(text: str) -> int:
-    """An integer of at least 0."""
+    """An integer of at least 0 that fits a seed."""
     value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; use 0 or more")
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; use 0 to 4294967295")
     return value
 
 
@@ -175,6 +178,18 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is out of range; use a number above 0")
     return value
+
+
+def _check_out(path: Path) -> None:
+    """Refuses, before a run, a record file that could not be written after it."""
+    if path.is_dir():
+        raise BadInput(f"--out {path} is a folder; name a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"--out {path}: {error.strerror}: {path.parent}") from None
+    if not os.access(path.parent, os.W_OK):
+        raise BadInput(f"--out {path}: {path.parent} is not writable")
 
 
 def _divisors(number: int) -> str:

@@ -25,7 +25,10 @@ PACKAGES = {
 
 
 class Hardware(BaseModel):
-    """The machine of a run. Memory in bytes; `threads` is what both maths libraries were told to use."""
+    """The machine of a run. Memory in bytes; `threads` is what both maths libraries were told to use.
+
+    `device` is what the framework trained on, None before it said so; `accelerators` are those that were visible.
+    """
 
     cpu: str
     cores: int
@@ -33,6 +36,7 @@ class Hardware(BaseModel):
     memory_bytes: int
     kernel: str
     environment: dict[str, str]
+    device: str | None
     accelerators: list[str]
     driver: str | None
 
@@ -42,10 +46,11 @@ def read_hardware() -> Hardware:
     return Hardware(
         cpu=_cpu_name(),
         cores=len(os.sched_getaffinity(0)),
-        threads=int(os.environ.get("OMP_NUM_THREADS", "1")),
+        threads=int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]),
         memory_bytes=psutil.virtual_memory().total,
         kernel=platform.release(),
         environment={name: os.environ[name] for name in MATHS_VARIABLES if name in os.environ},
+        device=None,
         accelerators=visible_accelerators(),
         driver=_driver(),
     )
@@ -55,18 +60,19 @@ def visible_accelerators() -> list[str]:
     """The names of the NVIDIA GPUs that this process may use; empty without a driver."""
     try:
         pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        gpus = [(pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+        pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return []
-    try:
-        names = [
-            pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(pynvml.nvmlDeviceGetCount())
-        ]
-    finally:
-        pynvml.nvmlShutdown()
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
-        return names
-    return [names[int(i)] for i in chosen.split(",") if i.strip().isdigit() and int(i) < len(names)]
+        return [name for _, name in gpus]
+    visible = []
+    for entry in map(str.strip, chosen.split(",")):  # an index, or the start of a UUID
+        fits = [name for i, (uuid, name) in enumerate(gpus) if entry and (entry == str(i) or uuid.startswith(entry))]
+        visible.extend(fits[:1])
+    return visible
 
 
 def read_versions(framework: str) -> dict[str, str]:

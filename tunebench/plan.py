@@ -101,6 +101,7 @@ class Plan:
             data=self.about["data"],
             sha256=self.sha256,
             samples=self.about["samples"],
+            skipped=self.about["skipped"],
             effective_tokens=sum(map(self.effective_tokens, run)),
             padded_tokens=sum(map(self.padded_tokens, run)),
             label_tokens=sum(map(self.label_tokens, run)),
@@ -118,9 +119,13 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
     except (FileNotFoundError, BadInput):
         _prepare(flags)
         plan = read_plan(path)
-    largest, vocabulary = int(plan.tokens.max()), checkpoint.config["vocab_size"]
-    if largest >= vocabulary:
-        raise BadInput(f"--model {flags.model}: its tokenizer gives token {largest}, its vocabulary has {vocabulary}")
+    vocabulary, positions = checkpoint.config["vocab_size"], checkpoint.config.get("max_position_embeddings")
+    for token in (int(plan.tokens.min()), int(plan.tokens.max()), plan.about["pad_id"]):
+        if not 0 <= token < vocabulary:
+            raise BadInput(f"--model {flags.model}: its tokenizer gives token {token}, its vocabulary has {vocabulary}")
+    longest = int(np.diff(plan.offsets).max())
+    if positions is not None and longest > positions:
+        raise BadInput(f"--model {flags.model}: a sample has {longest} tokens, max_position_embeddings is {positions}")
     return plan
 
 
@@ -157,14 +162,15 @@ def plan_path(options: dict[str, Any], checkpoint: Checkpoint) -> Path:
 
 def tokens_key(options: dict[str, Any], checkpoint: Checkpoint) -> str:
     """A name for the tokenized data: it changes with the data, the tokenizer and the limits."""
+    code = [_file_key(ROOT / "data" / name) for name in ("sources.py", "prepare.py")]
     generator = [_file_key(ROOT / "data" / name) for name in ("synthetic.py", "tokenizer.py")]
-    own = checkpoint.folder / "tokenizer.json"
+    own = [checkpoint.folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
     ids = [checkpoint.config.get(name) for name in ("eos_token_id", "pad_token_id")]
-    tokenizer = [_file_key(own), *ids] if own.exists() else generator
+    tokenizer = [*ids, *(_file_key(file) for file in own if file.exists())] if own[0].exists() else generator
     data = options["data"]
     source = generator if data.startswith("synthetic-") else [] if data in DATA_NAMES else [_file_key(Path(data))]
     limits = [PROMPT_TOKENS, RESPONSE_TOKENS, options["samples"], options["skip_bad"]]
-    return _key([tokenizer, data if data in DATA_NAMES else "file", source, limits])
+    return _key([PLAN_VERSION, code, tokenizer, data if data in DATA_NAMES else "file", source, limits])
 
 
 def _prepare(flags: Flags) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from tunebench.cache import write_atomically
 from tunebench.errors import BadInput
@@ -16,7 +16,7 @@ LOG_LINES = 40
 class Strict(BaseModel):
     """A part of the record; unknown fields are an error."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Git(Strict):
@@ -27,12 +27,12 @@ class Git(Strict):
 
 
 class Model(Strict):
-    """The model as the framework counted it after loading."""
+    """The model; the framework's count of what it trains is None until it has loaded."""
 
     name: str
     family: str
-    parameters: int
-    trainable_parameters: int
+    parameters: int = Field(gt=0)
+    trainable_parameters: int | None
     config_sha256: str
     weights_sha256: str
 
@@ -40,13 +40,13 @@ class Model(Strict):
 class Setup(Strict):
     """How the run was split and computed. Batch sizes in samples."""
 
-    nproc: int
-    nnodes: int
+    nproc: int = Field(gt=0)
+    nnodes: int = Field(gt=0)
     zero: int
-    mp: int
-    bsz: int
-    micro_bsz: int
-    accumulation: int
+    mp: int = Field(gt=0)
+    bsz: int = Field(gt=0)
+    micro_bsz: int = Field(gt=0)
+    accumulation: int = Field(gt=0)
     dtype: str
     amp: str | None
     recompute: bool
@@ -57,11 +57,12 @@ class Setup(Strict):
 
 
 class PlanInfo(Strict):
-    """Which tokens were trained on, counted over all steps of the run."""
+    """Which tokens were trained on, counted over all steps of the run; `skipped` samples were malformed."""
 
     data: str
     sha256: str
     samples: int
+    skipped: int
     effective_tokens: int
     padded_tokens: int
     label_tokens: int
@@ -70,11 +71,11 @@ class PlanInfo(Strict):
 class Steps(Strict):
     """Every optimizer step from the first on; all lists are equally long. Seconds are wall-clock."""
 
-    seconds: list[float]
-    effective_tokens: list[int]
-    padded_tokens: list[int]
-    label_tokens: list[int]
-    loss: list[float]
+    seconds: list[PositiveFloat]
+    effective_tokens: list[PositiveInt]
+    padded_tokens: list[PositiveInt]
+    label_tokens: list[PositiveInt]
+    loss: list[PositiveFloat]
     grad_norm: list[float]
 
     @model_validator(mode="after")
@@ -88,7 +89,7 @@ class Steps(Strict):
 class Record(Strict):
     """One run. What is not known when a run does not end ok is None."""
 
-    model_config = ConfigDict(extra="forbid", populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, serialize_by_alias=True)
 
     schema_: Literal[1] = Field(alias="schema")
     status: Literal["ok", "oom", "failed", "timeout", "unsupported"]
@@ -116,8 +117,8 @@ class Record(Strict):
                 raise ValueError("a run that ended ok has model, plan, steps and setup_seconds")
             if not 0 <= self.timed_from < len(self.steps.seconds):
                 raise ValueError(f"timed_from {self.timed_from} is not one of {len(self.steps.seconds)} steps")
-            if min(self.steps.seconds) <= 0:
-                raise ValueError("a step took no time")
+            if self.model.trainable_parameters is None or self.hardware.device is None:
+                raise ValueError("a run that ended ok has trainable_parameters and a device")
         elif not self.reason:
             raise ValueError(f"status {self.status} needs a reason")
         return self

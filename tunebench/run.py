@@ -1,9 +1,10 @@
-"""One run of a script: measures its steps and leaves one record, however it ends."""
+"""One run of a script: measures its steps and leaves one record, unless a signal ends it."""
 
 import contextlib
 import datetime
 import math
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -64,27 +65,35 @@ class Run:
         self.flags, self.checkpoint, self.plan = job
         self.argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
         self.out = self.flags.out or new_record_path(framework, method, self.flags)
-        self.model: Model | None = None
+        # What is known before anything runs, so that the record of a run that fails early has it too.
+        self.about = describe_run(framework, method, self.flags, self.argv)
+        self.model = Model(
+            name=self.flags.model_name,
+            family=self.checkpoint.config["model_type"],
+            parameters=self.checkpoint.parameters,
+            trainable_parameters=None,
+            config_sha256=self.checkpoint.config_sha256,
+            weights_sha256=self.checkpoint.weights_sha256,
+        )
+        self.watchdog = threading.Timer(self.flags.timeout, _end_at_timeout, [self])
+        self.watchdog.daemon = True
         self.setup_seconds: float | None = None
         self.seconds: list[float] = []
         self.losses: list[Any] = []
         self.grad_norms: list[Any] = []
 
-    def describe(self, parameters: int, trainable: int) -> None:
-        """Keeps the model's counts, as the framework has them. Raises RuntimeError if they contradict the config."""
+    def describe(self, device: str, parameters: int, trainable: int) -> None:
+        """Keeps what the framework trains on and its counts; RuntimeError if those contradict the config.
+
+        `device` is `cpu` or the accelerator's name, as the framework has it.
+        """
         adapters = trainable if self.method == "lora" else 0
         if parameters - adapters != self.checkpoint.parameters:
             raise RuntimeError(
                 f"the framework counts {parameters - adapters} parameters, the config has {self.checkpoint.parameters}"
             )
-        self.model = Model(
-            name=self.flags.model_name,
-            family=self.checkpoint.config["model_type"],
-            parameters=self.checkpoint.parameters,
-            trainable_parameters=trainable,
-            config_sha256=self.checkpoint.config_sha256,
-            weights_sha256=self.checkpoint.weights_sha256,
-        )
+        self.model = self.model.model_copy(update={"trainable_parameters": trainable})
+        self.about["hardware"] = self.about["hardware"].model_copy(update={"device": device})
 
     def start(self, synchronize: Callable[[], None]) -> None:
         """Starts the clock of the first step."""
@@ -116,6 +125,7 @@ class Run:
         steps = self.steps()
         if len(steps.loss) < len(self.losses):
             raise FloatingPointError(f"loss or gradient norm of step {len(steps.loss) + 1} is not a finite number")
+        self.watchdog.cancel()
         record = self.record("ok", None, peak_memory_bytes=[peak_memory_bytes])
         record.write(self.out)
         print(
@@ -149,7 +159,7 @@ class Run:
             steps=known.pop("steps", None) or (self.steps() if status == "ok" else None),
             setup_seconds=self.setup_seconds,
             **known,
-            **describe_run(self.framework, self.method, self.flags, self.argv),
+            **self.about,
         )
 
     def fail(self, status: str, reason: str, log: list[str] | None = None, steps: Steps | None = None) -> None:
@@ -196,9 +206,8 @@ def recorded(framework: Framework, method: Method, job: Job) -> Iterator[Run]:
     An allocation failure or any other error ends with exit code 1, --timeout with 124.
     """
     run = Run(framework, method, job)
-    watchdog = threading.Timer(run.flags.timeout, _end_at_timeout, [run])
-    watchdog.daemon = True
-    watchdog.start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run.watchdog.start()
     try:
         yield run
     except KeyboardInterrupt:
@@ -207,7 +216,7 @@ def recorded(framework: Framework, method: Method, job: Job) -> Iterator[Run]:
     except Exception as error:
         _end_with(run, error)
     finally:
-        watchdog.cancel()
+        run.watchdog.cancel()
 
 
 def new_record_path(framework: str, method: str, flags: Flags) -> Path:
@@ -252,5 +261,7 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
 def _end_at_timeout(run: Run) -> NoReturn:
     """Runs in the watchdog's thread, so it ends a main thread that hangs in native code too."""
     where = f"after step {len(run.seconds)}" if run.seconds else "before the first step ended"
-    run.fail("timeout", f"not done within --timeout {run.flags.timeout:g} s, {where}")
-    os._exit(TIMEOUT_EXIT)
+    try:
+        run.fail("timeout", f"not done within --timeout {run.flags.timeout:g} s, {where}")
+    finally:
+        os._exit(TIMEOUT_EXIT)

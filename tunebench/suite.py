@@ -27,12 +27,13 @@ from rich.live import Live
 from rich.text import Text
 
 from tunebench import processes
-from tunebench.bootstrap import ROOT, maths_settings
+from tunebench.bootstrap import is_complete, maths_settings
 from tunebench.cache import results_folder
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Parser, positive
+from tunebench.hardware import read_hardware
 from tunebench.record import LOG_LINES, Record, read_record
-from tunebench.run import describe_run
+from tunebench.run import describe_run, read_git
 from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
 
 PROGRAM = "run_all.sh"
@@ -52,7 +53,11 @@ def main() -> int:
     add("--suite", default="cpu", help="a name in suites/, or a .toml file (default: cpu)")
     add("--only", metavar="GLOB", help="only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle'")
     add("--repeats", type=positive, default=1, help="rounds, the order of the sides alternating (default: 1)")
-    add("--fresh", action="store_true", help="from the start; earlier results move to results/.previous/")
+    add(
+        "--fresh",
+        action="store_true",
+        help="from the start; earlier results (with --only: its runs') move to results/.previous/",
+    )
     add("--dry-run", action="store_true", help="print the runs, start none")
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
@@ -69,11 +74,12 @@ def main() -> int:
             print(f"{run.name}{': done already' if _before(run)[0] else ''}\n  {shlex.join(run.command)}")
         return 0
     for framework in sorted({run.framework for run in runs}):
-        if not (ROOT / ".venv" / framework / "complete").exists():
+        if not is_complete(framework):
             raise BadInput(f"the environment .venv/{framework} is not complete; run: bash setup.sh {framework}")
     with _locked(folder):
         if options.fresh:
-            _set_aside(folder, *(old for old in folder.iterdir() if old.name != ".lock"))
+            everything = [old for old in folder.iterdir() if old.name != ".lock"]
+            _set_aside(folder, *([p for run in runs for p in (run.record, run.log)] if options.only else everything))
         print(f"suite {path.stem} ({suite.title}), records in {folder}/")
         return run_all(runs, folder)
 
@@ -189,6 +195,10 @@ def _before(run: Planned) -> tuple[Record | None, str]:
         return None, "its flags changed"
     if record.status not in FINAL:
         return None, f"it ended as {record.status}"
+    if record.git.revision != read_git().revision:
+        return None, "the code is of another commit"
+    if record.hardware.environment != read_hardware().environment or record.hardware.cpu != read_hardware().cpu:
+        return None, "the machine or its threads changed"
     return record, ""
 
 

@@ -16,10 +16,13 @@ from tunebench.presets import PRESETS
 from tunebench.record import Record, read_record
 
 # Largest relative difference of two fp32 loss curves, at any step, that still counts as the same training.
-LOSS_TOLERANCE = 1e-3
+LOSS_TOLERANCE, FIRST_LOSS_TOLERANCE = 1e-3, 1e-4  # the second: of step 1, where only the start and the tokens count
+GRADIENT_TOLERANCE = 1e-3  # of the gradient norms, which show faults that a loss hides
 METHODS = {"lora": "LoRA", "full": "Finetune"}
 FAMILIES = {"llama": "Llama", "bloom": "Bloom"}
 NOT_AVAILABLE = "N/A"
+VERSIONS_SHOWN = ("torch", "transformers", "peft", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp")
+VERSION_OF = {"torch": "torch", "paddle": "paddlenlp"}
 COLUMNS = (
     "Model",
     "Method",
@@ -100,7 +103,8 @@ def join(records: list[Record]) -> list[Row]:
     rows = []
     for group in sorted(groups, key=lambda g: (g[0], g[1], list(METHODS).index(g[2]), g[3:])):
         cells = {framework: _cells(members) for framework, members in groups[group].items()}
-        rows.extend(_row(group, paddle, torch) for paddle, torch in _pairs(**cells))
+        pairs = _pairs(**cells)
+        rows.extend(_row(group, paddle, torch, several=len(pairs) > 1) for paddle, torch in pairs)
     return rows
 
 
@@ -114,9 +118,25 @@ def differences(paddle: Record, torch: Record) -> list[str]:
 
 def parity(paddle: Record, torch: Record) -> float:
     """The largest relative difference of two loss curves at any step."""
-    assert paddle.steps is not None
-    assert torch.steps is not None
-    return max(abs(a - b) / abs(b) for a, b in zip(paddle.steps.loss, torch.steps.loss, strict=True))
+    return max(_relative("loss", paddle, torch))
+
+
+def disagreement(paddle: Record, torch: Record) -> str | None:
+    """Why two curves are not those of one training; None when they are."""
+    loss, gradients = _relative("loss", paddle, torch), _relative("grad_norm", paddle, torch)
+    for what, difference, limit in (
+        ("the losses of step 1", loss[0], FIRST_LOSS_TOLERANCE),
+        ("the losses", max(loss), LOSS_TOLERANCE),
+        ("the gradient norms", max(gradients), GRADIENT_TOLERANCE),
+    ):
+        if not difference <= limit:
+            return f"{what} differ by {difference:.1e}, more than {limit:g}"
+    return None
+
+
+def _relative(curve: str, paddle: Record, torch: Record) -> list[float]:
+    pairs = zip(getattr(paddle.steps, curve), getattr(torch.steps, curve), strict=True)
+    return [abs(a - b) / max(abs(b), 1e-12) for a, b in pairs]
 
 
 def render(rows: list[Row], form: str, records: list[Record]) -> str:
@@ -169,7 +189,7 @@ def _is_kept_apart(file: Path) -> bool:
 
 
 def _model_of(record: Record) -> tuple[str, str]:
-    """Family and name, for a run that failed before its model stood by its flags."""
+    """Family and name; of a run whose checkpoint was never read, by its flags."""
     if record.model is not None:
         return record.model.family, record.model.name
     arguments = itertools.chain.from_iterable(argument.split("=", 1) for argument in record.argv)
@@ -182,7 +202,9 @@ def _cells(records: list[Record]) -> list[Cell]:
     by_key: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if record.status == "ok":
-            by_key[json.dumps([record.setup.model_dump(), _work(record)], sort_keys=True, default=str)].append(record)
+            # Runs of other versions are no repeats of each other, though each may have its pair.
+            key = [record.setup.model_dump(), record.versions, _work(record)]
+            by_key[json.dumps(key, sort_keys=True, default=str)].append(record)
     done = {_setup(runs[0]) for runs in by_key.values()}
     ended: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in records:
@@ -196,8 +218,8 @@ def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[Cell | None, Cel
     pairs: list[tuple[Cell | None, Cell | None]] = []
     ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
     for fits in (
-        lambda a, b: _setup(a) == _setup(b) and not _cannot_compare(a, b),
-        lambda a, b: not _cannot_compare(a, b),
+        lambda a, b: a.status == b.status == "ok" and _setup(a) == _setup(b) and not differences(a, b),
+        lambda a, b: a.status == b.status == "ok" and not differences(a, b),
         lambda a, b: _setup(a) == _setup(b),
     ):
         for cell in list(ours):
@@ -209,11 +231,7 @@ def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[Cell | None, Cel
     return pairs + [(cell, None) for cell in ours] + [(None, cell) for cell in theirs]
 
 
-def _cannot_compare(paddle: Record, torch: Record) -> bool:
-    return paddle.status == torch.status == "ok" and bool(differences(paddle, torch))
-
-
-def _row(group: tuple[Any, ...], paddle: Cell | None, torch: Cell | None) -> Row:
+def _row(group: tuple[Any, ...], paddle: Cell | None, torch: Cell | None, several: bool) -> Row:
     family, model, method, devices, bsz = group
     speedup = refusal = agreement = note = None
     if paddle and torch and paddle.rate and torch.rate:
@@ -221,12 +239,14 @@ def _row(group: tuple[Any, ...], paddle: Cell | None, torch: Cell | None) -> Row
         if different:
             refusal, note = "not the same work", f"not the same work: {'; '.join(different)}"
         else:
-            agreement = parity(paddle.first, torch.first)
-            if agreement > LOSS_TOLERANCE:
+            runs = list(itertools.product(paddle.records, torch.records))
+            agreement = max(itertools.starmap(parity, runs))
+            note = next(filter(None, itertools.starmap(disagreement, runs)), None)
+            if note:
                 refusal = "losses differ"
-                note = f"the loss curves differ by {agreement:.1e} of the loss, more than {LOSS_TOLERANCE:g}"
             else:
                 speedup = paddle.rate / torch.rate - 1
+    told_apart = [_on_what(c.first) for c in (paddle, torch) if c and c.rate and several][:1]
     reasons = [f"{c.first.framework} {c.first.status}: {c.first.reason}" for c in (paddle, torch) if c and not c.rate]
     return Row(
         family=family,
@@ -239,7 +259,18 @@ def _row(group: tuple[Any, ...], paddle: Cell | None, torch: Cell | None) -> Row
         speedup=speedup,
         refusal=refusal,
         parity=agreement,
-        note="; ".join(filter(None, [note, *reasons])) or None,
+        note="; ".join(filter(None, [note, *reasons, *told_apart])) or None,
+    )
+
+
+def _on_what(record: Record) -> str:
+    """What tells rows with the same headings apart."""
+    assert record.plan is not None
+    assert record.steps is not None
+    plan, timed = record.plan, len(record.steps.seconds) - record.timed_from
+    return (
+        f"{timed} steps of {plan.data} (plan {plan.sha256[:8]}), {record.framework} "
+        f"{record.versions.get(VERSION_OF[record.framework], '?')}, revision {(record.git.revision or 'no git')[:10]}"
     )
 
 
@@ -281,7 +312,9 @@ def _work(record: Record) -> dict[str, Any]:
         "hardware.cores": hardware.cores,
         "hardware.threads": hardware.threads,
         "hardware.environment": hardware.environment,
-        "hardware.accelerators": hardware.accelerators,
+        "hardware.device": hardware.device,
+        "hardware.driver": hardware.driver,
+        "git.revision": record.git.revision,
     }
 
 
@@ -322,19 +355,21 @@ def _measured_on(records: list[Record]) -> str:
     done = [record for record in records if record.status == "ok"]
     if not done:
         return "No run ended ok."
-    machines = {(r.hardware.cpu, r.hardware.cores, r.hardware.threads, tuple(r.hardware.accelerators)) for r in done}
+    machines = {(r.hardware.device, r.hardware.cpu, r.hardware.cores, r.hardware.threads) for r in done}
     texts = []
-    for cpu, cores, threads, accelerators in sorted(machines):
-        gpus = f"{len(accelerators)}× {accelerators[0]}" if accelerators else "no GPU"
-        texts.append(f"{gpus}, {cpu} with {cores} cores, {threads} threads per process")
+    for device, cpu, cores, threads in sorted(machines):
+        gpu = "no GPU" if device == "cpu" else f"one {device} per process"
+        texts.append(f"{gpu}, {cpu} with {cores} cores, {threads} threads per process")
     versions = {f"{name} {r.versions[name]}" for r in done for name in VERSIONS_SHOWN if name in r.versions}
     steps = {f"{len(r.steps.seconds) - r.timed_from} of {len(r.steps.seconds)}" for r in done if r.steps}
-    caveat = "" if all(machine[3] for machine in machines) else " It compares CPU kernels: it says nothing about GPUs."
+    caveat = (
+        ""
+        if all(machine[0] != "cpu" for machine in machines)
+        else " It compares CPU kernels: it says nothing about GPUs."
+    )
+    revisions = {f"{(r.git.revision or 'no git')[:10]}{' changed' if r.git.dirty else ''}" for r in done}
     environment = {f"{k}={v}" for r in done for k, v in r.hardware.environment.items() if k == "MKL_DEBUG_CPU_TYPE"}
     return (
         f"Measured on: {'; '.join(texts)}; {', '.join(sorted(versions))}; steps timed: {', '.join(sorted(steps))}"
-        f"{'; ' + ', '.join(environment) if environment else ''}.{caveat}"
+        f"{'; ' + ', '.join(environment) if environment else ''}; revision {', '.join(sorted(revisions))}.{caveat}"
     )
-
-
-VERSIONS_SHOWN = ("torch", "transformers", "peft", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp")
