@@ -62,6 +62,28 @@ def test_exact_norms_are_still_needed(gradient):
     assert error > 1e-4
 
 
+@pytest.mark.parametrize("model", ["llama-tiny", "bloom-tiny"])
+def test_lora_with_recompute_runs_every_layer_twice(model, monkeypatch):
+    """On both sides, the first layer behind the frozen embedding too: else a pair would not do the same work."""
+    monkeypatch.syspath_prepend(ROOT / HERE)
+    arguments = [f"--model={model}", "--bsz=1", "--samples=2", "--steps=2", "--warmup-steps=1", "--recompute"]
+    monkeypatch.setattr(sys, "argv", ["finetune_lora.py", *arguments])
+    script = runpy.run_path(str(ROOT / HERE / "finetune_lora.py"))
+    flags, checkpoint, plan = script["JOB"]
+    device = script["join_process_group"]()
+    on_device = [device] if HERE == "torch" else []
+    built = script["build_model"](flags, checkpoint, *on_device)
+    layers = built.named_modules() if HERE == "torch" else built.named_sublayers()
+    forwards = dict.fromkeys((name for name, _ in layers if name.endswith(".mlp")), 0)
+    for name, layer in built.named_modules() if HERE == "torch" else built.named_sublayers():
+        if name in forwards:
+            layer.register_forward_pre_hook(lambda *_, name=name: forwards.update({name: forwards[name] + 1}))
+    input_ids, attention_mask, labels = script["to_device"](next(plan.micro_batches(0, 1)), *on_device)
+    output = built(input_ids=input_ids, attention_mask=attention_mask)
+    script["sum_of_losses"](output.logits if HERE == "torch" else output[0], labels).backward()
+    assert list(forwards.values()) == [2, 2, 2, 2]
+
+
 if HERE == "paddle":
 
     def input_gradient(layer, x, out_gradient):
