@@ -5,7 +5,6 @@
 The scripts call it when their plan is missing; calling it first saves that wait.
 """
 
-import json
 import pathlib
 import runpy
 
@@ -18,17 +17,24 @@ import numpy as np
 import sources
 import tokenizer as tokenizers_of
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
-from tunebench.cache import cache_folder, only_one, write_atomically
+from tunebench.cache import cache_folder, only_one
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import DATA_NAMES, Parser, add_plan_flags, resolve_plan_flags
-from tunebench.plan import PROMPT_TOKENS, RESPONSE_TOKENS, plan_path, read_plan, tokens_key, write_plan
+from tunebench.plan import (
+    PROMPT_TOKENS,
+    RESPONSE_TOKENS,
+    Row,
+    plan_path,
+    read_plan,
+    read_rows,
+    tokens_key,
+    write_plan,
+    write_rows,
+)
 
 CHUNK = 500  # samples encoded between two moves of the progress bar
-ARRAYS = ("tokens", "offsets", "prompt_lengths")
 
 
 def main() -> None:
@@ -69,29 +75,27 @@ def make_plan(options: dict[str, Any], checkpoint: Checkpoint) -> None:
     write_plan(plan_path(options, checkpoint), about, samples, steps)
 
 
-def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[tuple[np.ndarray, int]], list[str], int]:
-    """Each sample's tokens and prompt length, what was skipped, and the padding token; kept in the cache."""
+def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[Row], list[str], int]:
+    """The samples as rows of tokens, what was skipped, and the padding token; kept in the cache."""
     cached = cache_folder() / "tokens" / f"{tokens_key(options, checkpoint)}.safetensors"
     try:
-        with safe_open(cached, framework="numpy") as file:
-            arrays, about = {name: file.get_tensor(name) for name in ARRAYS}, json.loads(file.metadata()["about"])
-    except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError):  # missing or damaged
+        about, arrays = read_rows(cached)
+        tokens = np.split(arrays["tokens"], arrays["offsets"][1:-1])
+        rows = list(zip(tokens, arrays["prompt_lengths"].tolist(), strict=True))
+    except (FileNotFoundError, BadInput):
         own = tokenizers_of.of_checkpoint(checkpoint.folder)
         folder = None if own is None else checkpoint.folder
         tokenizer = own or tokenizers_of.embedded(cache_folder())
         loaded = sources.load(options["data"], options["samples"], options["skip_bad"])
-        arrays = encode(tokenizer, loaded.samples, tokenizers_of.eos_id(tokenizer, folder))
+        rows = encode(tokenizer, loaded.samples, tokenizers_of.eos_id(tokenizer, folder))
         about = {"skipped": loaded.skipped, "pad_id": tokenizers_of.pad_id(tokenizer, folder)}
-        write_atomically(cached, save(arrays, metadata={"about": json.dumps(about)}))
-    offsets = arrays["offsets"]
-    rows = [arrays["tokens"][offsets[i] : offsets[i + 1]] for i in range(len(offsets) - 1)]
-    return list(zip(rows, arrays["prompt_lengths"].tolist(), strict=True)), about["skipped"], about["pad_id"]
+        write_rows(cached, about, rows)
+    return rows, about["skipped"], about["pad_id"]
 
 
-def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> dict[str, np.ndarray]:
+def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> list[Row]:
     """Prompts cut to 256 tokens, responses to 384 and closed by EOS, with a progress bar."""
-    tokens: list[list[int]] = []
-    prompt_lengths: list[int] = []
+    rows: list[Row] = []
     for start in track(range(0, len(samples), CHUNK), description=f"tokenizing {len(samples)} samples"):
         chunk = samples[start : start + CHUNK]
         prompts = tokenizer.encode_batch([sample.prompt for sample in chunk], add_special_tokens=False)
@@ -99,14 +103,9 @@ def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> dict[s
         for prompt, response in zip(prompts, responses, strict=True):
             ids = prompt.ids[:PROMPT_TOKENS]
             if not ids or not response.ids:
-                raise BadInput(f"sample {len(tokens) + 1}: the tokenizer makes no token of its prompt or response")
-            tokens.append([*ids, *response.ids[:RESPONSE_TOKENS], eos_id])
-            prompt_lengths.append(len(ids))
-    return {
-        "tokens": np.array([token for row in tokens for token in row], dtype=np.int32),
-        "offsets": np.cumsum([0, *map(len, tokens)], dtype=np.int64),
-        "prompt_lengths": np.array(prompt_lengths, dtype=np.int32),
-    }
+                raise BadInput(f"sample {len(rows) + 1}: the tokenizer makes no token of its prompt or response")
+            rows.append((np.array([*ids, *response.ids[:RESPONSE_TOKENS], eos_id], dtype=np.int32), len(ids)))
+    return rows
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def maths_settings() -> dict:
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(_usable_cores())
     settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NVIDIA_TF32_OVERRIDE": "0"}
-    if "AuthenticAMD" in _cpuinfo("vendor_id"):
+    if "AuthenticAMD" in cpuinfo("vendor_id"):
         settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "5")
     return settings
 
@@ -76,15 +76,15 @@ def _importable(name: str) -> bool:
 
 
 def _usable_cores() -> int:
-    allowed = os.sched_getaffinity(0)
-    cores = {}
-    for cpu in sorted(allowed):
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores[topology.read_text().strip() if topology.exists() else str(cpu)] = cpu
+        cores.add(topology.read_text().strip() if topology.exists() else str(cpu))
     return len(cores)
 
 
-def _cpuinfo(field: str) -> list:
+def cpuinfo(field: str) -> list:
+    """The values of a field of /proc/cpuinfo, one per logical CPU; empty where there is no such file."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field]

@@ -3,11 +3,12 @@
 import os
 import platform
 from importlib import metadata
-from pathlib import Path
 
 import psutil
 import pynvml
 from pydantic import BaseModel
+
+from tunebench.bootstrap import cpuinfo
 
 # What decides threads and kernels before a library loads. Recorded as found, unset ones left out.
 MATHS_VARIABLES = (
@@ -44,7 +45,7 @@ class Hardware(BaseModel):
 def read_hardware() -> Hardware:
     """The hardware as this process sees it: `cores` are those that it may use."""
     return Hardware(
-        cpu=_cpu_name(),
+        cpu=next(iter(cpuinfo("model name")), platform.processor() or platform.machine()),
         cores=len(os.sched_getaffinity(0)),
         threads=int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]),
         memory_bytes=psutil.virtual_memory().total,
@@ -84,15 +85,6 @@ def read_versions(framework: str) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        for line in path.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _driver() -> str | None:

@@ -29,6 +29,9 @@ PROMPT_TOKENS, RESPONSE_TOKENS = 256, 384  # the published record's limits; the 
 IGNORED = -100  # the label of a position that is not trained on
 
 
+Row = tuple[np.ndarray, int]  # a sample's tokens, int32, and how many of them are its prompt
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """One replica's share of a pass; each array is (micro_bsz, width), int64, padded to the global batch's longest.
@@ -94,9 +97,9 @@ class Plan:
                 labels[row, prompt - 1 : len(tokens) - 1] = tokens[prompt:]
             yield MicroBatch(input_ids, attention_mask, labels)
 
-    def info(self, steps: int | None = None) -> PlanInfo:
-        """What the record says of the plan's first `steps` steps (default: all)."""
-        run = range(self.steps if steps is None else steps)
+    def info(self) -> PlanInfo:
+        """What the record says of the plan."""
+        run = range(self.steps)
         return PlanInfo(
             data=self.about["data"],
             sha256=self.sha256,
@@ -131,19 +134,31 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
 
 def read_plan(path: Path) -> Plan:
     """Reads a plan file. Raises FileNotFoundError, or `BadInput` where it is damaged."""
-    content = path.read_bytes()
+    sha256 = _file_key(path)
+    about, arrays = read_rows(path)
+    return Plan(path, sha256, about, **arrays)
+
+
+def write_plan(path: Path, about: dict[str, Any], samples: list[Row], steps: int) -> None:
+    """Writes the plan whose rows go through `samples` in order, and again from the start."""
+    write_rows(path, about, [samples[row % len(samples)] for row in range(steps * about["bsz"])])
+
+
+def read_rows(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What `write_rows` wrote: the description, and the arrays that `Plan` documents.
+
+    Raises FileNotFoundError, or `BadInput` where the file is damaged.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             about = json.loads(file.metadata()["about"])
-            arrays = {name: file.get_tensor(name) for name in ("tokens", "offsets", "prompt_lengths")}
+            return about, {name: file.get_tensor(name) for name in ("tokens", "offsets", "prompt_lengths")}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: not a whole batch plan ({error}); remove it and it is made again") from None
-    return Plan(path, hashlib.sha256(content).hexdigest(), about, **arrays)
 
 
-def write_plan(path: Path, about: dict[str, Any], samples: list[tuple[np.ndarray, int]], steps: int) -> None:
-    """Writes the plan whose rows go through `samples` (tokens, prompt length) in order, and again from the start."""
-    rows = [samples[row % len(samples)] for row in range(steps * about["bsz"])]
+def write_rows(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
+    """Writes rows of tokens, one after the other, with a description."""
     arrays = {
         "tokens": np.concatenate([tokens for tokens, _ in rows]).astype(np.int32),
         "offsets": np.cumsum([0, *(len(tokens) for tokens, _ in rows)], dtype=np.int64),
@@ -155,7 +170,7 @@ def write_plan(path: Path, about: dict[str, Any], samples: list[tuple[np.ndarray
 def plan_path(options: dict[str, Any], checkpoint: Checkpoint) -> Path:
     """Where the plan of these flags lies: a name made of everything that the plan depends on."""
     data = options["data"]
-    parts = [PLAN_VERSION, tokens_key(options, checkpoint), options["bsz"], options["steps"], options["epochs"]]
+    parts = [tokens_key(options, checkpoint), options["bsz"], options["steps"], options["epochs"]]
     name = data if data in DATA_NAMES else Path(data).stem
     return cache_folder() / "plans" / f"{name}-bsz{options['bsz']}-{_key(parts)}.safetensors"
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -126,7 +126,7 @@ class Run:
         if len(steps.loss) < len(self.losses):
             raise FloatingPointError(f"loss or gradient norm of step {len(steps.loss) + 1} is not a finite number")
         self.watchdog.cancel()
-        record = self.record("ok", None, peak_memory_bytes=[peak_memory_bytes])
+        record = self.record("ok", None, steps, peak_memory_bytes=[peak_memory_bytes])
         record.write(self.out)
         print(
             f"loss {steps.loss[0]:.4f} -> {steps.loss[-1]:.4f}, {record.effective_tokens_per_second:.1f} effective "
@@ -148,23 +148,30 @@ class Run:
             grad_norm=[grad_norm[i] for i in kept],
         )
 
-    def record(self, status: str, reason: str | None, log: list[str] | None = None, **known: Any) -> Record:
+    def record(
+        self,
+        status: str,
+        reason: str | None,
+        steps: Steps | None,
+        log: Sequence[str] = (),
+        peak_memory_bytes: Sequence[int] = (),
+    ) -> Record:
         """The record as far as it is known."""
         return Record(
             status=status,
             reason=reason,
-            log=log or [],
             model=self.model,
             plan=self.plan.info(),
-            steps=known.pop("steps", None) or (self.steps() if status == "ok" else None),
+            steps=steps,
             setup_seconds=self.setup_seconds,
-            **known,
+            peak_memory_bytes=list(peak_memory_bytes),
+            log=list(log[-LOG_LINES:]),
             **self.about,
         )
 
-    def fail(self, status: str, reason: str, log: list[str] | None = None, steps: Steps | None = None) -> None:
+    def fail(self, status: str, reason: str, log: Sequence[str] = (), steps: Steps | None = None) -> None:
         """Writes a record that says why there is no result."""
-        self.record(status, reason, log=(log or [])[-LOG_LINES:], steps=steps, peak_memory_bytes=[]).write(self.out)
+        self.record(status, reason, steps, log).write(self.out)
         print(f"{self.argv[0]}: {status}: {reason} (record: {self.out})", file=sys.stderr, flush=True)
 
 

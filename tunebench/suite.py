@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -31,7 +32,7 @@ from tunebench.bootstrap import is_complete, maths_settings
 from tunebench.cache import results_folder
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Parser, positive
-from tunebench.hardware import read_hardware
+from tunebench.hardware import Hardware, read_hardware
 from tunebench.record import LOG_LINES, Record, read_record
 from tunebench.run import describe_run, read_git
 from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
@@ -183,6 +184,12 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None) -> Record:
     return record
 
 
+@functools.cache
+def _here() -> tuple[str | None, Hardware]:
+    """The commit and the machine, asked for once."""
+    return read_git().revision, read_hardware()
+
+
 def _before(run: Planned) -> tuple[Record | None, str]:
     """The record of a run that is done, or why the one that is there does not do."""
     if not run.record.exists():
@@ -195,9 +202,10 @@ def _before(run: Planned) -> tuple[Record | None, str]:
         return None, "its flags changed"
     if record.status not in FINAL:
         return None, f"it ended as {record.status}"
-    if record.git.revision != read_git().revision:
+    revision, hardware = _here()
+    if record.git.revision != revision:
         return None, "the code is of another commit"
-    if record.hardware.environment != read_hardware().environment or record.hardware.cpu != read_hardware().cpu:
+    if record.hardware.environment != hardware.environment or record.hardware.cpu != hardware.cpu:
         return None, "the machine or its threads changed"
     return record, ""
 
