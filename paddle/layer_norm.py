@@ -5,18 +5,23 @@ Paddle's CPU kernel takes the scale into the input's gradient only when the scal
 LoRA on Bloom, whose norms are frozen LayerNorms, would train on wrong gradients.
 """
 
+import functools
+
 import paddle
+import paddle.nn.functional as F
 
 
 def mend_frozen_scales(model: paddle.nn.Layer) -> None:
-    """Lets each LayerNorm scale behind the first adapter take a gradient; nothing reads it, no optimizer holds it.
-
-    Norms before the first adapter pass no gradient on. Call it after the trainable parameters are listed.
-    """
+    """Lets each frozen LayerNorm ask for its scale's gradient; nothing reads it, and the parameter stays frozen."""
     if paddle.get_device() != "cpu":
         return
-    passes_gradients = False
-    for layer in model.sublayers(include_self=True):  # in the order of execution
-        passes_gradients |= any(not p.stop_gradient for p in layer.parameters(include_sublayers=False))
-        if passes_gradients and isinstance(layer, paddle.nn.LayerNorm) and layer.weight is not None:
-            layer.weight.stop_gradient = False
+    for layer in model.sublayers(include_self=True):
+        if isinstance(layer, paddle.nn.LayerNorm) and layer.weight is not None and layer.weight.stop_gradient:
+            layer.forward = functools.partial(forward, layer)
+
+
+def forward(layer: paddle.nn.LayerNorm, x: paddle.Tensor) -> paddle.Tensor:
+    """The layer's own forward, with a scale of which autograd does not know that it is the frozen parameter."""
+    scale = layer.weight.detach()
+    scale.stop_gradient = x.stop_gradient  # norms before the first adapter pass no gradient on
+    return F.layer_norm(x, layer._normalized_shape, scale, layer.bias, layer._epsilon)

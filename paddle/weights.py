@@ -13,10 +13,14 @@ from tunebench.checkpoint import Checkpoint, canonical_name
 def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
     """Sets every weight of `model` from the checkpoint, one tensor in memory at a time, in the model's dtype.
 
-    Raises RuntimeError when a weight of either has no counterpart in the other.
+    A tensor-parallel model takes this rank's slice of each. Raises RuntimeError when a weight of either has no
+    counterpart in the other.
     """
     targets = {m.source_name: (m.target_name, m.action) for m in type(model)._get_name_mappings(model.config)}
     state = model.state_dict()
+    slices = {}
+    if model.config.tensor_parallel_degree > 1:
+        slices = model.get_tensor_parallel_convert_actions(model.config, state)
     left = {name for name in state if not name.endswith("lm_head.decoder_weight")}  # Bloom's head is its embedding
     for file in checkpoint.files:
         with safe_open(file, framework="paddle") as tensors:
@@ -30,7 +34,8 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
                     raise RuntimeError(f"{file.name}: {type(model).__name__} has no place for {stored}")
                 name, action = targets[source]
                 value = tensors.get_tensor(stored).astype(state[name].dtype)
-                state[name].set_value(value.T if action == "transpose" else value)
+                value = value.T if action == "transpose" else value
+                state[name].set_value(slices[name](value.numpy()) if name in slices else value)
                 left.discard(name)
     if left:
         raise RuntimeError(f"{checkpoint.folder}: no weight for {', '.join(sorted(left))}")

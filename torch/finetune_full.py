@@ -13,15 +13,16 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
 
 from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
-from tunebench.optimizer import BETAS, EPSILON, MAX_GRAD_NORM, WEIGHT_DECAY
+from tunebench.optimizer import BETAS, EPSILON, WEIGHT_DECAY
 from tunebench.plan import IGNORED, MicroBatch
 from tunebench.run import Run, read_job, recorded
 
 FRAMEWORK, METHOD = "torch", "full"
-JOB = read_job(METHOD)  # the flags, the checkpoint and the batch plan; refuses bad input before the slow imports below
+JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import resource
 
+import parallel
 import torch
 import torch.nn.functional as F
 import transformers
@@ -29,24 +30,29 @@ import transformers
 GPU = torch.cuda.is_available()
 
 
-def join_process_group() -> torch.device:
-    """The device of this process. One process, for now."""
-    return torch.device("cuda" if GPU else "cpu")
-
-
-def build_model(flags: Flags, checkpoint: Checkpoint, device: torch.device) -> torch.nn.Module:
+def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> torch.nn.Module:
     """The checkpoint as transformers' model, float32, with every parameter trainable."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder, dtype=torch.float32, attn_implementation=flags.attention, use_cache=False
+        checkpoint.folder,
+        dtype=torch.float32,
+        attn_implementation=flags.attention,
+        use_cache=False,
+        **parallel.loading(flags, checkpoint),
     )
+    parallel.take_heads(model, group)
     if flags.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device).train()
+    return model.to(group.device).train()
 
 
-def wrap(flags: Flags, model: torch.nn.Module, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer, fused as transformers has it by default. One process has nothing to shard."""
-    return torch.optim.AdamW(trainable, lr=flags.lr, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True)
+def wrap(
+    flags: Flags, model: torch.nn.Module, trainable: list[torch.nn.Parameter], group: parallel.Group
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """The model and its optimizer, fused as transformers has it by default, as they run on several processes."""
+    optimizer = torch.optim.AdamW(
+        parallel.optimizer_groups(trainable), flags.lr, BETAS, EPSILON, WEIGHT_DECAY, fused=True
+    )
+    return parallel.wrap(flags, model, optimizer, group)
 
 
 def to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -60,22 +66,11 @@ def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
-def clip_gradients(trainable: list[torch.nn.Parameter]) -> torch.Tensor:
-    """Scales the gradients to a global norm of at most 1, in place; the norm before that, a scalar.
-
-    As torch.nn.utils.clip_grad_norm_, but with norms in float64: on a CPU the other's float32 sums of an embedding's
-    gradient are off by more than 1e-4 (tests/test_numerics.py shows it).
-    """
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in trainable]
-    norm = torch.linalg.vector_norm(torch.stack(norms)).float()
-    torch.nn.utils.clip_grads_with_norm_(trainable, MAX_GRAD_NORM, norm)
-    return norm
-
-
 def synchronize() -> None:
-    """Waits until the device has done all that it was given."""
+    """Waits until the device has done all that it was given, on every process."""
     if GPU:
         torch.cuda.synchronize()
+    parallel.barrier()
 
 
 def peak_memory_bytes() -> int:
@@ -87,28 +82,28 @@ def peak_memory_bytes() -> int:
 
 def main(run: Run) -> None:
     flags, checkpoint, plan = run.flags, run.checkpoint, run.plan
-    device = join_process_group()
+    group = parallel.join(flags, run.world)
     torch.manual_seed(flags.seed)
-    model = build_model(flags, checkpoint, device)
+    model = build_model(flags, checkpoint, group)
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = torch.cuda.get_device_name() if GPU else "cpu"
-    run.describe(name, sum(p.numel() for p in model.parameters()), sum(p.numel() for p in trainable))
-    optimizer = wrap(flags, model, trainable)
+    run.describe(name, parallel.count(model.parameters()), parallel.count(trainable))
+    model, optimizer = wrap(flags, model, trainable, group)
 
     run.start(synchronize)
     for step in range(plan.steps):
         loss = 0.0
-        for batch in plan.micro_batches(step, flags.micro_bsz):
-            input_ids, attention_mask, labels = to_device(batch, device)
+        for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
+            parallel.sync_gradients(model, last, group)
+            input_ids, attention_mask, labels = to_device(batch, group.device)
             logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
             micro_loss = sum_of_losses(logits, labels) / plan.label_tokens(step)
-            micro_loss.backward()
+            parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()
-        grad_norm = clip_gradients(trainable)
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
-    run.finish(peak_memory_bytes())
+    run.finish(parallel.sum_over_replicas(run.losses, group), parallel.gather(peak_memory_bytes(), group))
+    parallel.leave()
 
 
 if __name__ == "__main__":

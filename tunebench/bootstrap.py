@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+THREADS_LEFT_TO_US = "TUNEBENCH_THREADS"  # the cores to share out, where the user did not set OMP_NUM_THREADS
 
 
 def enter(*environments: str) -> None:
@@ -64,6 +65,8 @@ def maths_settings() -> dict:
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(_usable_cores())
     settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NVIDIA_TF32_OVERRIDE": "0"}
+    if "OMP_NUM_THREADS" not in os.environ:
+        settings[THREADS_LEFT_TO_US] = threads
     if "AuthenticAMD" in cpuinfo("vendor_id"):
         settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "5")
     return settings

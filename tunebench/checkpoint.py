@@ -92,6 +92,18 @@ class Checkpoint:
         """Weights of the model; tied weights count once."""
         return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
 
+    def tensor_parallel_widths(self) -> dict[str, int]:
+        """What tensor parallelism cuts up, by what messages call it."""
+        if self.config["model_type"] == "bloom":
+            heads = {"attention heads": self.config["n_head"]}
+            inner = 4 * self.config["hidden_size"]
+        else:
+            heads = {"attention heads": self.config["num_attention_heads"]}
+            if self.config.get("num_key_value_heads"):
+                heads["key-value heads"] = self.config["num_key_value_heads"]
+            inner = self.config["intermediate_size"]
+        return heads | {"feed-forward width": inner, "vocabulary": self.config["vocab_size"]}
+
 
 def find_checkpoint(model: str, weights: str, seed: int) -> Checkpoint:
     """The checkpoint of a preset (written when missing), a local folder, or a hub name.

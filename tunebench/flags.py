@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from tunebench.errors import BadInput
 from tunebench.hardware import visible_accelerators
+from tunebench.launch import World
 from tunebench.presets import PRESETS
 
 DATA_NAMES = ("synthetic-en", "synthetic-zh", "alpaca", "guanaco")
@@ -30,6 +31,9 @@ class Flags(BaseModel):
     bsz: int
     micro_bsz: int
     nproc: int
+    nnodes: int
+    node_rank: int
+    master: str | None
     zero: int
     mp: int
     dtype: str
@@ -51,9 +55,14 @@ class Flags(BaseModel):
         return Path(self.model).name
 
     @property
+    def world_size(self) -> int:
+        """Processes of the whole run."""
+        return self.nproc * self.nnodes
+
+    @property
     def replicas(self) -> int:
         """Data-parallel copies of the model: each global batch is split over them."""
-        return self.nproc // self.mp
+        return self.world_size // self.mp
 
     @property
     def accumulation(self) -> int:
@@ -69,8 +78,10 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse_flags(method: str, argv: Sequence[str] | None = None, prog: str | None = None) -> Flags:
-    """Reads the flags of a script. `method` is `full` or `lora`.
+def parse_flags(
+    method: str, argv: Sequence[str] | None = None, prog: str | None = None, world: World | None = None
+) -> Flags:
+    """Reads the flags of a script. `method` is `full` or `lora`; `world` is this process's place, if it was given one.
 
     A wrong flag ends the process with exit code 2; what only shows in combination raises `BadInput`.
     """
@@ -78,9 +89,22 @@ def parse_flags(method: str, argv: Sequence[str] | None = None, prog: str | None
     add_plan_flags(parser)
     add = parser.add_argument
     add("--micro-bsz", type=positive, help="samples per replica and pass (default: all of its share of --bsz)")
-    add("--nproc", type=int, choices=[1], default=1, help="processes on this node")
-    add("--zero", type=int, choices=[0], default=0, help="0: nothing is sharded over the replicas")
-    add("--mp", type=int, choices=[1], default=1, help="tensor-parallel degree")
+    add(
+        "--nproc",
+        type=positive,
+        help="processes on this node (default: all visible GPUs; without GPUs what --mp and --zero need)",
+    )
+    add("--nnodes", type=positive, help="nodes; start the same command on each (default: 1)")
+    add("--node-rank", type=not_negative, help="which of the nodes this is (default: 0)")
+    add("--master", metavar="HOST:PORT", help="where node 0 can be reached, with --nnodes")
+    add(
+        "--zero",
+        type=int,
+        choices=range(4),
+        default=0,
+        help="sharded over the replicas: 1 optimizer, 2 +gradients, 3 +parameters",
+    )
+    add("--mp", type=positive, default=1, help="tensor-parallel degree")
     add("--dtype", choices=["fp32"], default="fp32", help="precision")
     add("--recompute", action="store_true", help="recompute activations in the backward pass")
     add("--attention", choices=["eager"], default="eager", help="attention kernel")
@@ -92,12 +116,35 @@ def parse_flags(method: str, argv: Sequence[str] | None = None, prog: str | None
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")
         add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
     options = vars(parser.parse_args(argv))
-    options["micro_bsz"] = options["micro_bsz"] or options["bsz"] * options["mp"] // options["nproc"]
-    flags = Flags(**resolve_plan_flags(options))
-    if flags.bsz % (flags.replicas * flags.micro_bsz):
+    if world is None:
+        _place(options)
+    else:
+        _join(options, world)
+    size, mp = options["nproc"] * options["nnodes"], options["mp"]
+    if options["nproc"] % mp:
         raise BadInput(
-            f"--micro-bsz {flags.micro_bsz} does not divide --bsz {flags.bsz} over {flags.replicas} replica(s); "
-            f"use one of {_divisors(flags.bsz // flags.replicas)}"
+            f"--mp {mp} does not divide the {options['nproc']} process(es) of a node; "
+            f"use --nproc {mp * (options['nproc'] // mp + 1)} or --mp {_divisors(options['nproc'])}"
+        )
+    if options["zero"] and mp > 1:
+        raise BadInput(
+            f"--zero {options['zero']} with --mp {mp}: not combined here, since DeepSpeed does not shard transformers' "
+            "tensor-parallel models; use --zero 0 or --mp 1"
+        )
+    if options["zero"] and size == 1:
+        raise BadInput(f"--zero {options['zero']} has nothing to shard over in one process; use --nproc 2 or --zero 0")
+    replicas, bsz = size // mp, options["bsz"]
+    if bsz % replicas:
+        raise BadInput(
+            f"--bsz {bsz} does not divide over {replicas} replicas; "
+            f"use {' or '.join(str(n * replicas) for n in (bsz // replicas, bsz // replicas + 1) if n)}"
+        )
+    options["micro_bsz"] = options["micro_bsz"] or bsz // replicas
+    flags = Flags(**resolve_plan_flags(options))
+    if bsz // replicas % flags.micro_bsz:
+        raise BadInput(
+            f"--micro-bsz {flags.micro_bsz} does not divide --bsz {bsz} over {replicas} replica(s); "
+            f"use one of {_divisors(bsz // replicas)}"
         )
     if flags.steps is not None and flags.warmup_steps >= flags.steps:
         raise BadInput(
@@ -107,6 +154,41 @@ def parse_flags(method: str, argv: Sequence[str] | None = None, prog: str | None
     if flags.out is not None:
         _check_out(flags.out)
     return flags
+
+
+def _place(options: dict) -> None:
+    """Fills in the processes and nodes of a run that no launcher has started. Raises `BadInput`."""
+    gpus = len(visible_accelerators())
+    if options["nproc"] is None:
+        options["nproc"] = gpus or options["mp"] * (2 if options["zero"] and not options["nnodes"] else 1)
+    if gpus and options["nproc"] > gpus:
+        raise BadInput(f"--nproc {options['nproc']}: {gpus} GPU(s) visible; use at most {gpus}")
+    options["nnodes"] = options["nnodes"] or 1
+    if options["nnodes"] == 1:
+        for name in ("node_rank", "master"):
+            if options[name] is not None:
+                raise BadInput(f"--{name.replace('_', '-')} is for several nodes; add --nnodes")
+    else:
+        options["node_rank"] = options["node_rank"] or 0
+        last = options["nnodes"] - 1
+        if options["node_rank"] > last:
+            raise BadInput(f"--node-rank {options['node_rank']}: use 0 to {last}, as --nnodes is {options['nnodes']}")
+        host, _, port = (options["master"] or "").rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            given = "is missing" if options["master"] is None else f"{options['master']} is no HOST:PORT"
+            raise BadInput(f"--master {given}; with --nnodes name node 0 and a free port there, such as 10.0.0.1:29500")
+    options["node_rank"] = options["node_rank"] or 0
+
+
+def _join(options: dict, world: World) -> None:
+    """The same where a launcher has started this process: its word counts. Raises `BadInput` where a flag differs."""
+    for name, given in (("nproc", world.nproc), ("nnodes", world.nnodes)):
+        if options[name] not in (None, given):
+            raise BadInput(
+                f"--{name} {options[name]}: the launcher started {given}; leave the flag out, or the launcher"
+            )
+        options[name] = given
+    options["node_rank"], options["master"] = world.rank // world.nproc, None
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:

@@ -81,8 +81,13 @@ class Plan:
         """Positions of a step that are trained on: responses and their EOS."""
         return self.effective_tokens(step) - int(self.prompt_lengths[step * self.bsz : (step + 1) * self.bsz].sum())
 
-    def micro_batches(self, step: int, micro_bsz: int, replica: int = 0, replicas: int = 1) -> Iterator[MicroBatch]:
-        """The passes of one replica in a step, in order: its contiguous slice of the global batch, cut up."""
+    def micro_batches(
+        self, step: int, micro_bsz: int, replica: int = 0, replicas: int = 1
+    ) -> Iterator[tuple[bool, MicroBatch]]:
+        """The passes of one replica in a step, in order: its contiguous slice of the global batch, cut up.
+
+        Each comes with whether it is the last one.
+        """
         width, share = int(self.lengths(step).max()), self.bsz // replicas
         first = step * self.bsz + replica * share
         for start in range(first, first + share, micro_bsz):
@@ -95,7 +100,7 @@ class Plan:
                 input_ids[row, : len(tokens)] = tokens
                 attention_mask[row, : len(tokens)] = 1
                 labels[row, prompt - 1 : len(tokens) - 1] = tokens[prompt:]
-            yield MicroBatch(input_ids, attention_mask, labels)
+            yield start + micro_bsz == first + share, MicroBatch(input_ids, attention_mask, labels)
 
     def info(self) -> PlanInfo:
         """What the record says of the plan."""

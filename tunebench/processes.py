@@ -23,6 +23,11 @@ def dying_with_parent() -> Callable[[], None]:
     return functools.partial(_die_with, os.getpid())
 
 
+def die_with_parent() -> None:
+    """Lets this process be killed when the thread that started it ends."""
+    _die_with(os.getppid())
+
+
 def start(command: Sequence[str | Path], **options: Any) -> subprocess.Popen:
     """Starts `command` without input in a session, and so a group, of its own; it dies with this thread."""
     return subprocess.Popen(

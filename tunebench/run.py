@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import json
 import math
 import os
 import signal
@@ -16,12 +17,14 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import psutil
 
+from tunebench import processes
 from tunebench.bootstrap import ROOT
-from tunebench.cache import results_folder
+from tunebench.cache import results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Flags, parse_flags
 from tunebench.hardware import read_hardware, read_versions
+from tunebench.launch import ALONE, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, World, export, read_world, share_threads
 from tunebench.plan import Plan, load_plan
 from tunebench.record import LOG_LINES, Git, Model, Record, Setup, Steps
 
@@ -36,21 +39,48 @@ class Job(NamedTuple):
     flags: Flags
     checkpoint: Checkpoint
     plan: Plan
+    world: World
 
 
-def read_job(method: Method) -> Job:
+def read_job(framework: Framework, method: Method) -> Job:
     """Reads the command line, checks the checkpoint and loads the plan, making what is missing.
 
-    It needs no framework, so that bad input is refused at once: with one line and exit code 2.
+    It needs no framework, so that bad input is refused at once: with one line and exit code 2. Where the run is to have
+    several processes and no launcher has started this one, it starts them, and ends this process when they have ended.
     """
     with one_line_refusals(Path(sys.argv[0]).name):
-        flags = parse_flags(method)
-        checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
-        plan = load_plan(flags, checkpoint)
+        world = read_world(framework)
+        # What a worker would say here, its supervisor or rank 0 has said.
+        with contextlib.redirect_stdout(None if world and (world.rank or RUN_FOLDER in os.environ) else sys.stdout):
+            flags = parse_flags(method, world=world)
+            checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+            check_tensor_parallel(framework, flags, checkpoint)
+            plan = load_plan(flags, checkpoint)
         if flags.warmup_steps >= plan.steps:
             raise BadInput(f"--warmup-steps {flags.warmup_steps} leaves none of the {plan.steps} steps to time")
-        return Job(flags, checkpoint, plan)
-    raise AssertionError("unreachable: a refusal ends the process")
+    job = Job(flags, checkpoint, plan, world or ALONE)
+    if world is not None:
+        processes.die_with_parent()
+        os.environ.update(share_threads(world.nproc))
+        export(world, framework)
+    elif flags.world_size > 1:
+        from tunebench.workers import run_workers
+
+        sys.exit(run_workers(Run(framework, method, job)))
+    return job
+
+
+def check_tensor_parallel(framework: Framework, flags: Flags, checkpoint: Checkpoint) -> None:
+    """Raises `BadInput` where the framework cannot cut the model up as --mp asks for.
+
+    Both need whole heads. transformers also takes a last slice that is shorter; Paddle's layers do not.
+    """
+    widths = checkpoint.tensor_parallel_widths()
+    needed = {name: width for name, width in widths.items() if framework == "paddle" or "heads" in name}
+    for name, width in needed.items():
+        if width % flags.mp:
+            works = [str(mp) for mp in range(1, flags.mp) if not any(width % mp for width in needed.values())]
+            raise BadInput(f"--mp {flags.mp} does not divide the model's {width} ({name}); use {' or '.join(works)}")
 
 
 class Run:
@@ -62,9 +92,12 @@ class Run:
 
     def __init__(self, framework: Framework, method: Method, job: Job) -> None:
         self.framework, self.method = framework, method
-        self.flags, self.checkpoint, self.plan = job
+        self.flags, self.checkpoint, self.plan, self.world = job
         self.argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
-        self.out = self.flags.out or new_record_path(framework, method, self.flags)
+        # Set where this process is a worker of a run that is watched.
+        self.folder = Path(os.environ[RUN_FOLDER]) if RUN_FOLDER in os.environ else None
+        given = os.environ.get(RUN_RECORD) if self.folder else None
+        self.out = Path(given) if given else self.flags.out or new_record_path(framework, method, self.flags)
         # What is known before anything runs, so that the record of a run that fails early has it too.
         self.about = describe_run(framework, method, self.flags, self.argv)
         self.model = Model(
@@ -80,6 +113,7 @@ class Run:
         self.setup_seconds: float | None = None
         self.seconds: list[float] = []
         self.losses: list[Any] = []
+        self.losses_are_whole = self.flags.replicas == 1  # or each process knows only those of its share
         self.grad_norms: list[Any] = []
 
     def describe(self, device: str, parameters: int, trainable: int) -> None:
@@ -100,8 +134,8 @@ class Run:
         self._synchronize = synchronize
         synchronize()
         self._clock = time.perf_counter()
-        self.setup_seconds = time.time() - psutil.Process().create_time()
-        print(f"start-up took {self.setup_seconds:.1f} s", flush=True)
+        self.setup_seconds = time.time() - _started()
+        self.say(f"start-up took {self.setup_seconds:.1f} s")
 
     def end_step(self, loss: Any, grad_norm: Any) -> None:
         """Stops the clock of this step and starts the next one's, so that no time falls between two steps.
@@ -118,21 +152,33 @@ class Run:
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
         rate = self.plan.effective_tokens(done - 1) / self.seconds[-1]
-        print(f"step {done}/{self.plan.steps}: {self.seconds[-1]:.3f} s, {rate:.0f} effective tokens/s", flush=True)
+        self.say(f"step {done}/{self.plan.steps}: {self.seconds[-1]:.3f} s, {rate:.0f} effective tokens/s")
 
-    def finish(self, peak_memory_bytes: int) -> None:
-        """Writes the record of a run whose steps are all done; FloatingPointError on a loss that is not finite."""
+    def finish(self, losses: list[float], peak_memory_bytes: list[int]) -> None:
+        """Writes the record of a run whose steps are all done; FloatingPointError on a loss that is not finite.
+
+        `losses` are those of whole global batches, `peak_memory_bytes` has a value for each rank.
+        """
+        self.losses, self.losses_are_whole = list(losses), True
         steps = self.steps()
         if len(steps.loss) < len(self.losses):
             raise FloatingPointError(f"loss or gradient norm of step {len(steps.loss) + 1} is not a finite number")
         self.watchdog.cancel()
-        record = self.record("ok", None, steps, peak_memory_bytes=[peak_memory_bytes])
+        if self.world.rank:
+            return
+        record = self.record("ok", None, steps, peak_memory_bytes=peak_memory_bytes)
         record.write(self.out)
-        print(
+        if self.folder:
+            (self.folder / "done").touch()
+        self.say(
             f"loss {steps.loss[0]:.4f} -> {steps.loss[-1]:.4f}, {record.effective_tokens_per_second:.1f} effective "
-            f"tokens/s over {len(steps.seconds) - record.timed_from} timed steps, record: {self.out}",
-            flush=True,
+            f"tokens/s over {len(steps.seconds) - record.timed_from} timed steps, record: {self.out}"
         )
+
+    def say(self, line: str) -> None:
+        """Prints a line, once for all processes."""
+        if not self.world.rank:
+            print(line, flush=True)
 
     def steps(self) -> Steps:
         """The steps so far, up to the first whose loss or gradient norm is not finite."""
@@ -170,9 +216,16 @@ class Run:
         )
 
     def fail(self, status: str, reason: str, log: Sequence[str] = (), steps: Steps | None = None) -> None:
-        """Writes a record that says why there is no result."""
-        self.record(status, reason, steps, log).write(self.out)
-        print(f"{self.argv[0]}: {status}: {reason} (record: {self.out})", file=sys.stderr, flush=True)
+        """Writes a record that says why there is no result, or tells whoever watches this worker."""
+        if self.folder:
+            about = {"rank": self.world.rank, "status": status, "reason": reason, "log": list(log)}
+            about["steps"] = steps and steps.model_dump()
+            write_atomically(self.folder / f"failure-{self.world.rank}", json.dumps(about).encode())
+        elif self.world.rank:
+            print(f"{self.argv[0]}: rank {self.world.rank}: {status}: {reason}", file=sys.stderr, flush=True)
+        else:
+            self.record(status, reason, steps, log).write(self.out)
+            print(f"{self.argv[0]}: {status}: {reason} (record: {self.out})", file=sys.stderr, flush=True)
 
 
 def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[str]) -> dict[str, Any]:
@@ -188,7 +241,7 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
         "hardware": read_hardware(),
         "setup": Setup(
             nproc=flags.nproc,
-            nnodes=1,
+            nnodes=flags.nnodes,
             zero=flags.zero,
             mp=flags.mp,
             bsz=flags.bsz,
@@ -213,8 +266,9 @@ def recorded(framework: Framework, method: Method, job: Job) -> Iterator[Run]:
     An allocation failure or any other error ends with exit code 1, --timeout with 124.
     """
     run = Run(framework, method, job)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    run.watchdog.start()
+    if run.folder is None:  # or who watches this worker sees to both
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run.watchdog.start()
     try:
         yield run
     except KeyboardInterrupt:
@@ -258,11 +312,18 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
     if not out_of_memory:
         print("\n".join(log), file=sys.stderr)
     steps = None
-    with contextlib.suppress(Exception):  # after a device error the losses may not be readable
-        steps = run.steps()
+    if run.losses_are_whole:
+        with contextlib.suppress(Exception):  # after a device error the losses may not be readable
+            steps = run.steps()
     reason = text.splitlines()[0] if out_of_memory else f"{type(error).__name__}: {text.splitlines()[0]}"
     run.fail("oom" if out_of_memory else "failed", reason, log, steps)
     sys.exit(1)
+
+
+def _started() -> float:
+    """When the run was started, in seconds since the epoch: when its supervisor was, where it has one."""
+    supervisor = os.environ.get(RUN_SUPERVISOR)
+    return psutil.Process(int(supervisor) if supervisor else None).create_time()
 
 
 def _end_at_timeout(run: Run) -> NoReturn:

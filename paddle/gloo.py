@@ -1,0 +1,133 @@
+"""Lets Paddle's fleet run over gloo. Installed in CPU runs of several processes only; a GPU never sees any of this.
+
+Each part says what Paddle 3.3.1 lacks there. The code that a GPU runs stays in use around it.
+"""
+
+import os
+import socket
+from typing import Any
+
+import paddle
+import paddle.distributed
+from paddle.base import core
+from paddle.distributed.fleet.layers.mpu import mp_ops
+from paddle.distributed.fleet.meta_parallel.sharding import (
+    group_sharded_optimizer_stage2,
+    group_sharded_stage2,
+    group_sharded_stage3,
+    group_sharded_storage,
+)
+from paddle.distributed.sharding import group_sharded
+
+STORES: list[core.TCPStore] = []  # kept alive as long as their groups
+
+
+def install() -> None:
+    """To be called once, before fleet is initialised."""
+    os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
+    separate_stores()
+    complete_tensor_parallelism()
+    admit_group_sharding()
+
+
+def separate_stores() -> None:
+    """Gives each process group a store of its own.
+
+    Paddle's groups write their members' addresses under the same keys of one store. From four processes on, whose
+    groups overlap, one reads an address of another group and is refused.
+    """
+    create = core.ProcessGroupGloo.create
+
+    def create_with_store(store: core.TCPStore, rank: int, world_size: int, group_id: int = 0) -> core.ProcessGroupGloo:
+        key = f"store of group {group_id}"
+        if rank == 0:
+            host = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
+            with socket.socket() as reserved:  # bound, not listening: no other process is given its port meanwhile
+                reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                reserved.bind(("", 0))
+                port = reserved.getsockname()[1]
+                STORES.append(core.TCPStore(host, port, True, 0))  # 0: it does not wait for the others
+            store.set(key, f"{host}:{port}")
+        else:
+            host, _, port = bytes(store.get(key)).decode().rpartition(":")
+            STORES.append(core.TCPStore(host, int(port), False, 0))
+        return create(STORES[-1], rank, world_size, group_id)
+
+    core.ProcessGroupGloo.create = staticmethod(create_with_store)
+
+
+def complete_tensor_parallelism() -> None:
+    """Adds the three operations of fleet's tensor-parallel layers that have no CPU kernel."""
+
+    def all_reduce(group: core.ProcessGroupGloo, tensor: paddle.Tensor, operation: Any) -> None:
+        group.all_reduce(tensor, operation, True).wait()
+
+    core.ProcessGroupGloo.all_reduce_on_calc_stream = all_reduce
+    paddle._C_ops.c_identity = lambda tensor, *_: paddle.assign(tensor)
+    mp_ops._c_softmax_with_cross_entropy = cross_entropy
+
+
+def cross_entropy(
+    logits: paddle.Tensor,
+    label: paddle.Tensor,
+    group: paddle.distributed.communication.group.Group,
+    return_softmax: bool = False,
+    ignore_index: int = -100,
+) -> paddle.Tensor:
+    """The losses, (..., 1), of labels, (..., 1), where each rank has a slice of the vocabulary: (..., vocabulary/ranks).
+
+    `return_softmax` is there for the signature: no model asks for it.
+    """
+    width = logits.shape[-1]
+    local = label - group.rank * width
+    own = (local >= 0) & (local < width)
+    with paddle.no_grad():
+        highest = logits.max(axis=-1, keepdim=True)
+        paddle.distributed.all_reduce(highest, paddle.distributed.ReduceOp.MAX, group)
+    shifted = logits - highest
+    total = mp_ops._mp_allreduce(paddle.exp(shifted).sum(axis=-1, keepdim=True), group=group)
+    at_label = paddle.take_along_axis(shifted, paddle.where(own, local, paddle.zeros_like(local)), axis=-1)
+    at_label = mp_ops._mp_allreduce(paddle.where(own, at_label, paddle.zeros_like(at_label)), group=group)
+    loss = paddle.log(total) - at_label
+    return paddle.where(label != ignore_index, loss, paddle.zeros_like(loss))
+
+
+class Pretending:
+    """A module with some of its functions replaced."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        self.__dict__ |= {"module": module} | replaced
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+class NoGuard:
+    """A device guard that leaves the device as it is."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def admit_group_sharding() -> None:
+    """Lets the classes behind ZeRO 2 and 3 believe that their tensors, which stay where they are, are on a GPU.
+
+    They refuse other devices by name, though all that they call has a CPU kernel.
+    """
+    sharding = (group_sharded_optimizer_stage2, group_sharded_stage2, group_sharded_stage3, group_sharded_storage)
+    for module in (group_sharded, *sharding):
+        module.paddle = Pretending(paddle, get_device=lambda: "gpu:0")
+    for module in sharding:
+        module.core = Pretending(core, is_compiled_with_cuda=lambda: True)
+        module.device_guard = NoGuard
+    # It copies a parameter to the CPU and frees it; on a CPU the "copy" is the parameter itself.
+    add_rank_params = group_sharded_storage.ParamStorage.add_rank_params
+    group_sharded_storage.ParamStorage.add_rank_params = lambda self, params, align: add_rank_params(
+        self, params, align, convert_gpu=False
+    )

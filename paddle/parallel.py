@@ -1,0 +1,243 @@
+"""How Paddle splits a run over processes: fleet's data and tensor parallelism, and its sharding (ZeRO).
+
+The functions stand in the order in which a script calls them. With one process none of them changes anything.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import paddle
+import paddle.nn.functional as F
+from paddle import distributed
+from paddle.distributed import fleet
+from paddle.distributed.communication.group import Group as ProcessGroup
+from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_stage3 import GroupShardedStage3, _release_param
+from paddle.distributed.sharding import group_sharded_parallel
+from paddle.nn.clip import ClipGradBase, _squared_l2_norm
+
+from tunebench.flags import Flags
+from tunebench.launch import World
+from tunebench.optimizer import MAX_GRAD_NORM
+from tunebench.plan import IGNORED
+
+SHARDING_LEVELS = {2: "os_g", 3: "p_g_os"}  # as Paddle names what is sharded
+
+
+class Clip(ClipGradBase):
+    """For an optimizer: scales the gradients to a global norm of at most 1, in place, and keeps the norm before that.
+
+    As paddle.nn.ClipGradByGlobalNorm, and with its kernel, but the norm can be had: a scalar, in `norm`. Paddle's own
+    classes for the same over several processes either do not count as this one does or sum with a less exact kernel:
+    on a CPU that is off by more than 1e-4 for an embedding's gradient (tests/test_numerics.py shows it).
+    """
+
+    def __init__(self, zero: int, sharers: ProcessGroup | None) -> None:
+        """`sharers` are the processes that hold the other slices of what this one holds a slice of."""
+        super().__init__()
+        self.zero, self.sharers = zero, sharers
+        self.norm: paddle.Tensor | None = None
+
+    @paddle.no_grad()
+    def _dygraph_clip(self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor]]) -> list:
+        squares = [_squared_l2_norm(gradient) for _, gradient in params_grads]
+        if self.sharers is not None:
+            shared = [self.is_shared(parameter) for parameter, _ in params_grads]
+            own = [square for square, is_shared in zip(squares, shared, strict=True) if is_shared]
+            total = paddle.add_n([paddle.zeros([]), *own])
+            distributed.all_reduce(total, group=self.sharers)
+            squares = [total, *(square for square, is_shared in zip(squares, shared, strict=True) if not is_shared)]
+        self.norm = paddle.sqrt(paddle.add_n(squares))
+        scale = paddle.clip(MAX_GRAD_NORM / (self.norm + 1e-6), max=1.0)
+        for _, gradient in params_grads:
+            gradient.multiply_(scale)
+        return params_grads
+
+    def is_shared(self, parameter: paddle.Tensor) -> bool:
+        """Whether the sharers hold other slices, or other parameters, rather than this same one."""
+        if self.zero == 3:
+            return not hasattr(parameter, "unslice")
+        return self.zero > 0 or parameter.is_distributed
+
+
+class Group(NamedTuple):
+    """This process's place in the run. Ranks of a tensor-parallel group are neighbours; replicas count such groups."""
+
+    device: str
+    rank: int
+    world_size: int
+    zero: int
+    mp: int
+    clip: Clip
+
+    @property
+    def replica(self) -> int:
+        """Which share of each global batch this process takes."""
+        return self.rank // self.mp
+
+    @property
+    def replicas(self) -> int:
+        """How many shares there are."""
+        return self.world_size // self.mp
+
+    @property
+    def mp_rank(self) -> int:
+        """Which slice of the weights this process holds."""
+        return self.rank % self.mp
+
+
+def join(flags: Flags, world: World) -> Group:
+    """Takes this process's device and joins the other processes: with NCCL on GPUs, with gloo elsewhere."""
+    gpu = paddle.device.cuda.device_count() > 0
+    device = f"gpu:{world.local_rank}" if gpu else "cpu"
+    paddle.set_device(device)
+    sharers = None
+    if world.size > 1:
+        if not gpu:
+            import gloo
+
+            gloo.install()
+        strategy = fleet.DistributedStrategy()
+        strategy.hybrid_configs = {
+            "dp_degree": 1 if flags.zero else flags.replicas,
+            "sharding_degree": flags.replicas if flags.zero else 1,
+            "mp_degree": flags.mp,
+            "pp_degree": 1,
+            "mp_configs": {"need_broadcast_data": False},  # all ranks of a tensor-parallel group read the same batch
+        }
+        fleet.init(is_collective=True, strategy=strategy, log_level="WARNING")
+        hcg = fleet.get_hybrid_communicate_group()
+        if flags.zero:
+            sharers = hcg.get_sharding_parallel_group()
+        elif flags.mp > 1:
+            sharers = hcg.get_model_parallel_group()
+    return Group(device, world.rank, world.size, flags.zero, flags.mp, Clip(flags.zero, sharers))
+
+
+def slicing(group: Group) -> dict[str, Any]:
+    """What a model's config has to say so that PaddleNLP builds this process's slice of it."""
+    if group.mp == 1:
+        return {}
+    return {
+        "tensor_parallel_degree": group.mp,
+        "tensor_parallel_rank": group.mp_rank,
+        "tensor_parallel_output": True,  # logits stay sliced over the vocabulary, for `sum_of_losses`
+    }
+
+
+def wrap(
+    flags: Flags, model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimizer, group: Group
+) -> tuple[paddle.nn.Layer, Any]:
+    """The model and the optimizer as the loop uses them."""
+    if group.world_size == 1:
+        return model, optimizer
+    if flags.zero < 2:
+        return fleet.distributed_model(model), fleet.distributed_optimizer(optimizer)
+    # Norms and biases stay whole: a slice of each would cost as many all-gathers as the matrices do.
+    largest_vector = max(p.size for p in model.parameters() if p.ndim == 1)
+    sharers = fleet.get_hybrid_communicate_group().get_sharding_parallel_group()
+    model, optimizer, _ = group_sharded_parallel(
+        model, optimizer, SHARDING_LEVELS[flags.zero], group=sharers, segment_size=largest_vector
+    )
+    if flags.zero == 3:
+        release_frozen_weights(model)
+    return model, optimizer
+
+
+def release_frozen_weights(model: GroupShardedStage3) -> None:
+    """Lets go of each frozen weight once the backward pass is done with it, as Paddle does of the trainable ones.
+
+    Paddle gathers both for the backward pass, and after it would hold all frozen weights of the model whole.
+    """
+    for layer in model.sublayers():
+        frozen = frozen_slices(layer, include_sublayers=False)
+        if frozen:
+            layer.register_forward_pre_hook(lambda _, inputs, frozen=frozen: release_after(inputs[0], frozen, model))
+
+
+def release_after(x: paddle.Tensor, weights: list[paddle.Tensor], model: GroupShardedStage3) -> None:
+    """Releases the weights that are applied to `x` when its gradient is there."""
+    if not x.stop_gradient:
+        x.register_hook(lambda _: release(weights, model))
+
+
+def release(weights: list[paddle.Tensor], model: GroupShardedStage3) -> None:
+    """Keeps only this rank's slices of those weights that are gathered."""
+    gathered = [weight for weight in weights if weight.status == "all"]
+    for weight in gathered:
+        weight.use_count = 1  # the one of this backward pass
+    _release_param(gathered, model._param2buffer, model._rank, model._task_flow)
+
+
+def frozen_slices(layer: paddle.nn.Layer, include_sublayers: bool) -> list[paddle.Tensor]:
+    """The frozen weights of a layer that ZeRO 3 has sliced."""
+    parameters = layer.parameters(include_sublayers=include_sublayers)
+    return [p for p in parameters if p.stop_gradient and hasattr(p, "fw_storage")]
+
+
+def sync_gradients(model: paddle.nn.Layer, last: bool, group: Group) -> None:
+    """Before each pass: with plain replication only the last one of a step communicates; ZeRO 2 and 3 do in each.
+
+    ZeRO 1 and replicated tensor-parallel groups communicate in `update` alone.
+    """
+    if isinstance(model, paddle.DataParallel):
+        model.grad_need_sync = last
+
+
+def sum_of_losses(logits: paddle.Tensor, labels: paddle.Tensor, group: Group) -> paddle.Tensor:
+    """The sum of the token losses, over the positions that have a label."""
+    logits, labels = logits.flatten(0, 1).astype("float32"), labels.flatten()
+    if group.mp == 1:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return fleet.meta_parallel.ParallelCrossEntropy(ignore_index=IGNORED)(logits, labels.unsqueeze(-1)).sum()
+
+
+def backward(model: paddle.nn.Layer, loss: paddle.Tensor, group: Group) -> None:
+    """Adds the gradients of a share's loss. Every wrapper averages over replicas; the loss of a global batch is a sum."""
+    (loss * group.replicas).backward()
+    if group.zero == 3:
+        release(frozen_slices(model, include_sublayers=True), model)  # those whose input has no gradient
+
+
+def update(model: paddle.nn.Layer, optimizer: Any, trainable: Sequence[paddle.Tensor], group: Group) -> paddle.Tensor:
+    """Clips, steps and clears the gradients; their global norm before clipping, a scalar."""
+    optimizer.step()  # clips by `group.clip`, once the gradients are reduced
+    if group.world_size == 1:
+        optimizer.clear_grad(set_to_zero=False)
+    else:
+        optimizer.clear_grad()
+    return group.clip.norm
+
+
+def count(parameters: Sequence[paddle.Tensor], group: Group) -> int:
+    """The weights behind these parameters, however they are spread. To be called before `wrap`."""
+    return sum(p.size * (group.mp if p.is_distributed else 1) for p in parameters)
+
+
+def sum_over_replicas(losses: Sequence[paddle.Tensor], group: Group) -> list[float]:
+    """The losses of all steps, each summed over the shares of its global batch."""
+    total = paddle.stack(list(losses))
+    if group.world_size > 1:
+        distributed.all_reduce(total)
+        total /= group.mp  # each of a tensor-parallel group has the loss of the whole share
+    return total.tolist()
+
+
+def gather(value: int, group: Group) -> list[int]:
+    """Each process's value, by rank."""
+    values = [paddle.to_tensor([value])]
+    if group.world_size > 1:
+        values = []
+        distributed.all_gather(values, paddle.to_tensor([value]))
+    return [int(each) for each in values]
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def leave() -> None:
+    """Ends the communication, after the last of it."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -1,0 +1,262 @@
+"""How PyTorch splits a run over processes: DistributedDataParallel, DeepSpeed's ZeRO, transformers' tensor parallelism.
+
+The functions stand in the order in which a script calls them. With one process none of them changes anything.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tunebench.checkpoint import Checkpoint
+from tunebench.flags import Flags
+from tunebench.launch import World
+from tunebench.optimizer import MAX_GRAD_NORM
+
+# Rules for transformers' tensor parallelism where a family ships none. Bloom's query_key_value holds q, k and v of one
+# head after the other, so that a slice of its rows is a slice of the heads.
+TENSOR_PARALLEL_RULES: dict[str, Any] = {
+    "bloom": {
+        "transformer.word_embeddings": "embedding_rowwise",
+        "transformer.h.*.self_attention.query_key_value": "colwise",
+        "transformer.h.*.self_attention.dense": "rowwise",
+        "transformer.h.*.mlp.dense_h_to_4h": "colwise",
+        "transformer.h.*.mlp.dense_4h_to_h": "rowwise",
+        "lm_head": "colwise_gather_output",
+    },
+}
+REPLICATION_RULES: dict[str, Any] = {"bloom": {"transformer.h.*": "free_full_weight"}}
+
+
+class Group(NamedTuple):
+    """This process's place in the run. Ranks of a tensor-parallel group are neighbours; replicas count such groups."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    zero: int
+    mp: int
+    mesh: DeviceMesh | None  # (replicas, mp), with tensor parallelism only
+
+    @property
+    def replica(self) -> int:
+        """Which share of each global batch this process takes."""
+        return self.rank // self.mp
+
+    @property
+    def replicas(self) -> int:
+        """How many shares there are."""
+        return self.world_size // self.mp
+
+
+def join(flags: Flags, world: World) -> Group:
+    """Takes this process's device and joins the other processes: with NCCL on GPUs, with gloo elsewhere."""
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", world.local_rank) if gpu else torch.device("cpu")
+    if gpu:
+        torch.cuda.set_device(device)
+    mesh = None
+    if world.size > 1:
+        torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    if flags.mp > 1:
+        mesh = init_device_mesh(device.type, (flags.replicas, flags.mp), mesh_dim_names=("dp", "tp"))
+    return Group(device, world.rank, world.size, flags.zero, flags.mp, mesh)
+
+
+def loading(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Further arguments of `from_pretrained`, with which each process loads its share of the weights alone."""
+    if flags.zero == 3:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        import_deepspeed()
+        # transformers finds it by a weak reference while it builds the model, so it has to be kept.
+        globals()["_zero_3"] = HfDeepSpeedConfig(zero_config(flags, checkpoint.config["hidden_size"]))
+    if flags.mp == 1:
+        return {}
+    from transformers.distributed import DistributedConfig
+
+    family = checkpoint.config["model_type"]
+    rules: dict[str, Any] = {"tp_plan": TENSOR_PARALLEL_RULES.get(family, "auto")}
+    if flags.replicas > 1:
+        rules |= {"dp_replicate_size": flags.replicas, "fsdp_plan": REPLICATION_RULES.get(family)}
+    return {"distributed_config": DistributedConfig(tp_size=flags.mp, **rules)}
+
+
+def take_heads(model: torch.nn.Module, group: Group) -> None:
+    """Tells Bloom's attention which heads this process has; llama's derives it from the width of its slice."""
+    if group.mp == 1 or model.config.model_type != "bloom":
+        return
+    heads, own = model.config.n_head, model.config.n_head // group.mp
+    first = group.rank % group.mp * own
+
+    def take_alibi(_: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        alibi = kwargs["alibi"]  # (batch * heads, 1, width)
+        alibi = alibi.unflatten(0, (-1, heads))[:, first : first + own].flatten(0, 1)
+        return args, kwargs | {"alibi": alibi}
+
+    for block in model.transformer.h:
+        block.self_attention.num_heads = own
+        block.self_attention.register_forward_pre_hook(take_alibi, with_kwargs=True)
+
+
+def optimizer_groups(trainable: Sequence[torch.nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameters by how they are spread, since one call of a fused optimizer takes only one kind."""
+    kinds: dict[DeviceMesh | None, list[torch.nn.Parameter]] = {}
+    for parameter in trainable:
+        kinds.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{"params": members} for members in kinds.values()]
+
+
+def wrap(
+    flags: Flags, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group
+) -> tuple[torch.nn.Module, Any]:
+    """The model and the optimizer as the loop uses them."""
+    if group.zero:
+        deepspeed = import_deepspeed()
+        config = zero_config(flags, model.config.hidden_size)
+        engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        return engine, optimizer
+    if group.mp == 1 and group.replicas > 1:
+        return DistributedDataParallel(model), optimizer
+    return model, optimizer  # what replicates tensor-parallel groups is in the model since it was loaded
+
+
+def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
+    """DeepSpeed's configuration; sizes of buckets as transformers' Trainer derives them from `hidden` for "auto"."""
+    stage = {"stage": flags.zero, "reduce_bucket_size": hidden * hidden}
+    if flags.zero == 3:
+        stage |= {
+            "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+            "stage3_param_persistence_threshold": 10 * hidden,
+        }
+    return {
+        "train_batch_size": flags.bsz,
+        "train_micro_batch_size_per_gpu": flags.micro_bsz,
+        "gradient_accumulation_steps": flags.accumulation,
+        "gradient_clipping": MAX_GRAD_NORM,
+        "zero_optimization": stage,
+        # torch's AdamW, as in every other setup: DeepSpeed's own ones would be compiled first.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def sync_gradients(model: torch.nn.Module, last: bool, group: Group) -> None:
+    """Before each pass: with plain replication only the last one of a step communicates; ZeRO 2 and 3 do in each."""
+    if group.zero:
+        model.set_gradient_accumulation_boundary(last)
+    elif group.mp == 1 and group.replicas > 1:
+        model.require_backward_grad_sync = last
+    elif group.replicas > 1:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(last)
+                break  # the outermost one passes it on
+
+
+def backward(model: torch.nn.Module, loss: torch.Tensor, group: Group) -> None:
+    """Adds the gradients of a share's loss. The wrappers average over replicas; the loss of a global batch is a sum."""
+    loss = loss * group.replicas
+    if group.zero:
+        model.backward(loss, scale_wrt_gas=False)
+    else:
+        loss.backward()
+
+
+def update(
+    model: torch.nn.Module, optimizer: Any, trainable: Sequence[torch.nn.Parameter], group: Group
+) -> torch.Tensor | float:
+    """Clips, steps and clears the gradients; their global norm before clipping, a scalar."""
+    if group.zero:
+        model.step()
+        return model.get_global_grad_norm()
+    norm = clip_gradients(trainable, group)
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> torch.Tensor:
+    """Scales the gradients to a global norm of at most 1, in place; the norm before that, a scalar.
+
+    As torch.nn.utils.clip_grad_norm_, but with norms in float64: on a CPU the other's float32 sums of an embedding's
+    gradient are off by more than 1e-4 (tests/test_numerics.py shows it). Slices of a tensor-parallel group count
+    together, what all of the group have counts once.
+    """
+    gradients = [local(p.grad) for p in trainable]
+    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
+    if group.mesh is not None:
+        sliced = torch.tensor([is_sliced(p) for p in trainable], device=norms.device)
+        squares = torch.where(sliced, norms, 0).square().sum()
+        torch.distributed.all_reduce(squares, group=group.mesh["tp"].get_group())
+        norms = torch.cat([torch.where(sliced, 0, norms), squares.sqrt()[None]])
+    norm = torch.linalg.vector_norm(norms).float()
+    torch._foreach_mul_(gradients, torch.clamp(MAX_GRAD_NORM / (norm + 1e-6), max=1.0))
+    return norm
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """What of a tensor this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def is_sliced(parameter: torch.nn.Parameter) -> bool:
+    """Whether the processes of a tensor-parallel group hold a slice each."""
+    if not isinstance(parameter, DTensor):
+        return False
+    names = parameter.device_mesh.mesh_dim_names
+    return "tp" in names and not parameter.placements[names.index("tp")].is_replicate()
+
+
+def count(parameters: Sequence[torch.nn.Parameter]) -> int:
+    """The weights behind these parameters, however they are spread."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def sum_over_replicas(losses: Sequence[torch.Tensor], group: Group) -> list[float]:
+    """The losses of all steps, each summed over the shares of its global batch."""
+    total = torch.stack([torch.as_tensor(loss) for loss in losses])
+    if group.world_size > 1:
+        torch.distributed.all_reduce(total)
+        total /= group.mp  # each of a tensor-parallel group has the loss of the whole share
+    return total.tolist()
+
+
+def gather(value: int, group: Group) -> list[int]:
+    """Each process's value, by rank."""
+    values = [torch.tensor([value], device=group.device) for _ in range(group.world_size)]
+    if group.world_size > 1:
+        torch.distributed.all_gather(values, torch.tensor([value], device=group.device))
+    return [int(each) for each in values]
+
+
+def barrier() -> None:
+    """Waits for all processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
+def leave() -> None:
+    """Ends the communication, after the last of it."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, for the device that torch has, and without a search for (and compilation of) its own kernels.
+
+    None is used here: the optimizer is torch's.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.utils.logger.setLevel("WARNING")
+    return deepspeed

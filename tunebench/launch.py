@@ -1,0 +1,124 @@
+"""This process's place among the workers of a run, as whoever started it says: a launcher, Slurm, or this project."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from tunebench.bootstrap import THREADS_LEFT_TO_US
+from tunebench.errors import BadInput
+
+# What a run tells its own workers: where they report to, whose record it is, who must be alive, which GPUs are hidden.
+RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR = "TUNEBENCH_RUN_FOLDER", "TUNEBENCH_RUN_RECORD", "TUNEBENCH_RUN_SUPERVISOR"
+HIDDEN_DEVICES = "TUNEBENCH_HIDDEN_DEVICES"
+SLURM_PORTS = 20_000, 12_000  # the first port that a job step on Slurm may take, and how many there are
+
+
+class World(NamedTuple):
+    """This process's place. `nproc` workers run on each node; `hosts` names the nodes, as far as they are known."""
+
+    rank: int
+    local_rank: int
+    nproc: int
+    size: int
+    port: int  # rank 0's
+    hosts: tuple[str, ...]  # rank 0's first
+
+    @property
+    def nnodes(self) -> int:
+        """Nodes of the run."""
+        return self.size // self.nproc
+
+
+ALONE = World(rank=0, local_rank=0, nproc=1, size=1, port=0, hosts=())
+
+
+def read_world(framework: str, environment: Mapping[str, str] = os.environ) -> World | None:
+    """The place that torchrun, Paddle's launcher or Slurm gave this process; None where none of them started it.
+
+    Raises `BadInput` where the variables contradict each other, or are those of the other framework's launcher.
+    """
+    variables = {"torch": ("RANK", "torchrun"), "paddle": ("PADDLE_TRAINER_ID", "python -m paddle.distributed.launch")}
+    ours, theirs = variables.pop(framework), *variables.values()
+    try:
+        if ours[0] in environment:
+            world = _of_torchrun(environment) if framework == "torch" else _of_paddle(environment)
+        elif theirs[0] in environment:
+            raise BadInput(f"{theirs[0]} is set, as {theirs[1]} does; start this script by {ours[1]}, or plainly")
+        elif int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in environment:
+            world = _of_slurm(
+                environment
+            )  # a step by srun: a batch script has the job's variables too, but is no worker
+        else:
+            return None
+    except KeyError as missing:
+        raise BadInput(f"the launcher's variables are incomplete: {missing.args[0]} is not set") from None
+    except ValueError as error:
+        raise BadInput(f"the launcher's variables are wrong: {error}") from None
+    if world.nproc < 1 or world.size % world.nproc or not 0 <= world.rank < world.size:
+        raise BadInput(
+            f"the launcher's variables give rank {world.rank} of {world.size} with {world.nproc} on this node; "
+            "start as many on each node"
+        )
+    return world
+
+
+def export(world: World, framework: str) -> None:
+    """Sets what the framework itself reads, where Slurm has not."""
+    rank, size, local, host = str(world.rank), str(world.size), str(world.local_rank), world.hosts[0]
+    if framework == "torch":
+        settings = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": str(world.nproc)}
+        settings |= {"MASTER_ADDR": host, "MASTER_PORT": str(world.port)}
+    else:
+        ends = [f"{world.hosts[i // world.nproc]}:{world.port + 1 + i}" for i in range(world.size)]
+        settings = {"PADDLE_TRAINER_ID": rank, "PADDLE_TRAINERS_NUM": size, "PADDLE_MASTER": f"{host}:{world.port}"}
+        settings |= {"PADDLE_TRAINER_ENDPOINTS": ",".join(ends), "PADDLE_CURRENT_ENDPOINT": ends[world.rank]}
+        settings |= {"PADDLE_RANK_IN_NODE": local, "PADDLE_LOCAL_RANK": local, "PADDLE_LOCAL_SIZE": str(world.nproc)}
+        settings |= {"FLAGS_selected_gpus": local}
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+
+
+def share_threads(nproc: int) -> dict[str, str]:
+    """The maths libraries' threads of one worker out of `nproc`: its share of the cores, unless the user chose."""
+    if nproc == 1 or THREADS_LEFT_TO_US not in os.environ:
+        return {}
+    threads = str(max(1, int(os.environ[THREADS_LEFT_TO_US]) // nproc))
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+
+
+def expand(nodes: str) -> tuple[str, ...]:
+    """The hosts of a Slurm node list such as `gpu[03-05,9],login`."""
+    hosts: list[str] = []
+    for before, ranges, after in re.findall(r"([^\[,]+)(?:\[([^\]]*)\])?([^,\[]*),?", nodes):
+        for part in ranges.split(",") if ranges else [""]:
+            first, _, last = part.partition("-")
+            numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)] if last else [first]
+            hosts += [before + number + after for number in numbers]
+    if not hosts:
+        raise ValueError(f"{nodes!r} names no host")
+    return tuple(hosts)
+
+
+def _of_torchrun(environment: Mapping[str, str]) -> World:
+    size = int(environment["WORLD_SIZE"])
+    rank, local_rank = int(environment["RANK"]), int(environment["LOCAL_RANK"])
+    port, host = int(environment["MASTER_PORT"]), environment["MASTER_ADDR"]
+    return World(rank, local_rank, int(environment.get("LOCAL_WORLD_SIZE") or size), size, port, (host,))
+
+
+def _of_paddle(environment: Mapping[str, str]) -> World:
+    size, (host, _, port) = int(environment["PADDLE_TRAINERS_NUM"]), environment["PADDLE_MASTER"].rpartition(":")
+    rank, local_rank = int(environment["PADDLE_TRAINER_ID"]), int(environment["PADDLE_RANK_IN_NODE"])
+    return World(rank, local_rank, int(environment.get("PADDLE_LOCAL_SIZE") or size), size, int(port), (host,))
+
+
+def _of_slurm(environment: Mapping[str, str]) -> World:
+    size, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES") or 1)
+    step = int(environment["SLURM_JOB_ID"]) * 101 + int(environment.get("SLURM_STEP_ID") or 0)
+    port = int(environment.get("MASTER_PORT") or SLURM_PORTS[0] + step * 101 % SLURM_PORTS[1])
+    hosts = expand(environment["SLURM_STEP_NODELIST"])
+    if size % nodes:
+        raise ValueError(f"{size} tasks on {nodes} nodes; start as many on each")
+    rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
+    return World(rank, local_rank, size // nodes, size, port, hosts)

@@ -1,0 +1,39 @@
+"""Stands between a launcher and one worker: starts it and keeps how it ended, which launchers tell unreliably.
+
+    python tunebench/worker.py SCRIPT [ARG ...]
+
+Ends with the worker's exit code; the worker ends with this process, and this process with the launcher.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import psutil
+
+from tunebench import processes
+from tunebench.cache import write_atomically
+from tunebench.launch import HIDDEN_DEVICES, RUN_FOLDER, RUN_SUPERVISOR
+
+
+def main() -> int:
+    """Runs the worker to its end."""
+    processes.die_with_parent()
+    launcher = psutil.Process(os.getppid())
+    if launcher.ppid() != int(os.environ[RUN_SUPERVISOR]):  # the launcher ended before the line above took effect
+        return 1
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    hidden = os.environ.pop(HIDDEN_DEVICES, None)
+    if hidden is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = hidden
+    worker = processes.start([sys.executable, *sys.argv[1:]])
+    code = worker.wait()
+    if code:
+        rank = os.environ.get("RANK") or os.environ["PADDLE_TRAINER_ID"]
+        write_atomically(Path(os.environ[RUN_FOLDER]) / f"exit-{rank}", str(code).encode())
+    return code if code >= 0 else 128 - code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

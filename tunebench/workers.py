@@ -1,0 +1,187 @@
+"""Starts a run's workers with the framework's own launcher, and sees to it that the run ends and leaves a record."""
+
+import contextlib
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NamedTuple, NoReturn
+
+from tunebench import processes
+from tunebench.bootstrap import ROOT
+from tunebench.flags import Flags
+from tunebench.hardware import visible_accelerators
+from tunebench.launch import HIDDEN_DEVICES, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, share_threads
+from tunebench.record import LOG_LINES, Steps
+from tunebench.run import TIMEOUT_EXIT, Framework, Run
+
+LOOK = 0.1  # seconds between two looks at what the launcher prints
+PATIENCE = 8.0  # seconds that a launcher has to end the others after a worker failed
+ASK = 3.0  # seconds from SIGTERM to SIGKILL
+STEP = re.compile(r"step (\d+)/\d+: ")
+# What an earlier launch would tell the next one: Paddle's launcher takes each of its flags from the environment too.
+INHERITED = re.compile(
+    r"(PADDLE|POD|TORCHELASTIC)_|FLAGS_selected_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$"
+)
+
+
+class Failure(NamedTuple):
+    """How a worker said that it ended; `steps` are the finished ones of the whole run, where it knows them."""
+
+    rank: int
+    status: str
+    reason: str
+    log: list[str]
+    steps: dict[str, list[float]] | None
+
+    def told(self) -> tuple[str, str, list[str], Steps | None]:
+        """What the record says of it."""
+        steps = None if self.steps is None else Steps.model_validate(self.steps)
+        return self.status, f"rank {self.rank}: {self.reason}", self.log, steps
+
+
+def run_workers(run: Run) -> int:
+    """Runs all workers of this node to their end; the exit code of the run. Node 0 leaves the record, or says why not.
+
+    0: ok, 1: failed or out of memory, 124: over --timeout, 130 and 143: interrupted, without a record.
+    """
+    flags = run.flags
+    with tempfile.TemporaryDirectory(prefix="tunebench-") as name, _interruptible():
+        folder = Path(name)
+        process = processes.start(
+            launcher(run.framework, flags, folder),
+            env=_environment(run, folder),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        printed: deque[str] = deque(maxlen=LOG_LINES)
+        try:
+            timely = _watch(process, folder, printed, time.monotonic() + flags.timeout)
+        except (KeyboardInterrupt, SystemExit) as interruption:
+            print(f"{run.argv[0]}: interrupted, no record written", file=sys.stderr)
+            return 130 if isinstance(interruption, KeyboardInterrupt) else 143
+        finally:
+            processes.end(process, ASK)
+        if (folder / "done").exists() or (process.returncode == 0 and flags.node_rank):
+            return 0
+        if not timely:
+            steps = [int(found[1]) for found in map(STEP.match, printed) if found]
+            where = f"after step {steps[-1]}" if steps else "before the first step ended"
+            return _end(run, "timeout", f"not done within --timeout {flags.timeout:g} s, {where}", list(printed))
+        return _end(run, *_why(process, folder, list(printed)))
+
+
+def launcher(framework: Framework, flags: Flags, folder: Path) -> list[str | Path]:
+    """The framework's own launcher, told to start the workers of this node."""
+    worker = [ROOT / "tunebench" / "worker.py", Path(sys.argv[0]).resolve(), *sys.argv[1:]]
+    python = [sys.executable, "-P", "-m"]
+    if framework == "torch":
+        # --standalone takes a free port.
+        meeting = ["--standalone"]
+        if flags.master is not None:
+            host, _, port = flags.master.rpartition(":")
+            meeting = [f"--nnodes={flags.nnodes}", f"--node-rank={flags.node_rank}"]
+            meeting += [f"--master-addr={host}", f"--master-port={port}"]
+        return [*python, "torch.distributed.run", *meeting, f"--nproc-per-node={flags.nproc}", "--", *worker]
+    # Its log folder also gets each worker's whole environment, so it is one that is removed.
+    meeting = ["--nproc_per_node", str(flags.nproc), "--log_dir", folder / "log", "--log_level", "ERROR"]
+    meeting += ["--enable_gpu_log", "False", "--job_id", uuid.uuid4().hex if flags.master is None else flags.master]
+    if flags.master is not None:
+        meeting += ["--master", flags.master, "--nnodes", str(flags.nnodes), "--rank", str(flags.node_rank)]
+    return [*python, "paddle.distributed.launch", *meeting, *worker]
+
+
+def _environment(run: Run, folder: Path) -> dict[str, str]:
+    environment = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
+    environment |= share_threads(run.flags.nproc)
+    if "CUDA_VISIBLE_DEVICES" in environment and not visible_accelerators():
+        # Paddle's launcher takes the variable itself for a GPU, even where it is empty. The workers get it back.
+        environment[HIDDEN_DEVICES] = environment.pop("CUDA_VISIBLE_DEVICES")
+    own = {RUN_FOLDER: str(folder), RUN_RECORD: str(run.out), RUN_SUPERVISOR: str(os.getpid())}
+    return environment | own | {"PYTHONUNBUFFERED": "1"}
+
+
+def _watch(process: subprocess.Popen, folder: Path, printed: deque[str], deadline: float) -> bool:
+    """Passes on what the launcher prints until it ends, or is late after a worker failed; False at the deadline."""
+    assert process.stdout is not None
+    os.set_blocking(process.stdout.fileno(), False)
+    unread, failed_at = b"", None
+    while True:
+        ended = process.poll() is not None
+        select.select([process.stdout], [], [], LOOK)
+        unread = _pass_on(process.stdout, unread, printed)
+        now = time.monotonic()
+        if failed_at is None and any(folder.glob("exit-*")):
+            failed_at = now
+        if ended or (failed_at is not None and now > failed_at + PATIENCE):
+            return True
+        if now > deadline:
+            return False
+
+
+def _pass_on(stream: IO[bytes], unread: bytes, printed: deque[str]) -> bytes:
+    *lines, rest = (unread + (stream.read() or b"")).split(b"\n")
+    for line in lines:
+        text = line.decode(errors="replace").rstrip()
+        printed.append(text)
+        print(text, flush=True)
+    return rest
+
+
+def _why(process: subprocess.Popen, folder: Path, printed: list[str]) -> tuple[str, str, list[str], Steps | None]:
+    """Status, reason, log and steps of a run without a record: what failed first, not what failed because of it."""
+    failures = [Failure(**json.loads(file.read_text())) for file in _oldest_first(folder.glob("failure-*"))]
+    for failure in failures:
+        if failure.status == "oom":
+            return failure.told()
+    # SIGTERM is how a launcher ends the others.
+    for file in _oldest_first(folder.glob("exit-*")):
+        number = -int(file.read_text())
+        if number > 0 and number != signal.SIGTERM:
+            name = signal.Signals(number).name if number in list(signal.Signals) else "a signal"
+            return "failed", f"rank {file.name.removeprefix('exit-')} was killed by {name} ({number})", printed, None
+    for failure in failures:
+        return failure.told()
+    code = process.returncode
+    if code < 0:
+        return "failed", f"the launcher was killed by {signal.Signals(-code).name} ({-code})", printed, None
+    return (
+        "failed",
+        f"the launcher ended with exit code {code}, last line: {printed[-1] if printed else 'none'}",
+        printed,
+    )
+
+
+def _oldest_first(files: Iterator[Path]) -> list[Path]:
+    return sorted(files, key=lambda file: file.stat().st_mtime_ns)
+
+
+def _end(run: Run, status: str, reason: str, log: list[str], steps: Steps | None = None) -> int:
+    if run.flags.node_rank:
+        print(f"{run.argv[0]}: {status}: {reason} (the record is node 0's)", file=sys.stderr)
+    else:
+        run.fail(status, reason, log, steps)
+    return TIMEOUT_EXIT if status == "timeout" else 1
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGINT and SIGTERM unwind the body, once: what clears up is not broken into."""
+
+    def interrupt(number: int, _: object) -> NoReturn:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(143)
+
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
+    yield
