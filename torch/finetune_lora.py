@@ -113,7 +113,6 @@ def main(run: Run) -> None:
         grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
     run.finish(parallel.sum_over_replicas(run.losses, group), parallel.gather(peak_memory_bytes(), group))
-    parallel.leave()
 
 
 if __name__ == "__main__":

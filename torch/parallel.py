@@ -136,7 +136,6 @@ def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
             "stage3_param_persistence_threshold": 10 * hidden,
         }
     return {
-        "train_batch_size": flags.bsz,
         "train_micro_batch_size_per_gpu": flags.micro_bsz,
         "gradient_accumulation_steps": flags.accumulation,
         "gradient_clipping": MAX_GRAD_NORM,
@@ -177,10 +176,23 @@ def update(
     if group.zero:
         model.step()
         return model.get_global_grad_norm()
+    average_adapters(trainable, group)
     norm = clip_gradients(trainable, group)
     optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+def average_adapters(trainable: Sequence[torch.nn.Parameter], group: Group) -> None:
+    """Averages over replicated tensor-parallel groups what came into the model after it was loaded: LoRA's weights."""
+    if group.mp == 1 or group.replicas == 1:
+        return
+    left = [p for p in trainable if "dp_replicate" not in mesh_names(p)]
+    over = group.mesh["dp"].get_group()
+    pending = [torch.distributed.all_reduce(local(p.grad), group=over, async_op=True) for p in left]
+    for parameter, work in zip(left, pending, strict=True):
+        work.wait()
+        local(parameter.grad).div_(group.replicas)
 
 
 def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> torch.Tensor:
@@ -193,7 +205,7 @@ def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> tor
     gradients = [local(p.grad) for p in trainable]
     norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
     if group.mesh is not None:
-        sliced = torch.tensor([is_sliced(p) for p in trainable], device=norms.device)
+        sliced = torch.tensor([is_sliced(p.grad) for p in trainable], device=norms.device)
         squares = torch.where(sliced, norms, 0).square().sum()
         torch.distributed.all_reduce(squares, group=group.mesh["tp"].get_group())
         norms = torch.cat([torch.where(sliced, 0, norms), squares.sqrt()[None]])
@@ -207,12 +219,18 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def is_sliced(parameter: torch.nn.Parameter) -> bool:
-    """Whether the processes of a tensor-parallel group hold a slice each."""
-    if not isinstance(parameter, DTensor):
-        return False
-    names = parameter.device_mesh.mesh_dim_names
-    return "tp" in names and not parameter.placements[names.index("tp")].is_replicate()
+def is_sliced(tensor: torch.Tensor) -> bool:
+    """Whether the processes of a tensor-parallel group hold a slice each.
+
+    The gradient of a sliced embedding is not: its backward pass leaves the whole of it with each of them.
+    """
+    names = mesh_names(tensor)
+    return "tp" in names and not tensor.placements[names.index("tp")].is_replicate()
+
+
+def mesh_names(tensor: torch.Tensor) -> tuple[str, ...]:
+    """The kinds of groups over which a tensor is spread."""
+    return tensor.device_mesh.mesh_dim_names if isinstance(tensor, DTensor) else ()
 
 
 def count(parameters: Sequence[torch.nn.Parameter]) -> int:
@@ -241,12 +259,6 @@ def barrier() -> None:
     """Waits for all processes."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def leave() -> None:
-    """Ends the communication, after the last of it."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def import_deepspeed() -> Any:

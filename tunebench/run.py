@@ -271,6 +271,7 @@ def recorded(framework: Framework, method: Method, job: Job) -> Iterator[Run]:
         run.watchdog.start()
     try:
         yield run
+        _leave(run, 0)
     except KeyboardInterrupt:
         print(f"{run.argv[0]}: interrupted, no record written", file=sys.stderr)
         sys.exit(130)
@@ -317,7 +318,19 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
             steps = run.steps()
     reason = text.splitlines()[0] if out_of_memory else f"{type(error).__name__}: {text.splitlines()[0]}"
     run.fail("oom" if out_of_memory else "failed", reason, log, steps)
+    _leave(run, 1)
     sys.exit(1)
+
+
+def _leave(run: Run, code: int) -> None:
+    """Ends one of several processes at once: torch's gloo groups can deadlock when the interpreter clears them away.
+
+    (Their destructor waits for a thread that waits for the interpreter's lock, which the destructor's caller holds.)
+    """
+    if run.world.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _started() -> float:

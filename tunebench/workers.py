@@ -120,7 +120,7 @@ def _watch(process: subprocess.Popen, folder: Path, printed: deque[str], deadlin
         select.select([process.stdout], [], [], LOOK)
         unread = _pass_on(process.stdout, unread, printed)
         now = time.monotonic()
-        if failed_at is None and any(folder.glob("exit-*")):
+        if failed_at is None and (any(folder.glob("exit-*")) or any(folder.glob("failure-*"))):
             failed_at = now
         if ended or (failed_at is not None and now > failed_at + PATIENCE):
             return True
