@@ -13,34 +13,30 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("paddle")
 
 from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
-from tunebench.optimizer import BETAS, EPSILON, MAX_GRAD_NORM, WEIGHT_DECAY
-from tunebench.plan import IGNORED, MicroBatch
+from tunebench.optimizer import BETAS, EPSILON, WEIGHT_DECAY
+from tunebench.plan import MicroBatch
 from tunebench.run import Run, read_job, recorded
 
 FRAMEWORK, METHOD = "paddle", "full"
-JOB = read_job(METHOD)  # the flags, the checkpoint and the batch plan; refuses bad input before the slow imports below
+JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import resource
 
 import paddle
-import paddle.nn.functional as F
+import parallel
 import weights
-from paddle.nn.clip import _squared_l2_norm
 from paddlenlp import transformers
 
 GPU = paddle.device.cuda.device_count() > 0
 
 
-def join_process_group() -> str:
-    """The device of this process. One process, for now."""
-    return paddle.set_device("gpu" if GPU else "cpu")
-
-
-def build_model(flags: Flags, checkpoint: Checkpoint) -> paddle.nn.Layer:
+def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> paddle.nn.Layer:
     """The checkpoint as PaddleNLP's model, float32, with every parameter trainable."""
     config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder))
     config.use_flash_attention = flags.attention != "eager"
     config.use_cache = False
+    for name, value in parallel.slicing(group).items():
+        setattr(config, name, value)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype="float32")
     weights.load(model, checkpoint)
     if flags.recompute:
@@ -50,11 +46,14 @@ def build_model(flags: Flags, checkpoint: Checkpoint) -> paddle.nn.Layer:
     return model
 
 
-def wrap(flags: Flags, model: paddle.nn.Layer, trainable: list[paddle.Tensor]) -> paddle.optimizer.Optimizer:
-    """The optimizer. One process has nothing to shard."""
-    return paddle.optimizer.AdamW(
-        flags.lr, beta1=BETAS[0], beta2=BETAS[1], epsilon=EPSILON, weight_decay=WEIGHT_DECAY, parameters=trainable
+def wrap(
+    flags: Flags, model: paddle.nn.Layer, trainable: list[paddle.Tensor], group: parallel.Group
+) -> tuple[paddle.nn.Layer, paddle.optimizer.Optimizer]:
+    """The model and its optimizer, as they run on several processes."""
+    optimizer = paddle.optimizer.AdamW(
+        flags.lr, *BETAS, EPSILON, trainable, weight_decay=WEIGHT_DECAY, grad_clip=group.clip
     )
+    return parallel.wrap(flags, model, optimizer, group)
 
 
 def to_device(batch: MicroBatch) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
@@ -63,31 +62,11 @@ def to_device(batch: MicroBatch) -> tuple[paddle.Tensor, paddle.Tensor, paddle.T
     return tuple(paddle.to_tensor(array) for array in arrays)
 
 
-def sum_of_losses(logits: paddle.Tensor, labels: paddle.Tensor) -> paddle.Tensor:
-    """The sum of the token losses, over the positions that have a label."""
-    return F.cross_entropy(
-        logits.flatten(0, 1).astype("float32"), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-
-
-@paddle.no_grad()
-def clip_gradients(trainable: list[paddle.Tensor]) -> paddle.Tensor:
-    """Scales the gradients to a global norm of at most 1, in place; the norm before that, a scalar.
-
-    As paddle.nn.utils.clip_grad_norm_, but with the kernel of ClipGradByGlobalNorm: on a CPU the other's sums of
-    an embedding's gradient are off by more than 1e-4 (tests/test_numerics.py shows it).
-    """
-    norm = paddle.sqrt(paddle.add_n([_squared_l2_norm(p.grad) for p in trainable]))
-    scale = paddle.clip(MAX_GRAD_NORM / (norm + 1e-6), max=1.0)
-    for p in trainable:
-        p.grad_.multiply_(scale)
-    return norm
-
-
 def synchronize() -> None:
-    """Waits until the device has done all that it was given."""
+    """Waits until the device has done all that it was given, on every process."""
     if GPU:
         paddle.device.synchronize()
+    parallel.barrier()
 
 
 def peak_memory_bytes() -> int:
@@ -99,28 +78,27 @@ def peak_memory_bytes() -> int:
 
 def main(run: Run) -> None:
     flags, checkpoint, plan = run.flags, run.checkpoint, run.plan
-    join_process_group()
+    group = parallel.join(flags, run.world)
     paddle.seed(flags.seed)
-    model = build_model(flags, checkpoint)
+    model = build_model(flags, checkpoint, group)
     trainable = [p for p in model.parameters() if not p.stop_gradient]
     name = paddle.device.cuda.get_device_name() if GPU else "cpu"
-    run.describe(name, sum(p.size for p in model.parameters()), sum(p.size for p in trainable))
-    optimizer = wrap(flags, model, trainable)
+    run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
+    model, optimizer = wrap(flags, model, trainable, group)
 
     run.start(synchronize)
     for step in range(plan.steps):
         loss = 0.0
-        for batch in plan.micro_batches(step, flags.micro_bsz):
+        for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
+            parallel.sync_gradients(model, last, group)
             input_ids, attention_mask, labels = to_device(batch)
             logits = model(input_ids=input_ids, attention_mask=attention_mask)[0]
-            micro_loss = sum_of_losses(logits, labels) / plan.label_tokens(step)
-            micro_loss.backward()
+            micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
+            parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()
-        grad_norm = clip_gradients(trainable)
-        optimizer.step()
-        optimizer.clear_grad(set_to_zero=False)
+        grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
-    run.finish(peak_memory_bytes())
+    run.finish(parallel.sum_over_replicas(run.losses, group), parallel.gather(peak_memory_bytes(), group))
 
 
 if __name__ == "__main__":

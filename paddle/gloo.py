@@ -74,7 +74,7 @@ def cross_entropy(
     return_softmax: bool = False,
     ignore_index: int = -100,
 ) -> paddle.Tensor:
-    """The losses, (..., 1), of labels, (..., 1), where each rank has a slice of the vocabulary: (..., vocabulary/ranks).
+    """The losses, (..., 1), of labels, (..., 1); each rank has a slice of the logits: (..., vocabulary / ranks).
 
     `return_softmax` is there for the signature: no model asks for it.
     """

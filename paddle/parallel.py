@@ -3,7 +3,7 @@
 The functions stand in the order in which a script calls them. With one process none of them changes anything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import paddle
@@ -192,7 +192,7 @@ def sum_of_losses(logits: paddle.Tensor, labels: paddle.Tensor, group: Group) ->
 
 
 def backward(model: paddle.nn.Layer, loss: paddle.Tensor, group: Group) -> None:
-    """Adds the gradients of a share's loss. Every wrapper averages over replicas; the loss of a global batch is a sum."""
+    """Adds the gradients of a share's loss. All wrappers average over replicas; the loss of a global batch is a sum."""
     (loss * group.replicas).backward()
     if group.zero == 3:
         release(frozen_slices(model, include_sublayers=True), model)  # those whose input has no gradient
@@ -201,14 +201,14 @@ def backward(model: paddle.nn.Layer, loss: paddle.Tensor, group: Group) -> None:
 def update(model: paddle.nn.Layer, optimizer: Any, trainable: Sequence[paddle.Tensor], group: Group) -> paddle.Tensor:
     """Clips, steps and clears the gradients; their global norm before clipping, a scalar."""
     optimizer.step()  # clips by `group.clip`, once the gradients are reduced
-    if group.world_size == 1:
+    if group.zero < 2:
         optimizer.clear_grad(set_to_zero=False)
     else:
-        optimizer.clear_grad()
+        optimizer.clear_grad()  # keeps the buffer that holds its share of the gradients
     return group.clip.norm
 
 
-def count(parameters: Sequence[paddle.Tensor], group: Group) -> int:
+def count(parameters: Iterable[paddle.Tensor], group: Group) -> int:
     """The weights behind these parameters, however they are spread. To be called before `wrap`."""
     return sum(p.size * (group.mp if p.is_distributed else 1) for p in parameters)
 
@@ -235,9 +235,3 @@ def barrier() -> None:
     """Waits for all processes."""
     if distributed.is_initialized():
         distributed.barrier()
-
-
-def leave() -> None:
-    """Ends the communication, after the last of it."""
-    if distributed.is_initialized():
-        distributed.destroy_process_group()

@@ -14,7 +14,7 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
 from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
 from tunebench.optimizer import BETAS, EPSILON, WEIGHT_DECAY
-from tunebench.plan import IGNORED, MicroBatch
+from tunebench.plan import MicroBatch
 from tunebench.run import Run, read_job, recorded
 
 FRAMEWORK, METHOD = "torch", "full"
@@ -24,7 +24,6 @@ import resource
 
 import parallel
 import torch
-import torch.nn.functional as F
 import transformers
 
 GPU = torch.cuda.is_available()
@@ -61,11 +60,6 @@ def to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, to
     return tuple(torch.from_numpy(array).to(device) for array in arrays)
 
 
-def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The sum of the token losses, over the positions that have a label."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-
-
 def synchronize() -> None:
     """Waits until the device has done all that it was given, on every process."""
     if GPU:
@@ -87,7 +81,7 @@ def main(run: Run) -> None:
     model = build_model(flags, checkpoint, group)
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = torch.cuda.get_device_name() if GPU else "cpu"
-    run.describe(name, parallel.count(model.parameters()), parallel.count(trainable))
+    run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
     model, optimizer = wrap(flags, model, trainable, group)
 
     run.start(synchronize)
@@ -97,7 +91,7 @@ def main(run: Run) -> None:
             parallel.sync_gradients(model, last, group)
             input_ids, attention_mask, labels = to_device(batch, group.device)
             logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
-            micro_loss = sum_of_losses(logits, labels) / plan.label_tokens(step)
+            micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()
         grad_norm = parallel.update(model, optimizer, trainable, group)

@@ -4,11 +4,12 @@ The functions stand in the order in which a script calls them. With one process 
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
+import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -18,6 +19,7 @@ from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
 from tunebench.launch import World
 from tunebench.optimizer import MAX_GRAD_NORM
+from tunebench.plan import IGNORED
 
 # Rules for transformers' tensor parallelism where a family ships none. Bloom's query_key_value holds q, k and v of one
 # head after the other, so that a slice of its rows is a slice of the heads.
@@ -160,6 +162,11 @@ def sync_gradients(model: torch.nn.Module, last: bool, group: Group) -> None:
                 break  # the outermost one passes it on
 
 
+def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum of the token losses, over the positions that have a label; the logits are whole in every setup."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
 def backward(model: torch.nn.Module, loss: torch.Tensor, group: Group) -> None:
     """Adds the gradients of a share's loss. The wrappers average over replicas; the loss of a global batch is a sum."""
     loss = loss * group.replicas
@@ -233,7 +240,7 @@ def mesh_names(tensor: torch.Tensor) -> tuple[str, ...]:
     return tensor.device_mesh.mesh_dim_names if isinstance(tensor, DTensor) else ()
 
 
-def count(parameters: Sequence[torch.nn.Parameter]) -> int:
+def count(parameters: Iterable[torch.nn.Parameter], group: Group) -> int:
     """The weights behind these parameters, however they are spread."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
