@@ -31,12 +31,12 @@ def test_counts(plan):
 
 
 def test_rows_go_through_the_samples_in_order_and_again(plan):
-    (batch,) = plan.micro_batches(1, micro_bsz=2)
+    ((_, batch),) = plan.micro_batches(1, micro_bsz=2)
     assert batch.input_ids.tolist() == [[15, 2, 0, 0, 0], [11, 12, 13, 21, 2]]
 
 
 def test_padding_mask_and_shifted_labels(plan):
-    (batch,) = plan.micro_batches(0, micro_bsz=2)
+    ((_, batch),) = plan.micro_batches(0, micro_bsz=2)
     assert batch.input_ids.tolist() == [[11, 12, 13, 21, 2], [14, 22, 23, 2, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]]
     assert batch.labels.tolist() == [[-100, -100, 21, 2, -100], [22, 23, 2, -100, -100]]
@@ -45,13 +45,15 @@ def test_padding_mask_and_shifted_labels(plan):
 
 
 def test_replicas_and_passes_cut_the_global_batch_without_changing_its_padding(plan):
-    (whole,) = plan.micro_batches(0, micro_bsz=2)
+    ((last, whole),) = plan.micro_batches(0, micro_bsz=2)
     for cut in (
         [next(plan.micro_batches(0, 1, replica, replicas=2)) for replica in (0, 1)],
         list(plan.micro_batches(0, micro_bsz=1)),
     ):
-        assert np.array_equal(np.concatenate([part.labels for part in cut]), whole.labels)
-        assert np.array_equal(np.concatenate([part.input_ids for part in cut]), whole.input_ids)
+        assert np.array_equal(np.concatenate([part.labels for _, part in cut]), whole.labels)
+        assert np.array_equal(np.concatenate([part.input_ids for _, part in cut]), whole.input_ids)
+    assert last
+    assert [last for last, _ in plan.micro_batches(0, micro_bsz=1)] == [False, True]
 
 
 def test_damage_is_named(plan):

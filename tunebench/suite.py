@@ -33,6 +33,7 @@ from tunebench.cache import results_folder
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Parser, positive
 from tunebench.hardware import Hardware, read_hardware
+from tunebench.launch import share_threads
 from tunebench.record import LOG_LINES, Record, read_record
 from tunebench.run import describe_run, read_git
 from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
@@ -205,7 +206,8 @@ def _before(run: Planned) -> tuple[Record | None, str]:
     revision, hardware = _here()
     if record.git.revision != revision:
         return None, "the code is of another commit"
-    if record.hardware.environment != hardware.environment or record.hardware.cpu != hardware.cpu:
+    environment = hardware.environment | share_threads(run.flags.nproc)
+    if record.hardware.environment != environment or record.hardware.cpu != hardware.cpu:
         return None, "the machine or its threads changed"
     return record, ""
 
