@@ -112,7 +112,7 @@ class TestEnds:
 
     def test_a_rank_that_hangs_ends_at_the_timeout(self, tmp_path, framework):
         out = tmp_path / "r.json"
-        running, started = start(framework, *self.LONG, "--nproc=2", "--timeout=40", f"--out={out}")
+        running, started = start(framework, *self.LONG, "--nproc=2", "--timeout=25", f"--out={out}")
         worker(started, 1).send_signal(signal.SIGSTOP)
         running.communicate(timeout=90)
         assert running.returncode == 124
