@@ -1,5 +1,6 @@
 """Several processes for real: the arithmetic of one, and how a run ends when one of them dies or hangs."""
 
+import itertools
 import json
 import os
 import signal
@@ -16,7 +17,11 @@ from tunebench.record import read_record
 
 FRAMEWORKS = ("torch", "paddle")
 WORK = ["--bsz=8", "--steps=10", "--warmup-steps=2", "--lr=5e-4", "--seed=1"]
-# A few of the setups, so that each way of splitting, each method and each family is among them.
+SETUPS = [
+    *(["--zero=1"], ["--zero=1", "--nproc=4"], ["--zero=2"], ["--zero=2", "--nproc=4"], ["--zero=3"]),
+    *(["--zero=3", "--nproc=4"], ["--mp=2"], ["--mp=4"], ["--mp=2", "--nproc=4"], ["--micro-bsz=4"], ["--micro-bsz=2"]),
+]
+# A few of these and of their combinations, so that each way of splitting, each method and each family is among them.
 CORE = [
     ("llama", "full", ["--zero=3"]),
     ("llama", "full", ["--mp=2", "--micro-bsz=4"]),
@@ -25,6 +30,7 @@ CORE = [
     ("bloom", "full", ["--mp=2", "--nproc=4"]),
     ("bloom", "lora", ["--mp=2"]),
 ]
+MATRIX = [case for case in itertools.product(("llama", "bloom"), ("full", "lora"), SETUPS) if case not in CORE]
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +62,15 @@ def alone(short, tmp_path_factory):
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize(("family", "method", "setup"), CORE, ids=lambda part: "".join(part))
+@pytest.mark.parametrize(
+    ("family", "method", "setup"),
+    [*CORE, *(pytest.param(*case, marks=pytest.mark.matrix) for case in MATRIX)],
+    ids=lambda part: "".join(part),
+)
 def test_several_processes_do_the_arithmetic_of_one(alone, short, tmp_path, framework, family, method, setup):
     one = alone(framework, family, method)
     many = train(framework, method, tmp_path / "r.json", f"--model={family}-tiny", *short, *setup)
-    assert many.devices > 1
+    assert many.devices * many.setup.accumulation > 1
     assert len(many.peak_memory_bytes) == many.devices
     assert many.model == one.model
     assert many.steps.loss == pytest.approx(one.steps.loss, rel=1e-4)
