@@ -1,5 +1,6 @@
 """Shared by all tests: where things are, a cache of the session's own, and how a program is run as a user would."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from tunebench.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
+FRAMEWORKS = ("torch", "paddle")
 sys.path.insert(0, str(ROOT / "data"))
 
 
@@ -54,3 +56,30 @@ def refusal(done: subprocess.CompletedProcess) -> str:
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
     return lines[0]
+
+
+@pytest.fixture(scope="session")
+def short(tmp_path_factory):
+    """Flags for samples of a few words, so that starting a run takes longer than its steps."""
+    file = tmp_path_factory.mktemp("data") / "short.json"
+    text = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    samples = [
+        {"instruction": " ".join(text[: 2 + i % 7]), "output": " ".join(text[i % 5 : 4 + i % 5])} for i in range(80)
+    ]
+    file.write_text(json.dumps(samples))
+    return [f"--data={file}", "--bsz=8", "--steps=10", "--warmup-steps=2", "--lr=5e-4", "--seed=1"]
+
+
+@pytest.fixture(scope="session")
+def alone(short, tmp_path_factory):
+    """The records of one process, by framework, family and method; each is made when first asked for."""
+    folder, made = tmp_path_factory.mktemp("alone"), {}
+
+    def record(*key):
+        if key not in made:
+            framework, family, method = key
+            out = folder / f"{'-'.join(key)}.json"
+            made[key] = train(framework, method, out, f"--model={family}-tiny", *short)
+        return made[key]
+
+    return record

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -177,6 +178,10 @@ def _place(options: dict) -> None:
         if not host or not port.isdecimal() or not 0 < int(port) < 65536:
             given = "is missing" if options["master"] is None else f"{options['master']} is no HOST:PORT"
             raise BadInput(f"--master {given}; with --nnodes name node 0 and a free port there, such as 10.0.0.1:29500")
+        try:
+            socket.gethostbyname(host)
+        except OSError as error:
+            raise BadInput(f"--master {options['master']}: {host}: {error.strerror}; name node 0") from None
     options["node_rank"] = options["node_rank"] or 0
 
 

@@ -15,14 +15,17 @@ SLURM_PORTS = 20_000, 12_000  # the first port that a job step on Slurm may take
 
 
 class World(NamedTuple):
-    """This process's place. `nproc` workers run on each node; `hosts` names the nodes, as far as they are known."""
+    """This process's place. `nproc` workers run on each node.
+
+    `port` and `hosts` are known from Slurm alone: a launcher tells them to the framework.
+    """
 
     rank: int
     local_rank: int
     nproc: int
     size: int
-    port: int  # rank 0's
-    hosts: tuple[str, ...]  # rank 0's first
+    port: int = 0  # rank 0's
+    hosts: tuple[str, ...] = ()  # one for each node, rank 0's first
 
     @property
     def nnodes(self) -> int:
@@ -30,7 +33,7 @@ class World(NamedTuple):
         return self.size // self.nproc
 
 
-ALONE = World(rank=0, local_rank=0, nproc=1, size=1, port=0, hosts=())
+ALONE = World(rank=0, local_rank=0, nproc=1, size=1)
 
 
 def read_world(framework: str, environment: Mapping[str, str] = os.environ) -> World | None:
@@ -46,9 +49,8 @@ def read_world(framework: str, environment: Mapping[str, str] = os.environ) -> W
         elif theirs[0] in environment:
             raise BadInput(f"{theirs[0]} is set, as {theirs[1]} does; start this script by {ours[1]}, or plainly")
         elif int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in environment:
-            world = _of_slurm(
-                environment
-            )  # a step by srun: a batch script has the job's variables too, but is no worker
+            # A step by srun: a batch script has the job's variables too, but is no worker.
+            world = _of_slurm(environment)
         else:
             return None
     except KeyError as missing:
@@ -64,7 +66,9 @@ def read_world(framework: str, environment: Mapping[str, str] = os.environ) -> W
 
 
 def export(world: World, framework: str) -> None:
-    """Sets what the framework itself reads, where Slurm has not."""
+    """Sets what the framework itself reads, where Slurm and no launcher has started this process."""
+    if not world.hosts:
+        return
     rank, size, local, host = str(world.rank), str(world.size), str(world.local_rank), world.hosts[0]
     if framework == "torch":
         settings = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": str(world.nproc)}
@@ -102,15 +106,14 @@ def expand(nodes: str) -> tuple[str, ...]:
 
 def _of_torchrun(environment: Mapping[str, str]) -> World:
     size = int(environment["WORLD_SIZE"])
-    rank, local_rank = int(environment["RANK"]), int(environment["LOCAL_RANK"])
-    port, host = int(environment["MASTER_PORT"]), environment["MASTER_ADDR"]
-    return World(rank, local_rank, int(environment.get("LOCAL_WORLD_SIZE") or size), size, port, (host,))
+    nproc = int(environment.get("LOCAL_WORLD_SIZE") or size)
+    return World(int(environment["RANK"]), int(environment["LOCAL_RANK"]), nproc, size)
 
 
 def _of_paddle(environment: Mapping[str, str]) -> World:
-    size, (host, _, port) = int(environment["PADDLE_TRAINERS_NUM"]), environment["PADDLE_MASTER"].rpartition(":")
-    rank, local_rank = int(environment["PADDLE_TRAINER_ID"]), int(environment["PADDLE_RANK_IN_NODE"])
-    return World(rank, local_rank, int(environment.get("PADDLE_LOCAL_SIZE") or size), size, int(port), (host,))
+    size = int(environment["PADDLE_TRAINERS_NUM"])
+    nproc = int(environment.get("PADDLE_LOCAL_SIZE") or size)
+    return World(int(environment["PADDLE_TRAINER_ID"]), int(environment["PADDLE_RANK_IN_NODE"]), nproc, size)
 
 
 def _of_slurm(environment: Mapping[str, str]) -> World:

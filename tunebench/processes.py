@@ -58,6 +58,12 @@ def end(process: subprocess.Popen, patience: float = PATIENCE) -> None:
     process.wait()
 
 
+def signal_in_words(number: int) -> str:
+    """A signal by name and number, such as `SIGKILL (9)`; not every number has a name."""
+    name = signal.Signals(number).name if number in list(signal.Signals) else "signal"
+    return f"{name} ({number})"
+
+
 def _die_with(parent: int) -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it ended before the line above took effect

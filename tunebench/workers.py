@@ -6,6 +6,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,8 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, NoReturn
+
+import psutil
 
 from tunebench import processes
 from tunebench.bootstrap import ROOT
@@ -96,13 +99,33 @@ def launcher(framework: Framework, flags: Flags, folder: Path) -> list[str | Pat
     meeting = ["--nproc_per_node", str(flags.nproc), "--log_dir", folder / "log", "--log_level", "ERROR"]
     meeting += ["--enable_gpu_log", "False", "--job_id", uuid.uuid4().hex if flags.master is None else flags.master]
     if flags.master is not None:
-        meeting += ["--master", flags.master, "--nnodes", str(flags.nnodes), "--rank", str(flags.node_rank)]
+        # Whether it is the one to listen there, it finds out by comparing IP addresses; its own it would take from the
+        # host's name, which often stands for the loopback device.
+        host, _, port = flags.master.rpartition(":")
+        meeting += ["--master", f"{socket.gethostbyname(host)}:{port}", "--host", _own_address(host)]
+        meeting += ["--nnodes", str(flags.nnodes), "--rank", str(flags.node_rank)]
     return [*python, "paddle.distributed.launch", *meeting, *worker]
+
+
+def _own_address(master: str) -> str:
+    """This node's IP address on the network of the node `master`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((master, 1))  # sends nothing
+        return probe.getsockname()[0]
+
+
+def _device(address: str) -> str:
+    """The network device with this IP address."""
+    devices = psutil.net_if_addrs().items()
+    return next(name for name, addresses in devices if address in [each.address for each in addresses])
 
 
 def _environment(run: Run, folder: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
     environment |= share_threads(run.flags.nproc)
+    if run.flags.master is not None:
+        # gloo would take the network device that the host's name stands for.
+        environment.setdefault("GLOO_SOCKET_IFNAME", _device(_own_address(run.flags.master.rpartition(":")[0])))
     if "CUDA_VISIBLE_DEVICES" in environment and not visible_accelerators():
         # Paddle's launcher takes the variable itself for a GPU, even where it is empty. The workers get it back.
         environment[HIDDEN_DEVICES] = environment.pop("CUDA_VISIBLE_DEVICES")
@@ -147,18 +170,15 @@ def _why(process: subprocess.Popen, folder: Path, printed: list[str]) -> tuple[s
     for file in _oldest_first(folder.glob("exit-*")):
         number = -int(file.read_text())
         if number > 0 and number != signal.SIGTERM:
-            name = signal.Signals(number).name if number in list(signal.Signals) else "a signal"
-            return "failed", f"rank {file.name.removeprefix('exit-')} was killed by {name} ({number})", printed, None
+            rank = file.name.removeprefix("exit-")
+            return "failed", f"rank {rank} was killed by {processes.signal_in_words(number)}", printed, None
     for failure in failures:
         return failure.told()
     code = process.returncode
     if code < 0:
-        return "failed", f"the launcher was killed by {signal.Signals(-code).name} ({-code})", printed, None
-    return (
-        "failed",
-        f"the launcher ended with exit code {code}, last line: {printed[-1] if printed else 'none'}",
-        printed,
-    )
+        return "failed", f"the launcher was killed by {processes.signal_in_words(-code)}", printed, None
+    last = printed[-1] if printed else "none"
+    return "failed", f"the launcher ended with exit code {code}, last line: {last}", printed, None
 
 
 def _oldest_first(files: Iterator[Path]) -> list[Path]:
