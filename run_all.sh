@@ -4,9 +4,9 @@
 #   bash run_all.sh [--cpu] [--suite NAME] [--only GLOB] [--repeats N] [--fresh] [--dry-run]
 #
 # --cpu          set up CPU builds on any machine (see setup.sh)
-# --suite NAME   which of suites/NAME.toml, or a .toml file of your own (default: cpu)
+# --suite NAME   which of suites/NAME.toml, or a .toml file of your own (default: cpu; quick: a few minutes, intervals)
 # --only GLOB    only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle' or '*lora*'
-# --repeats N    rounds (default: 1); the order of the two sides alternates
+# --repeats N    rounds (default: the suite's, mostly 1); the order of the two sides alternates
 # --fresh        from the start; earlier results move to results/.previous/
 # --dry-run      print the runs, start none
 #

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import math
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -17,8 +19,8 @@ from conftest import ROOT, refusal, run_program, train
 from tunebench.bootstrap import maths_settings
 from tunebench.checkpoint import tensor_shapes, write_random
 from tunebench.presets import LORA_TARGETS, PRESETS
-from tunebench.record import read_record
-from tunebench.tables import COLUMNS, join, parity
+from tunebench.record import Record, read_record
+from tunebench.tables import COLUMNS, join, parity, render
 
 pytestmark = pytest.mark.frameworks
 
@@ -152,6 +154,13 @@ def test_both_environments_prepare_the_same_plan(tmp_path):
     assert digests[0] == digests[1]
 
 
+def slower(record: Record, factor: float, mp: int = 1, zero: int = 0) -> Record:
+    """The record of a run that took `factor` times as long, with another split if given."""
+    steps = record.steps.model_copy(update={"seconds": [second * factor for second in record.steps.seconds]})
+    setup = record.setup.model_copy(update={"mp": mp, "zero": zero, "nproc": 4 if mp > 1 or zero else 1})
+    return record.model_copy(update={"steps": steps, "setup": setup})
+
+
 class TestTables:
     def test_every_pair_has_a_speedup(self, records):
         rows = join(list(records.values()))
@@ -168,14 +177,14 @@ class TestTables:
             assert row.torch_effective_tokens_per_second == pytest.approx(rates[1])
             assert row.speedup == pytest.approx(rates[0] / rates[1] - 1)
             assert row.parity < 1e-4
-            assert row.note is None
+            assert (row.note, row.interval, row.compared) == (None, None, "like for like")
 
     def test_printed_from_the_records_alone(self, records, folder):
         printed = run_program("summarize.py", folder, check=True).stdout
         heading = [cell.strip() for cell in printed.split("\n| ")[1].splitlines()[0].strip(" |").split("|")]
         assert tuple(heading) == COLUMNS
         assert printed.index("### Bloom") < printed.index("### Llama")
-        assert printed.count("%") == 4
+        assert printed.count(" one round ") == 4
         assert "no GPU" in printed
 
         rows = json.loads(run_program("summarize.py", folder, "--format=json", check=True).stdout)
@@ -216,6 +225,48 @@ class TestTables:
         assert [row.paddle_runs for row in rows] == [1, 1]
         assert sum(row.speedup is not None for row in rows) == 1
         assert any("paddle 9.9" in row.note for row in rows)
+
+    def test_the_interval_is_students_t_of_the_rounds(self, records):
+        torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
+        rounds = [(slower(paddle, a), slower(torch, b)) for a, b in ((2.0, 1.0), (2.2, 1.1), (2.5, 1.0))]
+        (row,) = join([record for pair in rounds for record in pair])
+        rates = paddle.effective_tokens_per_second / torch.effective_tokens_per_second
+        ratios = [math.log(rates / factor) for factor in (2.0, 2.0, 2.5)]
+        middle, spread = statistics.mean(ratios), 4.302653 * statistics.stdev(ratios) / math.sqrt(3)
+        assert math.log1p(row.speedup) == pytest.approx(middle)
+        assert [math.log1p(end) for end in row.interval] == pytest.approx([middle - spread, middle + spread])
+        assert "rounds |" in render([row], "md", [torch, paddle])
+
+    def test_an_interval_across_zero_is_no_difference(self, records):
+        torch = records["llama", "full", "torch"]
+        paddle = torch.model_copy(update={"framework": "paddle"})
+        (row,) = join([slower(paddle, 1.1), torch, paddle, slower(torch, 1.2)])
+        assert row.interval[0] < 0 < row.interval[1]
+        assert "no difference" in render([row], "md", [torch, paddle])
+        (row,) = join([slower(paddle, 1.1), torch, paddle])
+        assert row.interval is None
+        assert "none: 2 and 1 runs" in render([row], "md", [torch, paddle])
+
+    def test_like_for_like_first_then_the_best_of_each_side(self, records):
+        sides = {framework: records["llama", "full", framework] for framework in FRAMEWORKS}
+        times = {(4, 0): {"paddle": 1.0, "torch": 1.2}, (1, 3): {"paddle": 1.5, "torch": 1.1}}
+        runs = [
+            slower(record, times[split][framework] / sum(record.steps.seconds[4:]), *split)
+            for framework, record in sides.items()
+            for split in times
+        ]
+        rows = join(runs)
+        assert [(row.compared, row.paddle_setup, row.torch_setup) for row in rows] == [
+            ("like for like", "MP 4, fp32", "MP 4, fp32"),
+            ("like for like", "ZeRO 3, fp32", "ZeRO 3, fp32"),
+            ("best of each", "MP 4, fp32", "ZeRO 3, fp32"),
+        ]
+        assert [row.speedup for row in rows] == pytest.approx([0.2, 1.1 / 1.5 - 1, 0.1])
+        *_, first, second, _ = render(rows, "md", runs).split("with 4 GPUs")[1].split("Bold")[0].splitlines()
+        assert [cell.strip() for cell in first.strip("|").split("|")][:2] == ["llama-tiny", "bsz 2 MP 4 fp32"]
+        assert (first.count("**"), second.count("**")) == (2, 0)
+        assert "+20%" in first
+        assert "-27%" in second
 
     def test_one_side_alone_and_one_that_failed(self, records):
         torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]

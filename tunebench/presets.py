@@ -64,6 +64,7 @@ def _bloom(hidden: int, layers: int, heads: int, vocab: int, dtype: str, **ids: 
 # The tiny ones share the embedded tokenizer's vocabulary of 8192, whose padding token is 0.
 PRESETS: dict[str, Preset] = {
     "llama-tiny": _llama(256, 688, 4, 8, 8192, "float32"),
+    "llama-13b-tiny": _llama(320, 864, 5, 8, 8192, "float32"),
     "bloom-tiny": _bloom(256, 4, 8, 8192, "float32", pad_token_id=0),
     "llama-7b": _llama(4096, 11008, 32, 32, 32000, "float16"),
     "bloomz-7b1-mt": _bloom(4096, 30, 32, 250880, "float16"),

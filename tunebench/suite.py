@@ -15,6 +15,7 @@ import fcntl
 import functools
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -54,7 +55,7 @@ def main() -> int:
     add = parser.add_argument
     add("--suite", default="cpu", help="a name in suites/, or a .toml file (default: cpu)")
     add("--only", metavar="GLOB", help="only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle'")
-    add("--repeats", type=positive, default=1, help="rounds, the order of the sides alternating (default: 1)")
+    add("--repeats", type=positive, help="rounds, the order of the sides alternating (default: the suite's, mostly 1)")
     add(
         "--fresh",
         action="store_true",
@@ -70,7 +71,7 @@ def main() -> int:
 
     path = find_suite(options.suite)
     suite, folder = read_suite(path), results_folder() / path.stem
-    runs = plan_runs(path, suite, folder, options.repeats, options.only)
+    runs = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only)
     if options.dry_run:
         for run in runs:
             print(f"{run.name}{': done already' if _before(run)[0] else ''}\n  {shlex.join(run.command)}")
@@ -83,16 +84,21 @@ def main() -> int:
             everything = [old for old in folder.iterdir() if old.name != ".lock"]
             _set_aside(folder, *([p for run in runs for p in (run.record, run.log)] if options.only else everything))
         print(f"suite {path.stem} ({suite.title}), records in {folder}/")
-        return run_all(runs, folder)
+        return run_all(runs, folder, suite.minutes and suite.minutes * 60 / (2 * len(suite.pair)))
 
 
-def run_all(runs: list[Planned], folder: Path) -> int:
-    """Runs what is not done, whatever became of the others, and prints the tables after each pair; the exit code."""
+def run_all(runs: list[Planned], folder: Path, expected: float | None) -> int:
+    """Runs what is not done, whatever became of the others, and prints the tables after each pair; the exit code.
+
+    `expected` are the seconds of one run, as far as they are known before.
+    """
     from tunebench.tables import print_tables
 
     before = [_before(run) for run in runs]
     to_run = sum(record is None for record, _ in before)
     print(f"runs: {len(runs)}, done already: {len(runs) - to_run}")
+    if expected and to_run:
+        print(f"expected: about {math.ceil(to_run * expected / 60)} minutes, by what they took on two cores")
     for run, (record, _) in zip(runs, before, strict=True):
         if record is not None:
             print(f"done already: {run.name}: {_result(record)}")

@@ -55,6 +55,8 @@ class Suite(Strict):
     """A suite file. Flags are named as on the command line, without dashes; true stands for a bare flag."""
 
     title: str
+    repeats: int = Field(default=1, gt=0)  # rounds, unless --repeats says otherwise
+    minutes: float | None = Field(default=None, gt=0)  # that one round took on two cores
     defaults: FlagTable
     pair: Annotated[list[Pair], Field(min_length=1), AfterValidator(_check_names)]
 

@@ -4,11 +4,15 @@ import csv
 import io
 import itertools
 import json
+import math
 import statistics
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from scipy import stats
 
 from tunebench.cache import results_folder
 from tunebench.errors import BadInput
@@ -33,7 +37,11 @@ COLUMNS = (
     "Torch Setup",
     "Torch Effective Tokens/s",
     "Speedup",
+    "95% Interval",
+    "Compared",
 )
+SETUP_COLUMNS = ("Model", "Setup", "Paddle Effective Tokens/s", "Torch Effective Tokens/s", "Speedup")
+LIKE_FOR_LIKE, BEST_OF_EACH = "like for like", "best of each"
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,8 @@ class Row:
 
     `num_gpus` is the number of processes where there are no GPUs. A side that did not end ok has its status; a pair
     that cannot be compared has no speedup, `refusal` in its place and the fields that differ in `note`.
+    `interval` is the 95% interval of the speedup, None with a single round or where one side has more runs.
+    `compared` says whether both sides have the same setup or each its fastest one; None for a side alone.
     `parity` is the largest relative difference of the two loss curves at any step.
     """
 
@@ -59,7 +69,9 @@ class Row:
     torch_effective_tokens_per_second: float | None
     torch_runs: int
     speedup: float | None
+    interval: tuple[float, float] | None
     refusal: str | None
+    compared: str | None
     parity: float | None
     note: str | None
 
@@ -95,7 +107,7 @@ def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
 
 
 def join(records: list[Record]) -> list[Row]:
-    """One row for each two cells that belong together, like for like first, then what is left of each side."""
+    """The rows: like for like first, then the best of each side, then what is left of either."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for record in records:
         group = (*_model_of(record), record.method, record.devices, record.setup.bsz)
@@ -104,8 +116,26 @@ def join(records: list[Record]) -> list[Row]:
     for group in sorted(groups, key=lambda g: (g[0], g[1], list(METHODS).index(g[2]), g[3:])):
         cells = {framework: _cells(members) for framework, members in groups[group].items()}
         pairs = _pairs(**cells)
-        rows.extend(_row(group, paddle, torch, several=len(pairs) > 1) for paddle, torch in pairs)
+        headings = [(compared == BEST_OF_EACH, _setup((paddle or torch).first)) for compared, paddle, torch in pairs]
+        rows.extend(
+            _row(group, *pair, told_apart=headings.count(heading) > 1)
+            for pair, heading in zip(pairs, headings, strict=True)
+        )
     return rows
+
+
+def speedup_interval(paddle: list[Record], torch: list[Record]) -> tuple[float, float] | None:
+    """The 95% interval of Paddle ÷ Torch − 1, by Student's t of the rounds' log ratios.
+
+    The k-th run of one side and the k-th of the other, by when they started, are a round. None with fewer than two
+    rounds, or where one side has more runs.
+    """
+    if len(paddle) != len(torch) or len(paddle) < 2:
+        return None
+    rates = [[record.effective_tokens_per_second for record in side] for side in (paddle, torch)]
+    ratios = [math.log(ours / theirs) for ours, theirs in zip(*rates, strict=True)]
+    interval = stats.ttest_1samp(ratios, 0.0).confidence_interval(0.95)
+    return math.expm1(interval.low), math.expm1(interval.high)
 
 
 def differences(paddle: Record, torch: Record) -> list[str]:
@@ -154,15 +184,42 @@ def render(rows: list[Row], form: str, records: list[Record]) -> str:
         parts.append(f"### {FAMILIES.get(family, family)}\n")
         parts.append(_measured_on([r for r in records if _model_of(r)[0] == family]) + "\n")
         members = list(members)
-        parts.append(_markdown(members) + "\n")
+        parts.append(_markdown(COLUMNS, list(map(_texts, members))) + "\n")
         parts.extend(
             f"{row.model} {METHODS[row.method]} bsz {row.batch_size}: {row.note}\n" for row in members if row.note
         )
+    parts.extend(_setup_tables(rows))
     parts.append(
         "Speedup = Paddle ÷ Torch − 1. Effective tokens/s leave padding out; warm-up and start-up are not timed. "
-        "A cell with one run has no interval: repeat with `run_all.sh --repeats N` before you trust a small difference."
+        "The interval is Student's t of the rounds' log ratios; one round has none: repeat with "
+        "`run_all.sh --repeats N` before you trust a small difference."
     )
     return "\n".join(parts)
+
+
+def _setup_tables(rows: list[Row]) -> list[str]:
+    """For several processes: each setup like for like, the fastest figure of each model and batch size in bold."""
+    split = [row for row in rows if row.num_gpus > 1 and row.compared != BEST_OF_EACH]
+    parts = []
+    for (method, devices), members in _grouped(split, lambda row: (row.method, row.num_gpus)):
+        lines = []
+        for _, setups in _grouped(members, lambda row: (row.model, row.batch_size)):
+            best = max((rate for row in setups for rate in _rates(row) if rate), default=None)
+            for row in setups:
+                setup = (row.paddle_setup or row.torch_setup or "").split(", ")
+                setup.sort(key=lambda part: "*" not in part)  # how it is accumulated stands beside the batch size
+                setup = " ".join(f"({part})" if "*" in part else part for part in setup)
+                texts = [f"**{t}**" if r and r == best else t for t, r in zip(_figures(row), _rates(row), strict=True)]
+                lines.append([row.model, f"bsz {row.batch_size} {setup}", *texts, _verdict(row)])
+        parts.append(f"### {METHODS[method]} with {devices} GPUs (or processes, where there are none), by setup\n")
+        parts.append(_markdown(SETUP_COLUMNS, lines) + "\n")
+        parts.append("Bold: the fastest of its model and batch size.\n")
+    return parts
+
+
+def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Iterator[tuple[Any, list[Row]]]:
+    for value, members in itertools.groupby(sorted(rows, key=key), key=key):
+        yield value, list(members)
 
 
 def print_tables(paths: list[Path]) -> None:
@@ -213,27 +270,42 @@ def _cells(records: list[Record]) -> list[Cell]:
     return [Cell(runs) for runs in (*by_key.values(), *ended.values())]
 
 
-def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[Cell | None, Cell | None]]:
-    """Same setup and same work first; then same work, fastest to fastest; then the same setup; then alone."""
-    pairs: list[tuple[Cell | None, Cell | None]] = []
+def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[str | None, Cell | None, Cell | None]]:
+    """Which cells make a row, and what kind: like for like, the best of each on the same work, then the rest.
+
+    Of the rest, a cell is shown beside the other side's of the same setup, if there is one, or alone.
+    """
     ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
-    for fits in (
-        lambda a, b: a.status == b.status == "ok" and _setup(a) == _setup(b) and not differences(a, b),
-        lambda a, b: a.status == b.status == "ok" and not differences(a, b),
-        lambda a, b: _setup(a) == _setup(b),
-    ):
-        for cell in list(ours):
-            match = next((other for other in theirs if fits(cell.first, other.first)), None)
-            if match is not None:
-                pairs.append((cell, match))
-                ours.remove(cell)
-                theirs.remove(match)
-    return pairs + [(cell, None) for cell in ours] + [(None, cell) for cell in theirs]
+    pairs: list[tuple[str | None, Cell | None, Cell | None]] = []
+    like, same = [], [(a, b) for a in ours for b in theirs if a.rate and b.rate and not differences(a.first, b.first)]
+    for a, b in same:
+        if _setup(a.first) == _setup(b.first) and not any(a is c or b is d for c, d in like):
+            like.append((a, b))
+    pairs += [(LIKE_FOR_LIKE, a, b) for a, b in sorted(like, key=lambda pair: _order(pair[0].first))]
+    best: list[tuple[Cell, Cell]] = []
+    for a, b in same:  # fastest first, so the first one of each work is it
+        if all(differences(a.first, other.first) for _, other in best):
+            best.append((a, b))
+    pairs += [(BEST_OF_EACH, a, b) for a, b in best if _setup(a.first) != _setup(b.first)]
+    shown = [id(cell) for _, *pair in pairs for cell in pair]
+    ours, theirs = ([cell for cell in cells if id(cell) not in shown] for cells in (ours, theirs))
+    for a in ours:
+        b = next((b for b in theirs if _setup(a.first) == _setup(b.first)), None)
+        theirs = [cell for cell in theirs if cell is not b]
+        pairs.append((LIKE_FOR_LIKE if b else None, a, b))
+    return pairs + [(None, None, b) for b in theirs]
 
 
-def _row(group: tuple[Any, ...], paddle: Cell | None, torch: Cell | None, several: bool) -> Row:
+def _order(record: Record) -> tuple[int, ...]:
+    """Tensor parallelism first, then the most sharded, as the published record has it."""
+    return -record.setup.mp, -record.setup.zero, record.setup.accumulation
+
+
+def _row(
+    group: tuple[Any, ...], compared: str | None, paddle: Cell | None, torch: Cell | None, told_apart: bool
+) -> Row:
     family, model, method, devices, bsz = group
-    speedup = refusal = agreement = note = None
+    speedup = interval = refusal = agreement = note = None
     if paddle and torch and paddle.rate and torch.rate:
         different = differences(paddle.first, torch.first)
         if different:
@@ -246,7 +318,8 @@ def _row(group: tuple[Any, ...], paddle: Cell | None, torch: Cell | None, severa
                 refusal = "losses differ"
             else:
                 speedup = paddle.rate / torch.rate - 1
-    told_apart = [_on_what(c.first) for c in (paddle, torch) if c and c.rate and several][:1]
+                interval = speedup_interval(paddle.records, torch.records)
+    what = [_on_what(c.first) for c in (paddle, torch) if c and c.rate and told_apart][:1]
     reasons = [f"{c.first.framework} {c.first.status}: {c.first.reason}" for c in (paddle, torch) if c and not c.rate]
     return Row(
         family=family,
@@ -257,9 +330,11 @@ def _row(group: tuple[Any, ...], paddle: Cell | None, torch: Cell | None, severa
         **_side("paddle", paddle),
         **_side("torch", torch),
         speedup=speedup,
+        interval=interval,
         refusal=refusal,
+        compared=compared,
         parity=agreement,
-        note="; ".join(filter(None, [note, *reasons, *told_apart])) or None,
+        note="; ".join(filter(None, [note, *reasons, *what])) or None,
     )
 
 
@@ -305,7 +380,6 @@ def _work(record: Record) -> dict[str, Any]:
         "model.weights_sha256": model and model.weights_sha256,
         "setup.dtype": record.setup.dtype,
         "setup.amp": record.setup.amp,
-        "setup.recompute": record.setup.recompute,
         "steps": steps and len(steps.seconds),
         "timed_from": record.timed_from,
         "hardware.cpu": hardware.cpu,
@@ -324,26 +398,56 @@ def _short(value: Any) -> str:
 
 
 def _texts(row: Row) -> list[str]:
-    def rate(value: float | None, status: str | None) -> str:
-        if value is not None:
-            return f"{value:.2f}"
-        return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
-
+    paddle, torch = _figures(row)
     return [
         row.model,
         METHODS[row.method],
         str(row.num_gpus),
         str(row.batch_size),
         row.paddle_setup or NOT_AVAILABLE,
-        rate(row.paddle_effective_tokens_per_second, row.paddle_status),
+        paddle,
         row.torch_setup or NOT_AVAILABLE,
-        rate(row.torch_effective_tokens_per_second, row.torch_status),
-        (row.refusal or NOT_AVAILABLE) if row.speedup is None else f"{row.speedup:+.0%}",
+        torch,
+        _verdict(row),
+        _rounds(row),
+        row.compared or NOT_AVAILABLE,
     ]
 
 
-def _markdown(rows: list[Row]) -> str:
-    table = [list(COLUMNS), *map(_texts, rows)]
+def _rates(row: Row) -> tuple[float | None, float | None]:
+    return row.paddle_effective_tokens_per_second, row.torch_effective_tokens_per_second
+
+
+def _figures(row: Row) -> tuple[str, str]:
+    """Both sides' rates, or what became of them."""
+
+    def figure(rate: float | None, status: str | None) -> str:
+        if rate is not None:
+            return f"{rate:.2f}"
+        return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
+
+    paddle, torch = _rates(row)
+    return figure(paddle, row.paddle_status), figure(torch, row.torch_status)
+
+
+def _verdict(row: Row) -> str:
+    if row.speedup is None:
+        return row.refusal or NOT_AVAILABLE
+    if row.interval and row.interval[0] <= 0 <= row.interval[1]:
+        return "no difference"
+    return f"{row.speedup:+.0%}"
+
+
+def _rounds(row: Row) -> str:
+    if row.interval:
+        return f"{row.interval[0]:+.0%} to {row.interval[1]:+.0%}, {row.paddle_runs} rounds"
+    if row.speedup is None:
+        return NOT_AVAILABLE
+    return "one round" if row.paddle_runs == row.torch_runs else f"none: {row.paddle_runs} and {row.torch_runs} runs"
+
+
+def _markdown(columns: Sequence[str], lines: list[list[str]]) -> str:
+    table = [list(columns), *lines]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
