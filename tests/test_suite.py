@@ -116,7 +116,7 @@ def test_a_bad_suite_is_refused_in_one_line(mini, old, new, parts):
 
 
 def test_bad_arguments_are_refused_in_one_line(mini):
-    assert "no such suite; use cpu, or a .toml file" in refusal(mini, "--suite=gpus")
+    assert "no such suite; use cpu, quick, or a .toml file" in refusal(mini, "--suite=gpus")
     assert "fits none of full/paddle, full/torch, lora/paddle, lora/torch" in refusal(mini, "--only=llama*")
     assert "--repeats: 0 is out of range" in refusal(mini, "--repeats=0")
     (mini / "published.toml").write_text(SUITE)
@@ -133,6 +133,44 @@ def test_the_suites_are_valid_and_alternate(mini, file):
         "torch r3",
     ] * (third // 2)
     assert not (mini / "results").exists()
+
+
+def test_a_suite_has_its_own_rounds_and_expects_its_minutes(mini):
+    (mini / "mini.toml").write_text("repeats = 3\nminutes = 7" + SUITE)
+    assert " r3" in finish(start(mini, "--dry-run"), 0)
+    assert " r3" not in finish(start(mini, "--dry-run", "--repeats=2"), 0)
+    running = start(mini)
+    wait_for(lambda: descendants(running, "finetune_full"))
+    running.send_signal(signal.SIGTERM)
+    assert "runs: 12, done already: 0\nexpected: about 21 minutes" in finish(running, 130)
+
+
+def published_rows() -> list[tuple[str, str, str]]:
+    """Model, method and setup of each row of the published record, as the suite's pairs name them."""
+    multi = [
+        *(("llama-tiny", f"bsz{bsz}-{split}") for bsz in (8, 16) for split in ("mp4", "zero3", "zero2")),
+        *(("llama-13b-tiny", f"bsz8-{split}") for split in ("mp4-recompute", "zero3", "zero2")),
+        *(("bloom-tiny", f"bsz{bsz}-{split}") for bsz in (8, 16) for split in ("mp4", "zero3")),
+    ]
+    alone = [("bloom-tiny", "bsz4"), ("llama-tiny", "bsz4"), ("llama-13b-tiny", "bsz8-recompute")]
+    return [(model, "full", setup) for model, setup in multi] + [(model, "lora", setup) for model, setup in alone]
+
+
+def test_the_default_suite_has_every_published_row(mini):
+    printed = finish(start(mini, "--suite=cpu", "--dry-run"), 0)
+    assert {line.split("/")[0] for line in printed.splitlines() if not line.startswith(" ")} == {
+        "-".join(row) for row in published_rows()
+    }
+    for model, method, setup in published_rows():
+        command = next(line for line in printed.splitlines() if f"{model}-{method}-{setup}/torch-r1.json" in line)
+        parts = setup.split("-")
+        assert f"finetune_{method}.py" in command
+        assert f"--model={model} " in command
+        assert f"--bsz={parts[0].removeprefix('bsz')} " in command
+        assert ("--mp=4 " in command) == ("mp4" in parts)
+        assert ("--recompute " in command) == ("recompute" in parts)
+        for zero in (2, 3):
+            assert (f"--zero={zero} --nproc=4 " in command) == (f"zero{zero}" in parts)
 
 
 def test_ending_a_process_ends_all_that_it_started(tmp_path):
