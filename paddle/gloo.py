@@ -3,8 +3,11 @@
 Each part says what Paddle 3.3.1 lacks there. The code that a GPU runs stays in use around it.
 """
 
+import ctypes
+import math
 import os
 import socket
+from pathlib import Path
 from typing import Any
 
 import paddle
@@ -20,18 +23,21 @@ from paddle.distributed.fleet.meta_parallel.sharding import (
 from paddle.distributed.sharding import group_sharded
 
 STORES: list[core.TCPStore] = []  # kept alive as long as their groups
+# Parts of names that its library exports.
+MANAGER = "3phi11distributed18CommContextManager"
+MILLISECONDS = "NSt6chrono8durationIlSt5ratioILl1ELl1000EEEE"
 
 
-def install() -> None:
-    """To be called once, before fleet is initialised."""
+def install(timeout: float) -> None:
+    """To be called once, before fleet is initialised; `timeout`: seconds that a process waits for the others."""
     os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
-    separate_stores()
+    separate_stores(timeout)
     complete_tensor_parallelism()
     admit_group_sharding()
 
 
-def separate_stores() -> None:
-    """Gives each process group a store of its own.
+def separate_stores(timeout: float) -> None:
+    """Gives each process group a store of its own, and patience.
 
     Paddle's groups write their members' addresses under the same keys of one store. From four processes on, whose
     groups overlap, one reads an address of another group and is refused.
@@ -46,14 +52,45 @@ def separate_stores() -> None:
                 reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 reserved.bind(("", 0))
                 port = reserved.getsockname()[1]
-                STORES.append(core.TCPStore(host, port, True, 0))  # 0: it does not wait for the others
+                STORES.append(
+                    core.TCPStore(host, port, True, 0, math.ceil(timeout))
+                )  # 0: it does not wait for the others
             store.set(key, f"{host}:{port}")
         else:
             host, _, port = bytes(store.get(key)).decode().rpartition(":")
-            STORES.append(core.TCPStore(host, int(port), False, 0))
-        return create(STORES[-1], rank, world_size, group_id)
+            STORES.append(core.TCPStore(host, int(port), False, 0, math.ceil(timeout)))
+        group = create(STORES[-1], rank, world_size, group_id)
+        set_timeout(group_id, rank, world_size, timeout)
+        return group
 
     core.ProcessGroupGloo.create = staticmethod(create_with_store)
+
+
+class String(ctypes.Structure):
+    """A std::string of up to 15 characters."""
+
+    _fields_ = (("characters", ctypes.c_void_p), ("length", ctypes.c_size_t), ("own", ctypes.c_char * 16))
+
+
+def set_timeout(group_id: int, rank: int, size: int, seconds: float) -> None:
+    """Sets how long a collective of a group waits: 30 s, and Paddle gives Python no access to it.
+
+    Its library exports what finds a group's communicator (three words: vtable; rank and size; gloo's context) and what
+    sets the limit of a context.
+    """
+    library = ctypes.CDLL(str(Path(paddle.__file__).parent / "libs" / "libphi_core.so"))
+    manager = ctypes.byref(ctypes.c_byte.in_dll(library, f"_ZZN{MANAGER}11GetInstanceEvE8instance"))
+    text = str(group_id).encode()
+    key = String(length=len(text), own=text)
+    key.characters = ctypes.addressof(key) + String.own.offset
+    get = library[f"_ZNK{MANAGER}3GetERKNSt7__cxx1112basic_stringIcSt11char_traitsIcESaIcEEE"]
+    get.restype = ctypes.c_void_p
+    communicator = get(manager, ctypes.byref(key))
+    found = tuple((ctypes.c_int32 * 2).from_address(communicator + 8))
+    if found != (rank, size):
+        raise RuntimeError(f"Paddle's communicators are laid out in another way than in 3.3.1: {found}")
+    context = ctypes.c_void_p.from_address(communicator + 16)
+    library[f"_ZN4gloo7Context10setTimeoutE{MILLISECONDS}"](context, ctypes.c_int64(math.ceil(seconds * 1000)))
 
 
 def complete_tensor_parallelism() -> None:

@@ -3,6 +3,8 @@
 The functions stand in the order in which a script calls them. With one process none of them changes anything.
 """
 
+import math
+import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -92,10 +94,11 @@ def join(flags: Flags, world: World) -> Group:
     paddle.set_device(device)
     sharers = None
     if world.size > 1:
+        os.environ["PADDLE_PG_TIMEOUT"] = str(math.ceil(flags.timeout * 1000))  # NCCL's
         if not gpu:
             import gloo
 
-            gloo.install()
+            gloo.install(flags.timeout)
         strategy = fleet.DistributedStrategy()
         strategy.hybrid_configs = {
             "dp_degree": 1 if flags.zero else flags.replicas,

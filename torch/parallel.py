@@ -3,6 +3,7 @@
 The functions stand in the order in which a script calls them. With one process none of them changes anything.
 """
 
+import datetime
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -65,6 +67,9 @@ def join(flags: Flags, world: World) -> Group:
         torch.cuda.set_device(device)
     mesh = None
     if world.size > 1:
+        # The end at --timeout is to come before that of a collective, in groups that libraries make too.
+        limit = datetime.timedelta(seconds=flags.timeout)
+        distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
         torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     if flags.mp > 1:
         mesh = init_device_mesh(device.type, (flags.replicas, flags.mp), mesh_dim_names=("dp", "tp"))

@@ -1,0 +1,134 @@
+"""How a run of several processes ends when one is killed, hangs or gets no memory: named, and nothing is left."""
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from conftest import FRAMEWORKS, ROOT
+
+from tunebench import processes
+from tunebench.launch import RUN_RECORD
+from tunebench.record import read_record
+
+LONG = ["--samples=40", "--steps=2000", "--bsz=2"]
+
+
+class Started:
+    """A run of two processes that has done its first step."""
+
+    def __init__(self, framework, out, *flags):
+        self.out = out
+        script = ROOT / framework / "finetune_full.py"
+        self.supervisor = processes.start(
+            [sys.executable, script, "--model=llama-tiny", "--nproc=2", *flags, f"--out={out}"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for(self, line):
+        """Reads what the run prints up to a line that starts so."""
+        for printed in self.supervisor.stdout:
+            if printed.startswith(line):
+                return
+        raise AssertionError(f"ended with {self.supervisor.wait()}")
+
+    def left(self):
+        """The launcher and all below it: they inherit what the supervisor tells its workers."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(RUN_RECORD) == str(self.out) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def worker(self, rank):
+        """The process that trains as `rank`."""
+        for process in self.left():
+            variables = process.environ()
+            place = variables.get("RANK") or variables.get("PADDLE_TRAINER_ID")
+            if "finetune_full" in process.cmdline()[1] and place == str(rank):
+                return process
+        raise AssertionError(f"no rank {rank}")
+
+    def end(self, within):
+        """Waits for the end of the run; the record."""
+        asked = time.monotonic()
+        self.supervisor.communicate(timeout=within + 60)
+        assert time.monotonic() - asked < within
+        assert not psutil.wait_procs(self.left(), timeout=3)[1]
+        return read_record(self.out)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts a run; what is left of it after the test is killed."""
+    runs = []
+
+    def start(framework, *flags):
+        runs.append(Started(framework, tmp_path / "r.json", *flags))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.supervisor.kill()
+        run.supervisor.communicate()
+        for process in run.left():
+            process.kill()
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+class TestEnds:
+    def test_a_killed_rank_is_named(self, start, framework):
+        run = start(framework, *LONG)
+        run.wait_for("step 1/")
+        run.worker(1).kill()
+        record = run.end(within=20)
+        assert run.supervisor.returncode == 1
+        assert (record.status, record.reason) == ("failed", "rank 1 was killed by SIGKILL (9)")
+
+    def test_nothing_outlives_a_killed_launcher(self, start, framework):
+        run = start(framework, *LONG)
+        run.wait_for("step 1/")
+        (launcher,) = psutil.Process(run.supervisor.pid).children()
+        launcher.kill()
+        record = run.end(within=20)
+        assert run.supervisor.returncode == 1
+        assert (record.status, record.reason) == ("failed", "the launcher was killed by SIGKILL (9)")
+
+    def test_nothing_outlives_a_killed_supervisor(self, start, framework):
+        run = start(framework, *LONG)
+        run.wait_for("step 1/")
+        started = run.left()
+        assert len(started) > 2
+        run.supervisor.kill()
+        assert not psutil.wait_procs(started, timeout=5)[1]
+
+    def test_a_rank_that_hangs_ends_at_the_timeout(self, start, framework):
+        run = start(framework, *LONG, "--timeout=50")  # gloo's own limit is 30 s
+        run.wait_for("step 1/")
+        run.worker(1).send_signal(signal.SIGSTOP)
+        record = run.end(within=70)
+        assert run.supervisor.returncode == 124
+        assert record.status == "timeout"
+        assert record.reason.startswith("not done within --timeout 50 s, after step ")
+
+    def test_a_rank_that_gets_no_memory(self, start, tmp_path, framework):
+        data = tmp_path / "data.json"
+        lengths = [2] * 800 + [500] * 160  # that of the first 50 steps, which leave time to set the limit
+        data.write_text(json.dumps([{"instruction": "one " * length, "output": "two"} for length in lengths]))
+        run = start(framework, f"--data={data}", "--bsz=16", "--steps=60")
+        run.wait_for("step 1/")
+        worker = run.worker(1)
+        limit = worker.memory_info().vms + 64 * 2**20
+        worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
+        record = run.end(within=60)
+        assert run.supervisor.returncode == 1
+        assert record.status == "oom"
+        assert record.reason.startswith("rank 1: ")
