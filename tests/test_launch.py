@@ -1,13 +1,17 @@
-"""Who may start the processes of a run: torchrun, Paddle's launcher, Slurm, a launch per node, several at once."""
+"""Who may start the processes of a run: torchrun, Paddle's launcher, Slurm, a launch per node; and what is refused."""
 
 import os
 import socket
 
 import psutil
 import pytest
-from conftest import FRAMEWORKS, ROOT
+from conftest import FRAMEWORKS, ROOT, refusal, run_program
 
 from tunebench import processes
+from tunebench.checkpoint import write_random
+from tunebench.errors import BadInput
+from tunebench.flags import place
+from tunebench.presets import PRESETS, Preset
 from tunebench.record import read_record
 
 pytestmark = pytest.mark.frameworks
@@ -98,3 +102,44 @@ def test_two_runs_at_the_same_time(alone, launch, tmp_path, framework):
     launch.wait()
     for run in "ab":
         check(tmp_path / f"{run}.json", alone(framework, "llama", "full"), nproc=2)
+
+
+@pytest.mark.parametrize(("framework", "program"), [("torch", "torchrun"), ("paddle", "paddle.distributed.launch")])
+def test_the_other_frameworks_launcher_is_refused(framework, program):
+    other = {"RANK": "0"} if framework == "paddle" else {"PADDLE_TRAINER_ID": "0"}
+    line = refusal(run_program(f"{framework}/finetune_full.py", env=other))
+    assert f"{next(iter(other))} is set" in line
+    assert program in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mp=3"], "--mp 3 does not divide the model's 8 (attention heads); use 1 or 2"),
+        (["--mp=2", "--zero=3"], "--zero 3 with --mp 2: not combined here"),
+        (["--nproc=4", "--bsz=6"], "--bsz 6 does not divide over 4 replicas; use 4 or 8"),
+        (["--nnodes=2", "--master=no.such.host.invalid:1"], "--master no.such.host.invalid:1: no.such.host.invalid: "),
+    ],
+)
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_refused_before_anything_starts(framework, arguments, message):
+    assert message in refusal(run_program(f"{framework}/finetune_full.py", "--model=llama-tiny", *arguments))
+
+
+@pytest.mark.parametrize(
+    ("width", "called"), [("vocab_size", "8194 (vocabulary)"), ("intermediate_size", "690 (feed-forward width)")]
+)
+def test_paddle_cuts_up_whole_widths_only(tmp_path, width, called):
+    preset = PRESETS["llama-tiny"]
+    write_random(tmp_path, Preset(preset.config | {width: int(called.split()[0])}, preset.checkpoint_dtype), seed=0)
+    line = refusal(run_program("paddle/finetune_full.py", f"--model={tmp_path}", "--mp=4"))
+    assert f"--mp 4 does not divide the model's {called}; use 1 or 2" in line
+
+
+def test_more_processes_than_gpus_are_refused():
+    options = {"nproc": 4, "nnodes": None, "node_rank": None, "master": None, "mp": 1, "zero": 0}
+    with pytest.raises(BadInput, match=r"^--nproc 4: 2 GPU\(s\) visible; use at most 2$"):
+        place(options, gpus=2)
+    options["nproc"] = None
+    place(options, gpus=2)
+    assert options["nproc"] == 2

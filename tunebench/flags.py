@@ -118,7 +118,7 @@ def parse_flags(
         add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
     options = vars(parser.parse_args(argv))
     if world is None:
-        _place(options)
+        place(options, len(visible_accelerators()))
     else:
         _join(options, world)
     size, mp = options["nproc"] * options["nnodes"], options["mp"]
@@ -157,9 +157,8 @@ def parse_flags(
     return flags
 
 
-def _place(options: dict) -> None:
-    """Fills in the processes and nodes of a run that no launcher has started. Raises `BadInput`."""
-    gpus = len(visible_accelerators())
+def place(options: dict, gpus: int) -> None:
+    """Fills in processes and nodes where no launcher has started this and `gpus` are visible. Raises `BadInput`."""
     if options["nproc"] is None:
         options["nproc"] = gpus or options["mp"] * (2 if options["zero"] and not options["nnodes"] else 1)
     if gpus and options["nproc"] > gpus:
