@@ -1,0 +1,208 @@
+"""It really shards: the bytes of weights, gradients and optimizer states that each process holds, against the stage.
+
+The bytes are those of tensors (tests/bytes_held.py), counted at the last of a few real steps. What the frameworks keep
+beyond an even share is stated where it is tested.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from conftest import run_program
+
+from tunebench.presets import PRESETS
+from tunebench.record import Record, read_record
+
+pytestmark = pytest.mark.frameworks
+FRAMEWORKS = ("torch", "paddle")
+MODEL = "llama-tiny"
+FLOAT, MIB = 4, 2**20
+SHAPE = PRESETS[MODEL].config
+HIDDEN, LAYERS = SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
+NORMS = (2 * LAYERS + 1) * HIDDEN * FLOAT
+EMBEDDING = SHAPE["vocab_size"] * HIDDEN * FLOAT
+LARGEST_OF_A_LAYER = SHAPE["intermediate_size"] * HIDDEN * FLOAT
+
+
+class Whole(NamedTuple):
+    """What a single process holds, in bytes."""
+
+    weights: int
+    rest: int
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Flags for samples of a few words: short steps, and logits that are small beside the weights."""
+    file = tmp_path_factory.mktemp("data") / "short.json"
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+    file.write_text(
+        json.dumps([{"instruction": " ".join(words[: 2 + i % 7]), "output": words[i % 10]} for i in range(40)])
+    )
+    return [f"--model={MODEL}", f"--data={file}", "--bsz=4", "--steps=4", "--warmup-steps=1"]
+
+
+def probe(framework: str, method: str, folder: Path, *flags: object) -> tuple[list[dict], Record]:
+    """Runs a script for real; the bytes that each rank held, by kind, and the run's record."""
+    where = {"TUNEBENCH_PROBE": f"{framework}/finetune_{method}.py", "TUNEBENCH_BYTES": str(folder)}
+    run_program("tests/bytes_held.py", *flags, "--out", folder / "record", check=True, env=where)
+    record = read_record(folder / "record")
+    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(record.devices)]
+    for held in ranks:
+        assert held["passes"][-1] == held["gradients"]
+        for kind in ("trainable", "frozen"):  # the step gathers weights: it has to let them go again
+            assert held["after"][kind] == held[kind]
+    return ranks, record
+
+
+@pytest.fixture
+def count(work, tmp_path):
+    """`probe` with the flags of this file."""
+    return lambda framework, method, *flags: probe(framework, method, tmp_path, *work, *flags)
+
+
+@pytest.fixture(scope="module")
+def alone(work, tmp_path_factory):
+    """What one process holds, by framework; checked against the model's size, which checks the counting."""
+    made = {}
+
+    def whole(framework):
+        if framework not in made:
+            (held,), record = probe(framework, "full", tmp_path_factory.mktemp(framework), *work)
+            weights = record.model.parameters * FLOAT
+            assert held["trainable"] == held["gradients"] == weights
+            assert held["states"] == 2 * weights
+            assert held["frozen"] == held["master"] == 0
+            assert held["rest"] < 5 * MIB < weights / 4
+            made[framework] = Whole(weights, held["rest"])
+        return made[framework]
+
+    return whole
+
+
+def close(size: float):
+    """Equal, but for what aligns a slice in a buffer."""
+    return pytest.approx(size, rel=1e-4)
+
+
+def assert_in_partition(gradients: int, share: float) -> None:
+    """DeepSpeed's stages 1 and 2 cut one flat vector of all weights; a parameter across a cut stays whole on each side.
+
+    (`copy_grads_in_partition`: with two ranks there is one cut, here within a layer.)
+    """
+    assert share * (1 - 1e-4) <= gradients <= share + LARGEST_OF_A_LAYER
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_zero_1_shards_optimizer_states(alone, count, framework):
+    """Torch: DeepSpeed adds a float32 copy of this rank's share of the weights, though these are float32 already.
+
+    It keeps whole gradients between the passes of a step, and lets go of the others' after the last. Paddle keeps them,
+    and gives whole parameters to ranks, largest first: with this model all but even shares.
+    """
+    whole, (ranks, _) = alone(framework), count(framework, "full", "--zero=1", "--nproc=2", "--micro-bsz=1")
+    share = whole.weights / 2
+    for held in ranks:
+        assert held["trainable"] == close(whole.weights)
+        assert held["states"] == close(2 * share)
+        assert held["passes"][0] == close(whole.weights)
+        assert held["rest"] < whole.rest + MIB
+        if framework == "torch":
+            assert_in_partition(held["gradients"], share)
+            assert held["master"] == close(share)
+        else:
+            assert held["gradients"] == close(whole.weights)
+            assert held["master"] == 0
+    assert sum(held["states"] for held in ranks) == close(2 * whole.weights)
+
+
+def test_zero_2_shards_gradients_on_torch(alone, count):
+    """As zero 1, but the others' gradients are let go in each pass."""
+    whole, (ranks, _) = alone("torch"), count("torch", "full", "--zero=2", "--nproc=2", "--micro-bsz=1")
+    share = whole.weights / 2
+    for held in ranks:
+        assert held["trainable"] == close(whole.weights)
+        assert held["states"] == close(2 * share)
+        assert held["master"] == close(share)
+        assert len(held["passes"]) == 2
+        for gradients in held["passes"]:
+            assert_in_partition(gradients, share)
+        assert held["rest"] < whole.rest + MIB
+
+
+def test_zero_2_shards_gradients_on_paddle(alone, count):
+    """Paddle gives whole parameters to ranks, so that shares differ by up to the largest one, an embedding.
+
+    Each rank's gradients lie in a buffer of the size of the largest share (`_rank_buffer_size`). The buffer that a
+    rank sent last stays in memory until the next one is sent, though released: the optimizer keeps the task
+    (`_comm_task`).
+    """
+    whole, (ranks, _) = alone("paddle"), count("paddle", "full", "--zero=2", "--nproc=2", "--micro-bsz=1")
+    shares = [held["states"] / 2 for held in ranks]
+    assert sum(shares) == close(whole.weights)
+    assert max(shares) - min(shares) <= EMBEDDING
+    for held in ranks:
+        assert held["trainable"] == close(whole.weights)
+        assert held["passes"] == [close(max(shares))] * 2
+        assert held["master"] == 0
+    assert sum(held["rest"] for held in ranks) < 2 * (whole.rest + MIB) + max(shares)
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_zero_3_shards_everything(alone, count, framework):
+    """Norms are whole on each rank: Paddle does not slice them, DeepSpeed holds them whole beside the slices.
+
+    (Paddle: `segment_size`. DeepSpeed: `stage3_param_persistence_threshold`.) DeepSpeed also adds a copy of this rank's
+    slices: to find out that it needs none, it compares a device with its name, which is never equal.
+    """
+    whole = alone(framework)
+    ranks, _ = count(framework, "full", "--zero=3", "--nproc=4", "--micro-bsz=1")
+    for held in ranks:
+        if framework == "torch":
+            share = whole.weights / 4
+            assert held["trainable"] == close(share + NORMS)
+            assert held["master"] == close(share)
+        else:
+            share = (whole.weights - NORMS) / 4 + NORMS
+            assert held["trainable"] == close(share)
+            assert held["master"] == 0
+        assert held["passes"] == [close(share)]
+        assert held["states"] == close(2 * share)
+        assert held["rest"] < whole.rest + MIB
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_zero_3_shards_frozen_weights(alone, count, framework):
+    """LoRA. Its matrices are so small that DeepSpeed holds them whole beside the slices, as it does norms."""
+    whole = alone(framework)
+    ranks, record = count(framework, "lora", "--zero=3", "--nproc=2", "--micro-bsz=1")
+    adapters = record.model.trainable_parameters * FLOAT
+    for held in ranks:
+        if framework == "torch":
+            assert held["frozen"] == close(whole.weights / 2 + NORMS)
+            assert held["trainable"] == close(adapters / 2 + adapters)
+            assert held["master"] == close(adapters / 2)
+        else:
+            assert held["frozen"] == close((whole.weights - NORMS) / 2 + NORMS)
+            assert held["trainable"] == close(adapters / 2)
+        assert held["passes"] == [close(adapters / 2)] * 2
+        assert held["states"] == close(adapters)
+        assert held["rest"] < whole.rest + MIB
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_mp_slices_everything(alone, count, framework):
+    """Norms are whole on each rank. transformers slices the embedding, but its gradient is whole until the step.
+
+    safetensors' slices of rows are views of the mapped checkpoint; each rank has written to its own pages alone.
+    """
+    whole, (ranks, _) = alone(framework), count(framework, "full", "--mp=4")
+    slices = (whole.weights - NORMS) / 4 + NORMS
+    for held in ranks:
+        assert held["trainable"] == close(slices)
+        assert held["after"]["private"] < slices
+        assert held["states"] == close(2 * slices)
+        assert held["passes"] == [close(slices + (EMBEDDING * 3 / 4 if framework == "torch" else 0))]
+        assert held["master"] == 0
+        assert held["rest"] < whole.rest + MIB
