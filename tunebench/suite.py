@@ -175,8 +175,7 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None) -> Record:
     if exit_code is None:
         reason = f"not ended {GRACE:g} s after --timeout {run.flags.timeout:g} s, so the suite ended it"
     elif exit_code < 0:
-        name = signal.Signals(-exit_code).name if -exit_code in list(signal.Signals) else "signal"
-        reason = f"killed by {name} ({-exit_code})"
+        reason = f"killed by {processes.signal_in_words(-exit_code)}"
     else:
         reason = f"exit code {exit_code}, last line: {log[-1] if log else 'none'}"
     # This interpreter is that of one environment: the other's versions have to be asked for.
