@@ -52,9 +52,8 @@ def separate_stores(timeout: float) -> None:
                 reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 reserved.bind(("", 0))
                 port = reserved.getsockname()[1]
-                STORES.append(
-                    core.TCPStore(host, port, True, 0, math.ceil(timeout))
-                )  # 0: it does not wait for the others
+                # 0: it does not wait for the others.
+                STORES.append(core.TCPStore(host, port, True, 0, math.ceil(timeout)))
             store.set(key, f"{host}:{port}")
         else:
             host, _, port = bytes(store.get(key)).decode().rpartition(":")
@@ -73,10 +72,10 @@ class String(ctypes.Structure):
 
 
 def set_timeout(group_id: int, rank: int, size: int, seconds: float) -> None:
-    """Sets how long a collective of a group waits: 30 s, and Paddle gives Python no access to it.
+    """Sets how long a collective of a group waits: 30 s otherwise, for which Paddle has no option.
 
-    Its library exports what finds a group's communicator (three words: vtable; rank and size; gloo's context) and what
-    sets the limit of a context.
+    Its library exports the functions that find a group's communicator (three words: the vtable; rank and size; gloo's
+    context) and that set the limit of a context. tests/test_ends.py shows that it holds.
     """
     library = ctypes.CDLL(str(Path(paddle.__file__).parent / "libs" / "libphi_core.so"))
     manager = ctypes.byref(ctypes.c_byte.in_dll(library, f"_ZZN{MANAGER}11GetInstanceEvE8instance"))
