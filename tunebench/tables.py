@@ -25,7 +25,7 @@ GRADIENT_TOLERANCE = 1e-3  # of the gradient norms, which show faults that a los
 METHODS = {"lora": "LoRA", "full": "Finetune"}
 FAMILIES = {"llama": "Llama", "bloom": "Bloom"}
 NOT_AVAILABLE = "N/A"
-VERSIONS_SHOWN = ("torch", "transformers", "peft", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp")
+VERSIONS_SHOWN = ("torch", "transformers", "peft", "deepspeed", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp")
 VERSION_OF = {"torch": "torch", "paddle": "paddlenlp"}
 COLUMNS = (
     "Model",
@@ -113,7 +113,7 @@ def join(records: list[Record]) -> list[Row]:
         group = (*_model_of(record), record.method, record.devices, record.setup.bsz)
         groups.setdefault(group, {"paddle": [], "torch": []})[record.framework].append(record)
     rows = []
-    for group in sorted(groups, key=lambda g: (g[0], g[1], list(METHODS).index(g[2]), g[3:])):
+    for group in sorted(groups, key=lambda g: (g[0], _rank(g[1]), list(METHODS).index(g[2]), g[3:])):
         cells = {framework: _cells(members) for framework, members in groups[group].items()}
         pairs = _pairs(**cells)
         headings = [(compared == BEST_OF_EACH, _setup((paddle or torch).first)) for compared, paddle, torch in pairs]
@@ -203,7 +203,7 @@ def _setup_tables(rows: list[Row]) -> list[str]:
     parts = []
     for (method, devices), members in _grouped(split, lambda row: (row.method, row.num_gpus)):
         lines = []
-        for _, setups in _grouped(members, lambda row: (row.model, row.batch_size)):
+        for _, setups in _grouped(members, lambda row: (_rank(row.model), row.batch_size)):
             best = max((rate for row in setups for rate in _rates(row) if rate), default=None)
             for row in setups:
                 setup = (row.paddle_setup or row.torch_setup or "").split(", ")
@@ -252,6 +252,12 @@ def _model_of(record: Record) -> tuple[str, str]:
     arguments = itertools.chain.from_iterable(argument.split("=", 1) for argument in record.argv)
     name = next((value for flag, value in itertools.pairwise(arguments) if flag == "--model"), "unknown")
     return (PRESETS[name].config["model_type"] if name in PRESETS else "other"), Path(name).name
+
+
+def _rank(model: str) -> tuple[int, str]:
+    """Where a model stands in tables: presets in their order, then others by name."""
+    presets = list(PRESETS)
+    return presets.index(model) if model in presets else len(presets), model
 
 
 def _cells(records: list[Record]) -> list[Cell]:
@@ -459,11 +465,14 @@ def _measured_on(records: list[Record]) -> str:
     done = [record for record in records if record.status == "ok"]
     if not done:
         return "No run ended ok."
-    machines = {(r.hardware.device, r.hardware.cpu, r.hardware.cores, r.hardware.threads) for r in done}
+    machines: dict[tuple[str | None, str, int], set[int]] = defaultdict(set)
+    for r in done:
+        machines[r.hardware.device, r.hardware.cpu, r.hardware.cores].add(r.hardware.threads)
     texts = []
-    for device, cpu, cores, threads in sorted(machines):
+    for (device, cpu, cores), threads in sorted(machines.items()):
         gpu = "no GPU" if device == "cpu" else f"one {device} per process"
-        texts.append(f"{gpu}, {cpu} with {cores} cores, {threads} threads per process")
+        per_process = " or ".join(map(str, sorted(threads))) + f" thread{'s' * (max(threads) > 1)} per process"
+        texts.append(f"{gpu}, {cpu} with {cores} cores, {per_process}")
     versions = {f"{name} {r.versions[name]}" for r in done for name in VERSIONS_SHOWN if name in r.versions}
     steps = {f"{len(r.steps.seconds) - r.timed_from} of {len(r.steps.seconds)}" for r in done if r.steps}
     caveat = (
