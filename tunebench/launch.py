@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from tunebench.bootstrap import THREADS_LEFT_TO_US
 from tunebench.errors import BadInput
+from tunebench.hardware import visible_accelerators
 
 # What a run tells its own workers: where they report to, whose record it is, who must be alive, which GPUs are hidden.
 RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR = "TUNEBENCH_RUN_FOLDER", "TUNEBENCH_RUN_RECORD", "TUNEBENCH_RUN_SUPERVISOR"
@@ -84,8 +85,12 @@ def export(world: World, framework: str) -> None:
 
 
 def share_threads(nproc: int) -> dict[str, str]:
-    """The maths libraries' threads of one worker out of `nproc`: its share of the cores, unless the user chose."""
-    if nproc == 1 or THREADS_LEFT_TO_US not in os.environ:
+    """The maths libraries' threads of one worker out of `nproc`: its share of the cores, unless the user chose.
+
+    A task that Slurm has bound to a part of the job's cores has its share already.
+    """
+    bound = len(os.sched_getaffinity(0)) < int(os.environ.get("SLURM_CPUS_ON_NODE") or 0)
+    if nproc == 1 or THREADS_LEFT_TO_US not in os.environ or bound:
         return {}
     threads = str(max(1, int(os.environ[THREADS_LEFT_TO_US]) // nproc))
     return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -124,4 +129,7 @@ def _of_slurm(environment: Mapping[str, str]) -> World:
     if size % nodes:
         raise ValueError(f"{size} tasks on {nodes} nodes; start as many on each")
     rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
+    gpus = len(visible_accelerators())
+    if gpus:
+        local_rank %= gpus  # a task that was given GPUs of its own counts them from 0
     return World(rank, local_rank, size // nodes, size, port, hosts)
