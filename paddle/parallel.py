@@ -127,6 +127,11 @@ def slicing(group: Group) -> dict[str, Any]:
     }
 
 
+def count(parameters: Iterable[paddle.Tensor], group: Group) -> int:
+    """The weights behind these parameters, however they are spread. To be called before `wrap`."""
+    return sum(p.size * (group.mp if p.is_distributed else 1) for p in parameters)
+
+
 def wrap(
     flags: Flags, model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimizer, group: Group
 ) -> tuple[paddle.nn.Layer, Any]:
@@ -209,11 +214,6 @@ def update(model: paddle.nn.Layer, optimizer: Any, trainable: Sequence[paddle.Te
     else:
         optimizer.clear_grad()  # keeps the buffer that holds its share of the gradients
     return group.clip.norm
-
-
-def count(parameters: Iterable[paddle.Tensor], group: Group) -> int:
-    """The weights behind these parameters, however they are spread. To be called before `wrap`."""
-    return sum(p.size * (group.mp if p.is_distributed else 1) for p in parameters)
 
 
 def sum_over_replicas(losses: Sequence[paddle.Tensor], group: Group) -> list[float]:

@@ -118,7 +118,10 @@ def test_the_other_frameworks_launcher_is_refused(framework, program):
         (["--mp=3"], "--mp 3 does not divide the model's 8 (attention heads); use 1 or 2"),
         (["--mp=2", "--zero=3"], "--zero 3 with --mp 2: not combined here"),
         (["--nproc=4", "--bsz=6"], "--bsz 6 does not divide over 4 replicas; use 4 or 8"),
-        (["--nnodes=2", "--master=no.such.host.invalid:1"], "--master no.such.host.invalid:1: no.such.host.invalid: "),
+        (
+            ["--nnodes=2", "--master=no.such.host.invalid:1"],
+            "--master no.such.host.invalid:1: no.such.host.invalid is not",
+        ),
     ],
 )
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -138,7 +141,7 @@ def test_paddle_cuts_up_whole_widths_only(tmp_path, width, called):
 
 def test_more_processes_than_gpus_are_refused():
     options = {"nproc": 4, "nnodes": None, "node_rank": None, "master": None, "mp": 1, "zero": 0}
-    with pytest.raises(BadInput, match=r"^--nproc 4: 2 GPU\(s\) visible; use at most 2$"):
+    with pytest.raises(BadInput, match=r"^--nproc 4: 2 GPU\(s\) visible; use at most 2, or hide"):
         place(options, gpus=2)
     options["nproc"] = None
     place(options, gpus=2)

@@ -22,7 +22,13 @@ CORE = [
     ("bloom", "full", ["--mp=2", "--nproc=4"]),
     ("bloom", "lora", ["--mp=2"]),
 ]
+# Accumulation, where each way of splitting tells the last pass of a step from the others; and plain replicas.
+MORE = [
+    *(["--nproc=2", "--micro-bsz=2"], ["--mp=2", "--nproc=4", "--micro-bsz=2"], ["--zero=1", "--micro-bsz=2"]),
+    *(["--zero=3", "--micro-bsz=2"], ["--nproc=4"]),
+]
 MATRIX = [case for case in itertools.product(("llama", "bloom"), ("full", "lora"), SETUPS) if case not in CORE]
+MATRIX += [(*which, setup) for which in (("llama", "full"), ("bloom", "lora")) for setup in MORE]
 
 
 @pytest.mark.frameworks

@@ -81,6 +81,11 @@ def alone(work, tmp_path_factory):
     return whole
 
 
+def most(framework: str, whole: Whole) -> int:
+    """What a process may hold beside the counted kinds; DeepSpeed sends gradients from a bucket of a million."""
+    return whole.rest + MIB + (2**20 * FLOAT if framework == "torch" else 0)
+
+
 def close(size: float):
     """Equal, but for what aligns a slice in a buffer."""
     return pytest.approx(size, rel=1e-4)
@@ -107,7 +112,7 @@ def test_zero_1_shards_optimizer_states(alone, count, framework):
         assert held["trainable"] == close(whole.weights)
         assert held["states"] == close(2 * share)
         assert held["passes"][0] == close(whole.weights)
-        assert held["rest"] < whole.rest + MIB
+        assert held["rest"] < most(framework, whole)
         if framework == "torch":
             assert_in_partition(held["gradients"], share)
             assert held["master"] == close(share)
@@ -128,7 +133,7 @@ def test_zero_2_shards_gradients_on_torch(alone, count):
         assert len(held["passes"]) == 2
         for gradients in held["passes"]:
             assert_in_partition(gradients, share)
-        assert held["rest"] < whole.rest + MIB
+        assert held["rest"] < most("torch", whole)
 
 
 def test_zero_2_shards_gradients_on_paddle(alone, count):
@@ -169,7 +174,7 @@ def test_zero_3_shards_everything(alone, count, framework):
             assert held["master"] == 0
         assert held["passes"] == [close(share)]
         assert held["states"] == close(2 * share)
-        assert held["rest"] < whole.rest + MIB
+        assert held["rest"] < most(framework, whole)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -188,7 +193,7 @@ def test_zero_3_shards_frozen_weights(alone, count, framework):
             assert held["trainable"] == close(adapters / 2)
         assert held["passes"] == [close(adapters / 2)] * 2
         assert held["states"] == close(adapters)
-        assert held["rest"] < whole.rest + MIB
+        assert held["rest"] < most(framework, whole)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -205,4 +210,4 @@ def test_mp_slices_everything(alone, count, framework):
         assert held["states"] == close(2 * slices)
         assert held["passes"] == [close(slices + (EMBEDDING * 3 / 4 if framework == "torch" else 0))]
         assert held["master"] == 0
-        assert held["rest"] < whole.rest + MIB
+        assert held["rest"] < most(framework, whole)

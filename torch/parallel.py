@@ -4,6 +4,7 @@ The functions stand in the order in which a script calls them. With one process 
 """
 
 import datetime
+import itertools
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ TENSOR_PARALLEL_RULES: dict[str, Any] = {
         "lm_head": "colwise_gather_output",
     },
 }
+SMALLEST_BUCKET = 2**20  # gradients; Paddle's default is 2**23
 REPLICATION_RULES: dict[str, Any] = {"bloom": {"transformer.h.*": "free_full_weight"}}
 
 
@@ -120,6 +122,11 @@ def optimizer_groups(trainable: Sequence[torch.nn.Parameter]) -> list[dict[str, 
     return [{"params": members} for members in kinds.values()]
 
 
+def count(parameters: Iterable[torch.nn.Parameter], group: Group) -> int:
+    """The weights behind these parameters, however they are spread."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
 def wrap(
     flags: Flags, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group
 ) -> tuple[torch.nn.Module, Any]:
@@ -130,16 +137,21 @@ def wrap(
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         return engine, optimizer
     if group.mp == 1 and group.replicas > 1:
-        return DistributedDataParallel(model), optimizer
+        # Its buffers are constants; to broadcast them in each forward pass would be work that Paddle does not do.
+        return DistributedDataParallel(model, forward_sync_buffers=False), optimizer
     return model, optimizer  # what replicates tensor-parallel groups is in the model since it was loaded
 
 
 def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
-    """DeepSpeed's configuration; sizes of buckets as transformers' Trainer derives them from `hidden` for "auto"."""
-    stage = {"stage": flags.zero, "reduce_bucket_size": hidden * hidden}
+    """DeepSpeed's configuration; sizes as transformers' Trainer derives them from `hidden` for "auto".
+
+    But buckets are not so small that a tiny model would send each of its matrices alone.
+    """
+    bucket = max(hidden * hidden, SMALLEST_BUCKET)
+    stage = {"stage": flags.zero, "reduce_bucket_size": bucket}
     if flags.zero == 3:
         stage |= {
-            "stage3_prefetch_bucket_size": int(0.9 * hidden * hidden),
+            "stage3_prefetch_bucket_size": int(0.9 * bucket),
             "stage3_param_persistence_threshold": 10 * hidden,
         }
     return {
@@ -151,6 +163,7 @@ def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the device in each pass and step
     }
 
 
@@ -210,18 +223,20 @@ def average_adapters(trainable: Sequence[torch.nn.Parameter], group: Group) -> N
 def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> torch.Tensor:
     """Scales the gradients to a global norm of at most 1, in place; the norm before that, a scalar.
 
-    As torch.nn.utils.clip_grad_norm_, but with norms in float64: on a CPU the other's float32 sums of an embedding's
-    gradient are off by more than 1e-4 (tests/test_numerics.py shows it). Slices of a tensor-parallel group count
-    together, what all of the group have counts once.
+    As torch.nn.utils.clip_grad_norm_, but with norms of rows first and in float64 from there on: on a CPU the other's
+    float32 sums of an embedding's gradient are off by more than 1e-4 (tests/test_numerics.py shows it). Slices of a
+    tensor-parallel group count together, what all of the group have counts once.
     """
     gradients = [local(p.grad) for p in trainable]
-    norms = torch.stack([torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients])
+    rows = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]
+    norms = [torch.linalg.vector_norm(norms, dtype=torch.float64) for norms in rows]
     if group.mesh is not None:
-        sliced = torch.tensor([is_sliced(p.grad) for p in trainable], device=norms.device)
-        squares = torch.where(sliced, norms, 0).square().sum()
-        torch.distributed.all_reduce(squares, group=group.mesh["tp"].get_group())
-        norms = torch.cat([torch.where(sliced, 0, norms), squares.sqrt()[None]])
-    norm = torch.linalg.vector_norm(norms).float()
+        sliced = [is_sliced(p.grad) for p in trainable]
+        own = torch.stack([torch.zeros_like(norms[0]), *itertools.compress(norms, sliced)])
+        total = torch.linalg.vector_norm(own).square()
+        torch.distributed.all_reduce(total, group=group.mesh["tp"].get_group())
+        norms = [total.sqrt(), *(norm for norm, is_one in zip(norms, sliced, strict=True) if not is_one)]
+    norm = torch.linalg.vector_norm(torch.stack(norms)).float()
     torch._foreach_mul_(gradients, torch.clamp(MAX_GRAD_NORM / (norm + 1e-6), max=1.0))
     return norm
 
@@ -243,11 +258,6 @@ def is_sliced(tensor: torch.Tensor) -> bool:
 def mesh_names(tensor: torch.Tensor) -> tuple[str, ...]:
     """The kinds of groups over which a tensor is spread."""
     return tensor.device_mesh.mesh_dim_names if isinstance(tensor, DTensor) else ()
-
-
-def count(parameters: Iterable[torch.nn.Parameter], group: Group) -> int:
-    """The weights behind these parameters, however they are spread."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 def sum_over_replicas(losses: Sequence[torch.Tensor], group: Group) -> list[float]:

@@ -162,7 +162,10 @@ def place(options: dict, gpus: int) -> None:
     if options["nproc"] is None:
         options["nproc"] = gpus or options["mp"] * (2 if options["zero"] and not options["nnodes"] else 1)
     if gpus and options["nproc"] > gpus:
-        raise BadInput(f"--nproc {options['nproc']}: {gpus} GPU(s) visible; use at most {gpus}")
+        raise BadInput(
+            f"--nproc {options['nproc']}: {gpus} GPU(s) visible; use at most {gpus}, or hide them for a run on the "
+            "CPU: CUDA_VISIBLE_DEVICES="
+        )
     options["nnodes"] = options["nnodes"] or 1
     if options["nnodes"] == 1:
         for name in ("node_rank", "master"):
@@ -179,8 +182,8 @@ def place(options: dict, gpus: int) -> None:
             raise BadInput(f"--master {given}; with --nnodes name node 0 and a free port there, such as 10.0.0.1:29500")
         try:
             socket.gethostbyname(host)
-        except OSError as error:
-            raise BadInput(f"--master {options['master']}: {host}: {error.strerror}; name node 0") from None
+        except (OSError, UnicodeError):
+            raise BadInput(f"--master {options['master']}: {host} is not known here; name node 0") from None
     options["node_rank"] = options["node_rank"] or 0
 
 
@@ -192,6 +195,9 @@ def _join(options: dict, world: World) -> None:
                 f"--{name} {options[name]}: the launcher started {given}; leave the flag out, or the launcher"
             )
         options[name] = given
+    gpus = len(visible_accelerators())
+    if 1 < gpus < world.nproc:  # Slurm can give each task one of its own
+        raise BadInput(f"the launcher started {world.nproc} processes for {gpus} GPUs; start at most {gpus}")
     options["node_rank"], options["master"] = world.rank // world.nproc, None
 
 

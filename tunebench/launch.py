@@ -129,7 +129,6 @@ def _of_slurm(environment: Mapping[str, str]) -> World:
     if size % nodes:
         raise ValueError(f"{size} tasks on {nodes} nodes; start as many on each")
     rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
-    gpus = len(visible_accelerators())
-    if gpus:
-        local_rank %= gpus  # a task that was given GPUs of its own counts them from 0
+    if len(visible_accelerators()) == 1:
+        local_rank = 0  # a task that was given a GPU of its own counts from 0
     return World(rank, local_rank, size // nodes, size, port, hosts)

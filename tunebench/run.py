@@ -64,7 +64,7 @@ def read_job(framework: Framework, method: Method) -> Job:
         os.environ.update(share_threads(world.nproc))
         export(world, framework)
     elif flags.world_size > 1:
-        from tunebench.workers import run_workers
+        from tunebench.supervisor import run_workers
 
         sys.exit(run_workers(Run(framework, method, job)))
     return job
@@ -263,7 +263,8 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
 def recorded(framework: Framework, method: Method, job: Job) -> Iterator[Run]:
     """Gives the script its `Run` and sees to it that every end but Ctrl-C leaves a record.
 
-    An allocation failure or any other error ends with exit code 1, --timeout with 124.
+    An allocation failure or any other error ends with exit code 1, --timeout with 124. Where a launcher of the user's
+    own has started several processes, only rank 0 writes: what ends another one is on that one's stderr.
     """
     run = Run(framework, method, job)
     if run.folder is None:  # or who watches this worker sees to both

@@ -78,9 +78,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Cell:
-    """All runs of one side with one setup on one piece of work."""
+    """All runs of one side with one setup on one piece of work. `whole`: each of them ended ok."""
 
     records: list[Record]
+    whole: bool = True
 
     @property
     def first(self) -> Record:
@@ -185,9 +186,7 @@ def render(rows: list[Row], form: str, records: list[Record]) -> str:
         parts.append(_measured_on([r for r in records if _model_of(r)[0] == family]) + "\n")
         members = list(members)
         parts.append(_markdown(COLUMNS, list(map(_texts, members))) + "\n")
-        parts.extend(
-            f"{row.model} {METHODS[row.method]} bsz {row.batch_size}: {row.note}\n" for row in members if row.note
-        )
+        parts.extend(_notes(members))
     parts.extend(_setup_tables(rows))
     parts.append(
         "Speedup = Paddle ÷ Torch − 1. Effective tokens/s leave padding out; warm-up and start-up are not timed. "
@@ -204,7 +203,7 @@ def _setup_tables(rows: list[Row]) -> list[str]:
     for (method, devices), members in _grouped(split, lambda row: (row.method, row.num_gpus)):
         lines = []
         for _, setups in _grouped(members, lambda row: (_rank(row.model), row.batch_size)):
-            best = max((rate for row in setups for rate in _rates(row) if rate), default=None)
+            best = max((rate for row in setups if not row.refusal for rate in _rates(row) if rate), default=None)
             for row in setups:
                 setup = (row.paddle_setup or row.torch_setup or "").split(", ")
                 setup.sort(key=lambda part: "*" not in part)  # how it is accumulated stands beside the batch size
@@ -214,7 +213,12 @@ def _setup_tables(rows: list[Row]) -> list[str]:
         parts.append(f"### {METHODS[method]} with {devices} GPUs (or processes, where there are none), by setup\n")
         parts.append(_markdown(SETUP_COLUMNS, lines) + "\n")
         parts.append("Bold: the fastest of its model and batch size.\n")
+        parts.extend(_notes(members))
     return parts
+
+
+def _notes(rows: list[Row]) -> list[str]:
+    return [f"{row.model} {METHODS[row.method]} bsz {row.batch_size}: {row.note}\n" for row in rows if row.note]
 
 
 def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Iterator[tuple[Any, list[Row]]]:
@@ -268,12 +272,18 @@ def _cells(records: list[Record]) -> list[Cell]:
             # Runs of other versions are no repeats of each other, though each may have its pair.
             key = [record.setup.model_dump(), record.versions, _work(record)]
             by_key[json.dumps(key, sort_keys=True, default=str)].append(record)
-    done = {_setup(runs[0]) for runs in by_key.values()}
-    ended: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        if record.status != "ok" and _setup(record) not in done:
-            ended[_setup(record), record.status].append(record)
-    return [Cell(runs) for runs in (*by_key.values(), *ended.values())]
+    done = {_attempt(runs[0]) for runs in by_key.values()}
+    bad = [record for record in records if record.status != "ok"]
+    ended: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in bad:
+        if _attempt(record) not in done:
+            ended[(*_attempt(record), record.status)].append(record)
+    failed = set(map(_attempt, bad))
+    return [Cell(runs, _attempt(runs[0]) not in failed) for runs in (*by_key.values(), *ended.values())]
+
+
+def _attempt(record: Record) -> tuple[str, str | None]:
+    return _setup(record), record.git.revision
 
 
 def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[str | None, Cell | None, Cell | None]]:
@@ -283,8 +293,10 @@ def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[str | None, Cell
     """
     ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
     pairs: list[tuple[str | None, Cell | None, Cell | None]] = []
-    like, same = [], [(a, b) for a in ours for b in theirs if a.rate and b.rate and not differences(a.first, b.first)]
-    for a, b in same:
+    ok = [(a, b) for a in ours for b in theirs if a.rate and b.rate and not differences(a.first, b.first)]
+    same = [(a, b) for a, b in ok if not disagreement(a.first, b.first)]
+    like: list[tuple[Cell, Cell]] = []
+    for a, b in ok:
         if _setup(a.first) == _setup(b.first) and not any(a is c or b is d for c, d in like):
             like.append((a, b))
     pairs += [(LIKE_FOR_LIKE, a, b) for a, b in sorted(like, key=lambda pair: _order(pair[0].first))]
@@ -324,7 +336,8 @@ def _row(
                 refusal = "losses differ"
             else:
                 speedup = paddle.rate / torch.rate - 1
-                interval = speedup_interval(paddle.records, torch.records)
+                if paddle.whole and torch.whole:  # or it is not known which runs make a round
+                    interval = speedup_interval(paddle.records, torch.records)
     what = [_on_what(c.first) for c in (paddle, torch) if c and c.rate and told_apart][:1]
     reasons = [f"{c.first.framework} {c.first.status}: {c.first.reason}" for c in (paddle, torch) if c and not c.rate]
     return Row(
@@ -449,7 +462,9 @@ def _rounds(row: Row) -> str:
         return f"{row.interval[0]:+.0%} to {row.interval[1]:+.0%}, {row.paddle_runs} rounds"
     if row.speedup is None:
         return NOT_AVAILABLE
-    return "one round" if row.paddle_runs == row.torch_runs else f"none: {row.paddle_runs} and {row.torch_runs} runs"
+    return (
+        "one round" if row.paddle_runs == row.torch_runs == 1 else f"none: {row.paddle_runs} and {row.torch_runs} runs"
+    )
 
 
 def _markdown(columns: Sequence[str], lines: list[list[str]]) -> str:

@@ -146,6 +146,8 @@ def _watch(process: subprocess.Popen, folder: Path, printed: deque[str], deadlin
         if failed_at is None and (any(folder.glob("exit-*")) or any(folder.glob("failure-*"))):
             failed_at = now
         if ended or (failed_at is not None and now > failed_at + PATIENCE):
+            if unread:
+                printed.append(unread.decode(errors="replace"))
             return True
         if now > deadline:
             return False
