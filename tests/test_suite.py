@@ -170,7 +170,8 @@ def test_the_default_suite_has_every_published_row(mini):
         assert ("--mp=4 " in command) == ("mp4" in parts)
         assert ("--recompute " in command) == ("recompute" in parts)
         for zero in (2, 3):
-            assert (f"--zero={zero} --nproc=4 " in command) == (f"zero{zero}" in parts)
+            assert (f"--zero={zero} " in command) == (f"zero{zero}" in parts)
+        assert f"--nproc={1 if method == 'lora' else 4} " in command
 
 
 def test_ending_a_process_ends_all_that_it_started(tmp_path):
