@@ -32,7 +32,7 @@ GPU = paddle.device.cuda.device_count() > 0
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> paddle.nn.Layer:
     """The checkpoint as PaddleNLP's model, float32, with every parameter trainable."""
-    config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder))
+    config = weights.read_config(checkpoint)
     config.use_flash_attention = flags.attention != "eager"
     config.use_cache = False
     for name, value in parallel.slicing(group).items():

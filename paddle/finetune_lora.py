@@ -5,6 +5,7 @@
 The loop in `main` is all that is timed. One JSON record is written; summarize.py joins it with Torch's.
 """
 
+import functools
 import pathlib
 import runpy
 
@@ -34,19 +35,19 @@ GPU = paddle.device.cuda.device_count() > 0
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> paddle.nn.Layer:
     """The checkpoint as PaddleNLP's model, float32, with its LoRA adapters, which alone are trainable."""
-    config = transformers.AutoConfig.from_pretrained(str(checkpoint.folder))
+    config = weights.read_config(checkpoint)
     config.use_flash_attention = flags.attention != "eager"
     config.use_cache = False
     for name, value in parallel.slicing(group).items():
         setattr(config, name, value)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype="float32")
     weights.load(model, checkpoint)
-    targets = [f".*{target}" for target in LORA_TARGETS[checkpoint.config["model_type"]]]
+    targets = {weights.module_name(t, checkpoint.config): t for t in LORA_TARGETS[checkpoint.config["model_type"]]}
     config = peft.LoRAConfig(
         r=flags.lora_r,
         lora_alpha=flags.lora_alpha,
         lora_dropout=0.0,
-        target_modules=targets,
+        target_modules=[f".*{name}" for name in targets],
         tensor_parallel_degree=flags.mp,
     )
     if flags.recompute:
@@ -57,8 +58,9 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     model.mark_only_lora_as_trainable()
     for name, parameter in model.named_parameters():
         if name.endswith(".lora_A"):
-            start = lora_a(flags.seed, name, tuple(parameter.shape[::-1]))
-            parameter.set_value(paddle.to_tensor(start.T))
+            module = name.split(".")[-2]
+            source = name.replace(module, targets[module])
+            parallel.fill(parameter, functools.partial(lora_a, flags.seed, source), group)
     model.train()
     return model
 

@@ -5,9 +5,10 @@ The functions stand in the order in which a script calls them. With one process 
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import paddle
 import paddle.nn.functional as F
 from paddle import distributed
@@ -125,6 +126,17 @@ def slicing(group: Group) -> dict[str, Any]:
         "tensor_parallel_rank": group.mp_rank,
         "tensor_parallel_output": True,  # logits stay sliced over the vocabulary, for `sum_of_losses`
     }
+
+
+def fill(parameter: paddle.Tensor, values: Callable[[tuple[int, int]], np.ndarray], group: Group) -> None:
+    """Sets a linear layer's weight, or this process's slice of it, from `values` of its whole shape: (out, in).
+
+    Slices are of the inputs: LoRA's A is whole where the layer is cut along its outputs.
+    """
+    own, outputs = parameter.shape
+    slices, index = (group.mp, group.mp_rank) if parameter.is_distributed else (1, 0)
+    whole = values((outputs, own * slices))
+    parameter.set_value(paddle.to_tensor(whole[:, index * own : (index + 1) * own].T))
 
 
 def count(parameters: Iterable[paddle.Tensor], group: Group) -> int:

@@ -1,13 +1,65 @@
-"""Loads a Hugging Face checkpoint into a PaddleNLP model, by PaddleNLP's own name mappings.
+"""Loads a Hugging Face checkpoint into a PaddleNLP model.
 
-PaddleNLP's `convert_from_torch=True` does the same but leaves a second copy of the weights in the folder and
-only warns when a weight is missing. Here a missing or unused weight is an error.
+PaddleNLP's `convert_from_torch=True` does the same for most families, but leaves a second copy of the weights in the
+folder and only warns when a weight is missing. Here a missing or unused weight is an error.
 """
 
+from typing import Any, NamedTuple
+
 import paddle
+from paddlenlp import transformers
 from safetensors import safe_open
 
 from tunebench.checkpoint import Checkpoint, canonical_name
+
+# Where ChatGLMv2 keeps what transformers' Glm has under the name on the left: the same architecture, but q, k and v in
+# one matrix. PaddleNLP has no mapping for it.
+GLM_LAYER = {
+    "input_layernorm": "input_layernorm",
+    "self_attn.q_proj": "self_attention.query_key_value",
+    "self_attn.k_proj": "self_attention.query_key_value",
+    "self_attn.v_proj": "self_attention.query_key_value",
+    "self_attn.o_proj": "self_attention.dense",
+    "post_attention_layernorm": "post_attention_layernorm",
+    "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+    "mlp.down_proj": "mlp.dense_4h_to_h",
+}
+GLM_REST = {
+    "model.embed_tokens": "chatglm_v2.embedding.word_embeddings",
+    "model.norm": "chatglm_v2.encoder.final_layernorm",
+    "lm_head": "chatglm_v2.output_layer",
+}
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+class Target(NamedTuple):
+    """Where a tensor of the checkpoint goes. `part` of QKV, where three make one, along the outputs."""
+
+    name: str
+    transpose: bool
+    part: str | None = None
+
+
+def read_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
+    """PaddleNLP's config of the checkpoint's model."""
+    config = checkpoint.config
+    if config["model_type"] != "glm":
+        return transformers.AutoConfig.from_pretrained(str(checkpoint.folder))
+    return transformers.ChatGLMv2Config(
+        architectures=["ChatGLMv2ForCausalLM"],
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=config["num_attention_heads"],
+        kv_channels=config["head_dim"],
+        multi_query_group_num=config["num_key_value_heads"],
+        max_sequence_length=config["max_position_embeddings"],
+        layernorm_epsilon=config["rms_norm_eps"],
+        add_qkv_bias=True,
+        pad_token_id=config["pad_token_id"],
+        eos_token_id=config["eos_token_id"],
+    )
 
 
 def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
@@ -16,12 +68,14 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
     A tensor-parallel model takes this rank's slice of each. Raises RuntimeError when a weight of either has no
     counterpart in the other.
     """
-    targets = {m.source_name: (m.target_name, m.action) for m in type(model)._get_name_mappings(model.config)}
+    targets = name_targets(model, checkpoint.config)
     state = model.state_dict()
     slices = {}
     if model.config.tensor_parallel_degree > 1:
         slices = model.get_tensor_parallel_convert_actions(model.config, state)
-    left = {name for name in state if not name.endswith("lm_head.decoder_weight")}  # Bloom's head is its embedding
+    # Bloom's head is its embedding; ChatGLMv2's table of rotary frequencies is computed.
+    left = {name for name in state if not name.endswith(("lm_head.decoder_weight", "rotary_pos_emb.inv_freq"))}
+    parts: dict[str, dict[str, paddle.Tensor]] = {}
     for file in checkpoint.files:
         with safe_open(file, framework="paddle") as tensors:
             for stored in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
@@ -32,10 +86,43 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
                     continue
                 if source not in targets:
                     raise RuntimeError(f"{file.name}: {type(model).__name__} has no place for {stored}")
-                name, action = targets[source]
+                name, transpose, part = targets[source]
                 value = tensors.get_tensor(stored).astype(state[name].dtype)
-                value = value.T if action == "transpose" else value
-                state[name].set_value(slices[name](value.numpy()) if name in slices else value)
+                if part is not None:
+                    found = parts.setdefault(name, {})
+                    found[part] = value
+                    if len(found) < len(QKV):
+                        continue
+                    value = paddle.concat([found[part] for part in QKV])
+                    del parts[name]
+                value = value.T if transpose else value
+                if name in slices:
+                    value = slices[name](value if checkpoint.config["model_type"] == "glm" else value.numpy())
+                state[name].set_value(value)
                 left.discard(name)
     if left:
         raise RuntimeError(f"{checkpoint.folder}: no weight for {', '.join(sorted(left))}")
+
+
+def module_name(source: str, config: dict[str, Any]) -> str:
+    """What PaddleNLP calls the module that is `source` in the checkpoint, such as `o_proj`."""
+    names = {here.rpartition(".")[2]: there.rpartition(".")[2] for here, there in GLM_LAYER.items()}
+    return names[source] if config["model_type"] == "glm" else source
+
+
+def name_targets(model: paddle.nn.Layer, config: dict[str, Any]) -> dict[str, Target]:
+    """Where each tensor of the checkpoint goes, by its Hugging Face name: as PaddleNLP maps it, but for Glm."""
+    if config["model_type"] != "glm":
+        mappings = type(model)._get_name_mappings(model.config)
+        return {m.source_name: Target(m.target_name, m.action == "transpose") for m in mappings}
+    targets = {}
+    for source, name in GLM_REST.items():
+        targets[f"{source}.weight"] = Target(f"{name}.weight", transpose=source == "lm_head")
+    for layer in range(config["num_hidden_layers"]):
+        for source, name in GLM_LAYER.items():
+            part = source.removeprefix("self_attn.") if name.endswith("query_key_value") else None
+            here, there = f"model.layers.{layer}.{source}", f"chatglm_v2.encoder.layers.{layer}.{name}"
+            targets[f"{here}.weight"] = Target(f"{there}.weight", "norm" not in source, part)
+            if part:
+                targets[f"{here}.bias"] = Target(f"{there}.bias", transpose=False, part=part)
+    return targets

@@ -12,18 +12,29 @@ from tunebench.errors import BadInput
 from tunebench.presets import PRESETS
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("llama-7b", 6_738_415_616), ("bloomz-7b1-mt", 7_069_016_064)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-7b", 6_738_415_616),
+        ("llama-13b", 13_015_864_320),
+        ("llama-30b", 32_528_943_616),
+        ("llama-65b", 65_285_660_672),
+        ("bloomz-7b1-mt", 7_069_016_064),
+        ("qwen2-7b", 7_615_616_512),
+        ("chatglm2-6b", 6_243_584_000),
+    ],
+)
 def test_published_parameter_counts(name, parameters):
     assert sum(map(math.prod, tensor_shapes(PRESETS[name].config).values())) == parameters
 
 
-@pytest.mark.parametrize("name", ["llama-tiny", "bloom-tiny"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("-tiny")])
 def test_tiny_presets_are_real_models(name):
     checkpoint = find_checkpoint(name, "random", 0)
     heads = checkpoint.config.get("num_attention_heads") or checkpoint.config["n_head"]
     assert heads % 4 == 0
     assert checkpoint.config["vocab_size"] % 4 == 0
-    assert 5e6 <= checkpoint.parameters <= 30e6
+    assert 5e6 <= checkpoint.parameters <= 40e6
     again = open_checkpoint(checkpoint.folder)
     assert (again.weights_sha256, again.config_sha256) == (checkpoint.weights_sha256, checkpoint.config_sha256)
 

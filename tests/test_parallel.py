@@ -4,10 +4,11 @@ import itertools
 import os
 
 import pytest
-from conftest import FRAMEWORKS, train
+from conftest import FRAMEWORKS, run_program, train
 
 from tunebench.bootstrap import THREADS_LEFT_TO_US
 from tunebench.launch import expand, read_world, share_threads
+from tunebench.record import read_record
 
 SETUPS = [
     *(["--zero=1"], ["--zero=1", "--nproc=4"], ["--zero=2"], ["--zero=2", "--nproc=4"], ["--zero=3"]),
@@ -29,6 +30,10 @@ MORE = [
 ]
 MATRIX = [case for case in itertools.product(("llama", "bloom"), ("full", "lora"), SETUPS) if case not in CORE]
 MATRIX += [(*which, setup) for which in (("llama", "full"), ("bloom", "lora")) for setup in MORE]
+MATRIX += [
+    *(("qwen2", "full", ["--mp=4"]), ("qwen2", "lora", ["--zero=3"]), ("qwen2", "lora", ["--mp=2"])),
+    *(("chatglm2", "full", ["--mp=2"]), ("chatglm2", "full", ["--zero=3"]), ("chatglm2", "lora", ["--zero=2"])),
+]
 
 
 @pytest.mark.frameworks
@@ -46,6 +51,31 @@ def test_several_processes_do_the_arithmetic_of_one(alone, short, tmp_path, fram
     assert many.model == one.model
     assert many.steps.loss == pytest.approx(one.steps.loss, rel=1e-4)
     assert many.steps.grad_norm == pytest.approx(one.steps.grad_norm, rel=1e-4)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("family", ["qwen2", "chatglm2"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_both_frameworks_do_the_same(alone, family, method):
+    """The families that test_scripts.py does not compare. ChatGLM2's layers differ between the sides."""
+    torch, paddle = (alone(framework, family, method) for framework in ("torch", "paddle"))
+    assert torch.model == paddle.model
+    assert paddle.steps.loss[0] == pytest.approx(torch.steps.loss[0], rel=1e-5)
+    assert paddle.steps.loss == pytest.approx(torch.steps.loss, rel=1e-4)
+    assert paddle.steps.grad_norm == pytest.approx(torch.steps.grad_norm, rel=1e-4)
+
+
+@pytest.mark.frameworks
+def test_what_a_framework_does_not_offer_is_unsupported(short, tmp_path):
+    flags = ["--model=chatglm2-tiny", "--mp=2", *short, f"--out={tmp_path / 'r.json'}"]
+    assert run_program("torch/finetune_lora.py", *flags).returncode == 1
+    record = read_record(tmp_path / "r.json")
+    assert record.status == "unsupported"
+    assert "peft" in record.reason
+    # Its LoRA is on layers that are cut by their inputs too, so that A is a slice: a test of these start values.
+    one = train("paddle", "lora", tmp_path / "1.json", "--model=chatglm2-tiny", *short)
+    two = train("paddle", "lora", tmp_path / "2.json", "--model=chatglm2-tiny", "--mp=2", *short)
+    assert two.steps.loss == pytest.approx(one.steps.loss, rel=1e-4)
 
 
 def test_the_place_that_slurm_gives():

@@ -5,6 +5,7 @@
 The loop in `main` is all that is timed. One JSON record is written; summarize.py joins it with Paddle's.
 """
 
+import functools
 import pathlib
 import runpy
 
@@ -49,8 +50,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     model = peft.get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
-            start = lora_a(flags.seed, name, tuple(parameter.shape))
-            parameter.data.copy_(torch.from_numpy(start))
+            parallel.fill(parameter, functools.partial(lora_a, flags.seed, name), group)
     return model.to(group.device).train()
 
 

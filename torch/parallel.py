@@ -6,16 +6,17 @@ The functions stand in the order in which a script calls them. With one process 
 import datetime
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tunebench.checkpoint import Checkpoint
@@ -112,6 +113,14 @@ def take_heads(model: torch.nn.Module, group: Group) -> None:
     for block in model.transformer.h:
         block.self_attention.num_heads = own
         block.self_attention.register_forward_pre_hook(take_alibi, with_kwargs=True)
+
+
+def fill(parameter: torch.nn.Parameter, values: Callable[[tuple[int, int]], np.ndarray], group: Group) -> None:
+    """Sets a linear layer's weight, or this process's slice of it, from `values` of its whole shape: (out, in)."""
+    whole = torch.from_numpy(values(tuple(parameter.shape))).to(parameter.device)
+    if isinstance(parameter, DTensor):
+        whole = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.data.copy_(whole)
 
 
 def optimizer_groups(trainable: Sequence[torch.nn.Parameter]) -> list[dict[str, Any]]:

@@ -55,6 +55,25 @@ class LlamaShape(BaseModel):
     tie_word_embeddings: Literal[False] = False
 
 
+class Qwen2Shape(LlamaShape):
+    """The same of a qwen2 config, which has biases at q, k and v whatever it says."""
+
+    attention_bias: Literal[True] = True
+    use_sliding_window: Literal[False] = False
+
+
+class GlmShape(LlamaShape):
+    """The same of a glm config; ChatGLMv2 knows one rotary base, and turns half of each head."""
+
+    num_key_value_heads: PositiveInt
+    head_dim: PositiveInt
+    max_position_embeddings: PositiveInt
+    pad_token_id: int
+    rope_theta: Literal[10000, 10000.0] = 10000.0
+    partial_rotary_factor: Literal[0.5] = 0.5
+    attention_bias: Literal[True] = True
+
+
 class BloomShape(BaseModel):
     """The same of a bloom config."""
 
@@ -70,7 +89,7 @@ class BloomShape(BaseModel):
     tie_word_embeddings: Literal[True] = True
 
 
-FAMILIES: dict[str, type[BaseModel]] = {"llama": LlamaShape, "bloom": BloomShape}
+FAMILIES: dict[str, type[BaseModel]] = {"llama": LlamaShape, "qwen2": Qwen2Shape, "glm": GlmShape, "bloom": BloomShape}
 
 
 @dataclass(frozen=True)
@@ -149,7 +168,7 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every parameter of the model by its Hugging Face name, with its shape; linear weights are (out, in)."""
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     shapes: dict[str, tuple[int, ...]] = {}
-    if config["model_type"] == "llama":
+    if config["model_type"] != "bloom":
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or hidden // heads
         key_value = (config.get("num_key_value_heads") or heads) * head_dim
@@ -161,10 +180,17 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
             shapes[prefix + "self_attn.q_proj.weight"] = (heads * head_dim, hidden)
             shapes[prefix + "self_attn.k_proj.weight"] = (key_value, hidden)
             shapes[prefix + "self_attn.v_proj.weight"] = (key_value, hidden)
+            if config["model_type"] != "llama":
+                shapes[prefix + "self_attn.q_proj.bias"] = (heads * head_dim,)
+                shapes[prefix + "self_attn.k_proj.bias"] = (key_value,)
+                shapes[prefix + "self_attn.v_proj.bias"] = (key_value,)
             shapes[prefix + "self_attn.o_proj.weight"] = (hidden, heads * head_dim)
             shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
-            shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
-            shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
+            if config["model_type"] == "glm":
+                shapes[prefix + "mlp.gate_up_proj.weight"] = (2 * inner, hidden)
+            else:
+                shapes[prefix + "mlp.gate_proj.weight"] = (inner, hidden)
+                shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
             shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
         shapes["model.norm.weight"] = (hidden,)
         shapes["lm_head.weight"] = (vocab, hidden)

@@ -18,6 +18,23 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+QWEN2: dict[str, Any] = LLAMA | {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "rope_theta": 1000000.0,
+    "attention_bias": True,  # of q, k and v alone
+    "max_position_embeddings": 131072,
+    "use_sliding_window": False,
+}
+# ChatGLM2 as transformers has it natively: the same architecture under the names of a later release.
+GLM: dict[str, Any] = LLAMA | {
+    "architectures": ["GlmForCausalLM"],
+    "model_type": "glm",
+    "rms_norm_eps": 1e-5,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,  # of q, k and v alone
+    "max_position_embeddings": 32768,
+}
 BLOOM: dict[str, Any] = {
     "architectures": ["BloomForCausalLM"],
     "model_type": "bloom",
@@ -33,7 +50,13 @@ BLOOM: dict[str, Any] = {
 }
 
 # LoRA adapts the same projections on both sides. The key is the config's model_type.
-LORA_TARGETS: dict[str, list[str]] = {"llama": ["q_proj", "k_proj", "v_proj"], "bloom": ["query_key_value"]}
+LORA_TARGETS: dict[str, list[str]] = {
+    "llama": ["q_proj", "k_proj", "v_proj"],
+    "qwen2": ["q_proj", "k_proj", "v_proj"],
+    "bloom": ["query_key_value"],
+    # ChatGLM2's q, k and v are one matrix on one side: one update of it is not three of its parts. These are the same.
+    "glm": ["o_proj", "gate_up_proj", "down_proj"],
+}
 
 
 @dataclass(frozen=True)
@@ -44,16 +67,26 @@ class Preset:
     checkpoint_dtype: str
 
 
-def _llama(hidden: int, intermediate: int, layers: int, heads: int, vocab: int, dtype: str) -> Preset:
+def _llama(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    heads: int,
+    vocab: int,
+    dtype: str,
+    key_value_heads: int | None = None,
+    base: dict[str, Any] = LLAMA,
+    **ids: int,
+) -> Preset:
     sizes = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads,
+        "num_key_value_heads": key_value_heads or heads,
         "vocab_size": vocab,
     }
-    return Preset(LLAMA | sizes, dtype)
+    return Preset(base | sizes | ids, dtype)
 
 
 def _bloom(hidden: int, layers: int, heads: int, vocab: int, dtype: str, **ids: int) -> Preset:
@@ -65,7 +98,23 @@ def _bloom(hidden: int, layers: int, heads: int, vocab: int, dtype: str, **ids: 
 PRESETS: dict[str, Preset] = {
     "llama-tiny": _llama(256, 688, 4, 8, 8192, "float32"),
     "llama-13b-tiny": _llama(320, 864, 5, 8, 8192, "float32"),
+    "llama-30b-tiny": _llama(416, 1120, 6, 8, 8192, "float32"),
+    "llama-65b-tiny": _llama(512, 1376, 8, 8, 8192, "float32"),
     "bloom-tiny": _bloom(256, 4, 8, 8192, "float32", pad_token_id=0),
+    "qwen2-tiny": _llama(256, 688, 4, 8, 8192, "float32", key_value_heads=4, base=QWEN2),
+    "chatglm2-tiny": _llama(256, 856, 4, 8, 8192, "float32", key_value_heads=2, base=GLM, head_dim=32),
     "llama-7b": _llama(4096, 11008, 32, 32, 32000, "float16"),
+    "llama-13b": _llama(5120, 13824, 40, 40, 32000, "float16"),
+    "llama-30b": _llama(6656, 17920, 60, 52, 32000, "float16"),
+    "llama-65b": _llama(8192, 22016, 80, 64, 32000, "float16"),
+    "chatglm2-6b": _llama(4096, 13696, 28, 32, 65024, "float16", key_value_heads=2, base=GLM, head_dim=128),
+    "qwen2-7b": _llama(
+        *(3584, 18944, 28, 28, 152064, "float16"),
+        key_value_heads=4,
+        base=QWEN2,
+        bos_token_id=151643,
+        eos_token_id=151643,
+        pad_token_id=151643,
+    ),
     "bloomz-7b1-mt": _bloom(4096, 30, 32, 250880, "float16"),
 }

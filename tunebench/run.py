@@ -59,6 +59,10 @@ def read_job(framework: Framework, method: Method) -> Job:
         if flags.warmup_steps >= plan.steps:
             raise BadInput(f"--warmup-steps {flags.warmup_steps} leaves none of the {plan.steps} steps to time")
     job = Job(flags, checkpoint, plan, world or ALONE)
+    reason = not_offered(framework, method, flags, checkpoint)
+    if reason:
+        Run(framework, method, job).fail("unsupported", reason)
+        sys.exit(1)
     if world is not None:
         processes.die_with_parent()
         os.environ.update(share_threads(world.nproc))
@@ -81,6 +85,16 @@ def check_tensor_parallel(framework: Framework, flags: Flags, checkpoint: Checkp
         if width % flags.mp:
             works = [str(mp) for mp in range(1, flags.mp) if not any(width % mp for width in needed.values())]
             raise BadInput(f"--mp {flags.mp} does not divide the model's {width} ({name}); use {' or '.join(works)}")
+
+
+def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: Checkpoint) -> str | None:
+    """Why the framework does not do what is asked for, which is a result too; None where it does."""
+    if framework == "torch" and method == "lora" and flags.mp > 1 and checkpoint.config["model_type"] == "glm":
+        return (
+            "peft 0.21.2 and transformers 5.23.0 each slice LoRA's A of a layer that tensor parallelism cuts by its "
+            "inputs, so that it no longer fits"
+        )
+    return None
 
 
 class Run:

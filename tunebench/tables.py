@@ -23,7 +23,7 @@ from tunebench.record import Record, read_record
 LOSS_TOLERANCE, FIRST_LOSS_TOLERANCE = 1e-3, 1e-4  # the second: of step 1, where only the start and the tokens count
 GRADIENT_TOLERANCE = 1e-3  # of the gradient norms, which show faults that a loss hides
 METHODS = {"lora": "LoRA", "full": "Finetune"}
-FAMILIES = {"llama": "Llama", "bloom": "Bloom"}
+FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "glm": "ChatGLM2", "bloom": "Bloom"}
 NOT_AVAILABLE = "N/A"
 VERSIONS_SHOWN = ("torch", "transformers", "peft", "deepspeed", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp")
 VERSION_OF = {"torch": "torch", "paddle": "paddlenlp"}

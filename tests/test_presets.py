@@ -1,0 +1,42 @@
+"""Each preset as the framework of this environment builds it, full size included: shapes alone, no memory."""
+
+import importlib.util
+import json
+import math
+import sys
+
+import pytest
+from conftest import ROOT
+
+from tunebench.checkpoint import Checkpoint, tensor_shapes
+from tunebench.presets import PRESETS
+
+
+def built_by_torch(checkpoint):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(checkpoint.folder)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config).parameters()
+
+
+def built_by_paddle(checkpoint):
+    import paddle
+    import weights
+    from paddlenlp import transformers
+    from paddlenlp.transformers.model_utils import no_init_weights
+
+    with paddle.LazyGuard(), no_init_weights():
+        return transformers.AutoModelForCausalLM.from_config(weights.read_config(checkpoint)).parameters()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_framework_builds_the_parameters_of_the_config(monkeypatch, tmp_path, name):
+    preset = PRESETS[name]
+    (tmp_path / "config.json").write_text(json.dumps(preset.config))
+    checkpoint = Checkpoint(tmp_path, preset.config, [], "")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "paddle"), *sys.path])
+    build = built_by_torch if importlib.util.find_spec("torch") else built_by_paddle
+    parameters = sum(math.prod(parameter.shape) for parameter in build(checkpoint))
+    assert parameters == sum(map(math.prod, tensor_shapes(preset.config).values()))

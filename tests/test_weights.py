@@ -1,0 +1,37 @@
+"""Paddle's side of a checkpoint whose layers are cut in another way there: nothing lost, nothing exchanged."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from safetensors.numpy import load_file
+
+from tunebench.checkpoint import open_checkpoint, write_random
+from tunebench.presets import PRESETS
+
+
+def test_chatglm2_and_back(monkeypatch, tmp_path):
+    pytest.importorskip("paddle", reason="needs the Paddle environment, where run_tests.sh runs it")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "paddle"), *sys.path])
+    import weights
+    from paddlenlp import transformers
+
+    write_random(tmp_path, PRESETS["chatglm2-tiny"], 0, shard_bytes=1 << 17)  # q, k and v in different shards
+    checkpoint = open_checkpoint(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_config(weights.read_config(checkpoint), dtype="float32")
+    weights.load(model, checkpoint)
+    state, config = model.state_dict(), checkpoint.config
+    queries = config["num_attention_heads"] * config["head_dim"]
+    ends = {"q_proj": (0, queries)}
+    ends["k_proj"] = (queries, queries + config["num_key_value_heads"] * config["head_dim"])
+    ends["v_proj"] = (ends["k_proj"][1], None)
+    back = {}
+    for source, (name, transpose, part) in weights.name_targets(model, config).items():
+        value = state[name].numpy()
+        value = value.T if transpose else value
+        back[source] = value[slice(*ends[part])] if part else value
+    stored = {name: value for file in checkpoint.files for name, value in load_file(file).items()}
+    assert len(checkpoint.files) > 10
+    assert back.keys() == stored.keys()
+    assert all(np.array_equal(back[name], stored[name]) for name in stored)
