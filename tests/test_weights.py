@@ -1,13 +1,14 @@
-"""Paddle's side of a checkpoint whose layers are cut in another way there: nothing lost, nothing exchanged."""
+"""Checkpoints on both sides: those of others, and those whose layers are cut in another way in Paddle."""
 
+import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import FRAMEWORKS, ROOT, train
 from safetensors.numpy import load_file
 
-from tunebench.checkpoint import open_checkpoint, write_random
+from tunebench.checkpoint import find_checkpoint, open_checkpoint, write_random
 from tunebench.presets import PRESETS
 
 
@@ -35,3 +36,26 @@ def test_chatglm2_and_back(monkeypatch, tmp_path):
     assert len(checkpoint.files) > 10
     assert back.keys() == stored.keys()
     assert all(np.array_equal(back[name], stored[name]) for name in stored)
+
+
+SAVE = """
+import sys
+from transformers import AutoModelForCausalLM
+AutoModelForCausalLM.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], max_shard_size="8MB")
+"""
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("family", ["llama", "chatglm2"])
+def test_a_checkpoint_that_transformers_saved_in_shards(tmp_path, short, family):
+    random = find_checkpoint(f"{family}-tiny", "random", 0)
+    python, saved = ROOT / ".venv/torch/bin/python", tmp_path / "saved"
+    subprocess.run([python, "-P", "-c", SAVE, random.folder, saved], check=True, capture_output=True, timeout=300)
+    assert len(list(saved.glob("*.safetensors"))) > 2
+    torch, paddle = (
+        train(framework, "full", tmp_path / f"{framework}.json", "--weights=pretrained", f"--model={saved}", *short)
+        for framework in FRAMEWORKS
+    )
+    assert torch.model.parameters == random.parameters
+    assert torch.steps.loss == pytest.approx(paddle.steps.loss, rel=1e-4)
+    assert torch.steps.loss[0] == pytest.approx(paddle.steps.loss[0], rel=1e-5)
