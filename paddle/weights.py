@@ -96,9 +96,7 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
                     value = paddle.concat([found[part] for part in QKV])
                     del parts[name]
                 value = value.T if transpose else value
-                if name in slices:
-                    value = slices[name](value if checkpoint.config["model_type"] == "glm" else value.numpy())
-                state[name].set_value(value)
+                state[name].set_value(slices[name](value) if name in slices else value)
                 left.discard(name)
     if left:
         raise RuntimeError(f"{checkpoint.folder}: no weight for {', '.join(sorted(left))}")

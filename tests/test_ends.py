@@ -19,7 +19,7 @@ LONG = ["--samples=40", "--steps=2000", "--bsz=2"]
 
 
 class Started:
-    """A run of two processes that has done its first step."""
+    """A run of two processes."""
 
     def __init__(self, framework, out, *flags):
         self.out = out
@@ -67,11 +67,12 @@ class Started:
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a run; what is left of it after the test is killed."""
+    """Starts a run, up to its first step; what is left of it after the test is killed."""
     runs = []
 
     def start(framework, *flags):
         runs.append(Started(framework, tmp_path / "r.json", *flags))
+        runs[-1].wait_for("step 1/")
         return runs[-1]
 
     yield start
@@ -87,7 +88,6 @@ def start(tmp_path):
 class TestEnds:
     def test_a_killed_rank_is_named(self, start, framework):
         run = start(framework, *LONG)
-        run.wait_for("step 1/")
         run.worker(1).kill()
         record = run.end(within=20)
         assert run.supervisor.returncode == 1
@@ -95,7 +95,6 @@ class TestEnds:
 
     def test_nothing_outlives_a_killed_launcher(self, start, framework):
         run = start(framework, *LONG)
-        run.wait_for("step 1/")
         (launcher,) = psutil.Process(run.supervisor.pid).children()
         launcher.kill()
         record = run.end(within=20)
@@ -104,7 +103,6 @@ class TestEnds:
 
     def test_nothing_outlives_a_killed_supervisor(self, start, framework):
         run = start(framework, *LONG)
-        run.wait_for("step 1/")
         started = run.left()
         assert len(started) > 2
         run.supervisor.kill()
@@ -112,7 +110,6 @@ class TestEnds:
 
     def test_a_rank_that_hangs_ends_at_the_timeout(self, start, framework):
         run = start(framework, *LONG, "--timeout=50")  # gloo's own limit is 30 s
-        run.wait_for("step 1/")
         run.worker(1).send_signal(signal.SIGSTOP)
         record = run.end(within=70)
         assert run.supervisor.returncode == 124
@@ -124,7 +121,6 @@ class TestEnds:
         lengths = [2] * 800 + [500] * 160  # that of the first 50 steps, which leave time to set the limit
         data.write_text(json.dumps([{"instruction": "one " * length, "output": "two"} for length in lengths]))
         run = start(framework, f"--data={data}", "--bsz=16", "--steps=60")
-        run.wait_for("step 1/")
         worker = run.worker(1)
         limit = worker.memory_info().vms + 64 * 2**20
         worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
