@@ -25,8 +25,11 @@ JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the s
 import resource
 
 import layer_norm
+import attention
+import kernels
 import paddle
 import parallel
+import precision
 import weights
 from paddlenlp import peft, transformers
 
@@ -34,14 +37,15 @@ GPU = paddle.device.cuda.device_count() > 0
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> paddle.nn.Layer:
-    """The checkpoint as PaddleNLP's model, float32, with its LoRA adapters, which alone are trainable."""
+    """The checkpoint as PaddleNLP's model, with its LoRA adapters, which alone are trainable."""
     config = weights.read_config(checkpoint)
-    config.use_flash_attention = flags.attention != "eager"
+    attention.configure(flags, config)
     config.use_cache = False
     for name, value in parallel.slicing(group).items():
         setattr(config, name, value)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype="float32")
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
     weights.load(model, checkpoint)
+    attention.fuse(flags, model)
     targets = {weights.module_name(t, checkpoint.config): t for t in LORA_TARGETS[checkpoint.config["model_type"]]}
     config = peft.LoRAConfig(
         r=flags.lora_r,
@@ -49,6 +53,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
         lora_dropout=0.0,
         target_modules=[f".*{name}" for name in targets],
         tensor_parallel_degree=flags.mp,
+        dtype=flags.weights_dtype,
     )
     if flags.recompute:
         model.get_input_embeddings().register_forward_post_hook(require_gradient)
@@ -76,7 +81,7 @@ def wrap(
     """The model and its optimizer, as they run on several processes."""
     layer_norm.mend_frozen_scales(model)
     optimizer = paddle.optimizer.AdamW(
-        flags.lr, *BETAS, EPSILON, trainable, weight_decay=WEIGHT_DECAY, grad_clip=group.clip
+        flags.lr, *BETAS, EPSILON, trainable, weight_decay=WEIGHT_DECAY, grad_clip=group.clip, multi_precision=flags.amp == "O2"
     )
     return parallel.wrap(flags, model, optimizer, group)
 
@@ -109,6 +114,7 @@ def main(run: Run) -> None:
     trainable = [p for p in model.parameters() if not p.stop_gradient]
     name = paddle.device.cuda.get_device_name() if GPU else "cpu"
     run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
+    kernels.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
 
     run.start(synchronize)
@@ -117,7 +123,8 @@ def main(run: Run) -> None:
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
             input_ids, attention_mask, labels = to_device(batch)
-            logits = model(input_ids=input_ids, attention_mask=attention_mask)[0]
+            with precision.autocast(flags):
+                logits = model(input_ids=input_ids, attention_mask=attention_mask)[0]
             micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import paddle
 import paddle.nn.functional as F
+import precision
 from paddle import distributed
 from paddle.distributed import fleet
 from paddle.distributed.communication.group import Group as ProcessGroup
@@ -42,7 +43,8 @@ class Clip(ClipGradBase):
 
     @paddle.no_grad()
     def _dygraph_clip(self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor]]) -> list:
-        squares = [_squared_l2_norm(gradient) for _, gradient in params_grads]
+        # In float32: the sum of squares of float16 would overflow where no gradient does.
+        squares = [_squared_l2_norm(in_float32(gradient)) for _, gradient in params_grads]
         if self.sharers is not None:
             shared = [self.is_shared(parameter) for parameter, _ in params_grads]
             own = [square for square, is_shared in zip(squares, shared, strict=True) if is_shared]
@@ -52,7 +54,7 @@ class Clip(ClipGradBase):
         self.norm = paddle.sqrt(paddle.add_n(squares))
         scale = paddle.clip(MAX_GRAD_NORM / (self.norm + 1e-6), max=1.0)
         for _, gradient in params_grads:
-            gradient.multiply_(scale)
+            gradient.multiply_(scale.astype(gradient.dtype))
         return params_grads
 
     def is_shared(self, parameter: paddle.Tensor) -> bool:
@@ -60,6 +62,11 @@ class Clip(ClipGradBase):
         if self.zero == 3:
             return not hasattr(parameter, "unslice")
         return self.zero > 0 or parameter.is_distributed
+
+
+def in_float32(tensor: paddle.Tensor) -> paddle.Tensor:
+    """The tensor, as it is or cast."""
+    return tensor if tensor.dtype == paddle.float32 else tensor.astype("float32")
 
 
 class Group(NamedTuple):
@@ -71,6 +78,7 @@ class Group(NamedTuple):
     zero: int
     mp: int
     clip: Clip
+    loss_scale: paddle.amp.GradScaler
 
     @property
     def replica(self) -> int:
@@ -93,7 +101,7 @@ def join(flags: Flags, world: World) -> Group:
     gpu = paddle.device.cuda.device_count() > 0
     device = f"gpu:{world.local_rank}" if gpu else "cpu"
     paddle.set_device(device)
-    sharers = None
+    sharers, loss_scale = None, precision.loss_scale(flags)
     if world.size > 1:
         os.environ["PADDLE_PG_TIMEOUT"] = str(math.ceil(flags.timeout * 1000))  # NCCL's
         if not gpu:
@@ -114,7 +122,7 @@ def join(flags: Flags, world: World) -> Group:
             sharers = hcg.get_sharding_parallel_group()
         elif flags.mp > 1:
             sharers = hcg.get_model_parallel_group()
-    return Group(device, world.rank, world.size, flags.zero, flags.mp, Clip(flags.zero, sharers))
+    return Group(device, world.rank, world.size, flags.zero, flags.mp, Clip(flags.zero, sharers), loss_scale)
 
 
 def slicing(group: Group) -> dict[str, Any]:
@@ -147,16 +155,17 @@ def count(parameters: Iterable[paddle.Tensor], group: Group) -> int:
 def wrap(
     flags: Flags, model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimizer, group: Group
 ) -> tuple[paddle.nn.Layer, Any]:
-    """The model and the optimizer as the loop uses them."""
+    """The model and the optimizer as the loop uses them; the loss scale of the group as it is used with them."""
     if group.world_size == 1:
         return model, optimizer
     if flags.zero < 2:
+        fleet.distributed_scaler(group.loss_scale)  # changes it in place
         return fleet.distributed_model(model), fleet.distributed_optimizer(optimizer)
     # Norms and biases stay whole: a slice of each would cost as many all-gathers as the matrices do.
     largest_vector = max(p.size for p in model.parameters() if p.ndim == 1)
     sharers = fleet.get_hybrid_communicate_group().get_sharding_parallel_group()
-    model, optimizer, _ = group_sharded_parallel(
-        model, optimizer, SHARDING_LEVELS[flags.zero], group=sharers, segment_size=largest_vector
+    model, optimizer, _ = group_sharded_parallel(  # changes the scaler in place
+        model, optimizer, SHARDING_LEVELS[flags.zero], group.loss_scale, sharers, segment_size=largest_vector
     )
     if flags.zero == 3:
         release_frozen_weights(model)
@@ -213,14 +222,19 @@ def sum_of_losses(logits: paddle.Tensor, labels: paddle.Tensor, group: Group) ->
 
 def backward(model: paddle.nn.Layer, loss: paddle.Tensor, group: Group) -> None:
     """Adds the gradients of a share's loss. All wrappers average over replicas; the loss of a global batch is a sum."""
-    (loss * group.replicas).backward()
+    group.loss_scale.scale(loss * group.replicas).backward()
     if group.zero == 3:
         release(frozen_slices(model, include_sublayers=True), model)  # those whose input has no gradient
 
 
 def update(model: paddle.nn.Layer, optimizer: Any, trainable: Sequence[paddle.Tensor], group: Group) -> paddle.Tensor:
-    """Clips, steps and clears the gradients; their global norm before clipping, a scalar."""
-    optimizer.step()  # clips by `group.clip`, once the gradients are reduced
+    """Clips, steps and clears the gradients; their global norm before clipping, a scalar.
+
+    A step of fp16 whose gradients overflowed is skipped: its norm is not finite.
+    """
+    group.clip.norm = math.inf  # where the optimizer is not called at all
+    group.loss_scale.step(optimizer)  # which clips by `group.clip`, once the gradients are reduced
+    group.loss_scale.update()
     if group.zero < 2:
         optimizer.clear_grad(set_to_zero=False)
     else:

@@ -22,7 +22,10 @@ JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the s
 
 import resource
 
+import attention
+import kernels
 import parallel
+import precision
 import torch
 import transformers
 
@@ -30,15 +33,16 @@ GPU = torch.cuda.is_available()
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> torch.nn.Module:
-    """The checkpoint as transformers' model, float32, with every parameter trainable."""
+    """The checkpoint as transformers' model, with every parameter trainable."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
-        dtype=torch.float32,
-        attn_implementation=flags.attention,
+        dtype=getattr(torch, flags.weights_dtype),
+        attn_implementation=attention.implementation(flags, checkpoint),
         use_cache=False,
         **parallel.loading(flags, checkpoint),
     )
     parallel.take_heads(model, group)
+    attention.fuse(flags, model)
     if flags.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.to(group.device).train()
@@ -82,6 +86,7 @@ def main(run: Run) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = torch.cuda.get_device_name() if GPU else "cpu"
     run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
+    kernels.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
 
     run.start(synchronize)
@@ -90,7 +95,8 @@ def main(run: Run) -> None:
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
             input_ids, attention_mask, labels = to_device(batch, group.device)
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            with precision.autocast(flags, group.device):
+                logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
             micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()

@@ -24,8 +24,11 @@ JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the s
 
 import resource
 
+import attention
+import kernels
 import parallel
 import peft
+import precision
 import torch
 import transformers
 
@@ -33,21 +36,22 @@ GPU = torch.cuda.is_available()
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> torch.nn.Module:
-    """The checkpoint as transformers' model, float32, with peft's adapters, which alone are trainable."""
+    """The checkpoint as transformers' model with peft's adapters, which alone are trainable."""
     model = transformers.AutoModelForCausalLM.from_pretrained(
         checkpoint.folder,
-        dtype=torch.float32,
-        attn_implementation=flags.attention,
+        dtype=getattr(torch, flags.weights_dtype),
+        attn_implementation=attention.implementation(flags, checkpoint),
         use_cache=False,
         **parallel.loading(flags, checkpoint),
     )
     parallel.take_heads(model, group)
+    attention.fuse(flags, model)
     targets = LORA_TARGETS[checkpoint.config["model_type"]]
     config = peft.LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, lora_dropout=0.0, target_modules=targets)
     if flags.recompute:
         # peft then makes the embedding's output require a gradient, as enable_input_require_grads does.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = peft.get_peft_model(model, config)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)  # they are weights like the others
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
             parallel.fill(parameter, functools.partial(lora_a, flags.seed, name), group)
@@ -92,6 +96,7 @@ def main(run: Run) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = torch.cuda.get_device_name() if GPU else "cpu"
     run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
+    kernels.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
 
     run.start(synchronize)
@@ -100,7 +105,8 @@ def main(run: Run) -> None:
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
             input_ids, attention_mask, labels = to_device(batch, group.device)
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            with precision.autocast(flags, group.device):
+                logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
             micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()

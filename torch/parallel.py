@@ -5,11 +5,13 @@ The functions stand in the order in which a script calls them. With one process 
 
 import datetime
 import itertools
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import precision
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -50,6 +52,7 @@ class Group(NamedTuple):
     zero: int
     mp: int
     mesh: DeviceMesh | None  # (replicas, mp), with tensor parallelism only
+    loss_scale: precision.LossScale
 
     @property
     def replica(self) -> int:
@@ -76,7 +79,7 @@ def join(flags: Flags, world: World) -> Group:
         torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     if flags.mp > 1:
         mesh = init_device_mesh(device.type, (flags.replicas, flags.mp), mesh_dim_names=("dp", "tp"))
-    return Group(device, world.rank, world.size, flags.zero, flags.mp, mesh)
+    return Group(device, world.rank, world.size, flags.zero, flags.mp, mesh, precision.LossScale(flags))
 
 
 def loading(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -145,6 +148,7 @@ def wrap(
         config = zero_config(flags, model.config.hidden_size)
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         return engine, optimizer
+    optimizer = precision.MasterWeights(optimizer)
     if group.mp == 1 and group.replicas > 1:
         # Its buffers are constants; to broadcast them in each forward pass would be work that Paddle does not do.
         return DistributedDataParallel(model, forward_sync_buffers=False), optimizer
@@ -173,6 +177,7 @@ def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # it would wait for the device in each pass and step
+        **precision.zero_precision(flags),
     }
 
 
@@ -200,19 +205,25 @@ def backward(model: torch.nn.Module, loss: torch.Tensor, group: Group) -> None:
     if group.zero:
         model.backward(loss, scale_wrt_gas=False)
     else:
-        loss.backward()
+        (loss * group.loss_scale.value).backward()
 
 
 def update(
     model: torch.nn.Module, optimizer: Any, trainable: Sequence[torch.nn.Parameter], group: Group
 ) -> torch.Tensor | float:
-    """Clips, steps and clears the gradients; their global norm before clipping, a scalar."""
+    """Clips, steps and clears the gradients; their global norm before clipping, a scalar.
+
+    A step of fp16 whose gradients overflowed is skipped: its norm is not finite.
+    """
     if group.zero:
         model.step()
-        return model.get_global_grad_norm()
+        return model.get_global_grad_norm() if model.was_step_applied() else math.inf
     average_adapters(trainable, group)
-    norm = clip_gradients(trainable, group)
-    optimizer.step()
+    norm = clip_gradients(optimizer.take_gradients(), group)
+    overflow = group.loss_scale.enabled and not math.isfinite(norm)  # for fp16 alone this waits for the device
+    if not overflow:
+        optimizer.step()
+    group.loss_scale.update(overflow)
     optimizer.zero_grad()
     return norm
 
@@ -230,9 +241,9 @@ def average_adapters(trainable: Sequence[torch.nn.Parameter], group: Group) -> N
 
 
 def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> torch.Tensor:
-    """Scales the gradients to a global norm of at most 1, in place; the norm before that, a scalar.
+    """Scales the gradients to a global norm of at most 1, in place, and takes the loss scale out of them.
 
-    As torch.nn.utils.clip_grad_norm_, but with norms of rows first and in float64 from there on: on a CPU the other's
+    The norm before clipping is returned, a scalar. As torch.nn.utils.clip_grad_norm_, but with norms of rows first and in float64 from there on: on a CPU the other's
     float32 sums of an embedding's gradient are off by more than 1e-4 (tests/test_numerics.py shows it). Slices of a
     tensor-parallel group count together, what all of the group have counts once.
     """
@@ -245,8 +256,8 @@ def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> tor
         total = torch.linalg.vector_norm(own).square()
         torch.distributed.all_reduce(total, group=group.mesh["tp"].get_group())
         norms = [total.sqrt(), *(norm for norm, is_one in zip(norms, sliced, strict=True) if not is_one)]
-    norm = torch.linalg.vector_norm(torch.stack(norms)).float()
-    torch._foreach_mul_(gradients, torch.clamp(MAX_GRAD_NORM / (norm + 1e-6), max=1.0))
+    norm = torch.linalg.vector_norm(torch.stack(norms)).float() / group.loss_scale.value
+    torch._foreach_mul_(gradients, torch.clamp(MAX_GRAD_NORM / (norm + 1e-6), max=1.0) / group.loss_scale.value)
     return norm
 
 

@@ -17,6 +17,7 @@ from tunebench.presets import PRESETS
 
 DATA_NAMES = ("synthetic-en", "synthetic-zh", "alpaca", "guanaco")
 DEFAULT_SAMPLES = 10_000
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Flags(BaseModel):
@@ -38,6 +39,7 @@ class Flags(BaseModel):
     zero: int
     mp: int
     dtype: str
+    amp: str | None
     recompute: bool
     attention: str
     steps: int | None
@@ -64,6 +66,16 @@ class Flags(BaseModel):
     def replicas(self) -> int:
         """Data-parallel copies of the model: each global batch is split over them."""
         return self.world_size // self.mp
+
+    @property
+    def compute_dtype(self) -> str:
+        """In which matrices are multiplied, by the name that both frameworks give it."""
+        return DTYPES[self.dtype]
+
+    @property
+    def weights_dtype(self) -> str:
+        """In which the model's weights are held. At O2 the optimizer has float32 master weights besides."""
+        return self.compute_dtype if self.amp == "O2" else "float32"
 
     @property
     def accumulation(self) -> int:
@@ -106,9 +118,20 @@ def parse_flags(
         help="sharded over the replicas: 1 optimizer, 2 +gradients, 3 +parameters",
     )
     add("--mp", type=positive, default=1, help="tensor-parallel degree")
-    add("--dtype", choices=["fp32"], default="fp32", help="precision")
+    add("--dtype", choices=list(DTYPES), default="fp32", help="in which matrices are multiplied")
+    add(
+        "--amp",
+        choices=["O1", "O2"],
+        help="with bf16 or fp16: O1 autocasts over float32 weights; O2 holds weights and gradients in --dtype, with "
+        "float32 master weights (default: O2)",
+    )
     add("--recompute", action="store_true", help="recompute activations in the backward pass")
-    add("--attention", choices=["eager"], default="eager", help="attention kernel")
+    add(
+        "--attention",
+        choices=["eager", "sdpa", "flash"],
+        default="eager",
+        help="eager: separate kernels; sdpa: the fused one that the framework picks; flash: its flash kernel",
+    )
     add("--warmup-steps", type=not_negative, default=5, help="first steps, recorded but not timed")
     add("--lr", type=positive_float, default=1e-4, help="learning rate, constant")
     add("--timeout", type=positive_float, default=3600.0, help="seconds after which the run ends as `timeout`")
@@ -134,6 +157,13 @@ def parse_flags(
         )
     if options["zero"] and size == 1:
         raise BadInput(f"--zero {options['zero']} has nothing to shard over in one process; use --nproc 2 or --zero 0")
+    if options["dtype"] == "fp32":
+        if options["amp"]:
+            raise BadInput(f"--amp {options['amp']} is for --dtype bf16 or fp16; --dtype is fp32")
+        if options["attention"] == "flash" and visible_accelerators():
+            raise BadInput("--attention flash: no flash kernel for GPUs takes float32; use --dtype bf16 or fp16")
+    else:
+        options["amp"] = options["amp"] or "O2"
     replicas, bsz = size // mp, options["bsz"]
     if bsz % replicas:
         raise BadInput(

@@ -56,6 +56,18 @@ class Setup(Strict):
     tuned: bool
 
 
+class Kernels(Strict):
+    """What the first forward pass ran, as seen in the framework where it calls its kernels, not as it was asked for.
+
+    Dtypes of the weights and of the matrix products with them, and the kernels that turned scores into attention:
+    a fused one by the framework's name, or the softmax.
+    """
+
+    weights: list[str]
+    matmuls: list[str]
+    attention: list[str]
+
+
 class PlanInfo(Strict):
     """Which tokens were trained on, counted over all steps of the run; `skipped` samples were malformed."""
 
@@ -69,14 +81,17 @@ class PlanInfo(Strict):
 
 
 class Steps(Strict):
-    """Every optimizer step from the first on; all lists are equally long. Seconds are wall-clock."""
+    """Every optimizer step from the first on; all lists are equally long. Seconds are wall-clock.
+
+    The gradient norm of a step is None where the gradients overflowed float16, so that the optimizer skipped it.
+    """
 
     seconds: list[PositiveFloat]
     effective_tokens: list[PositiveInt]
     padded_tokens: list[PositiveInt]
     label_tokens: list[PositiveInt]
     loss: list[PositiveFloat]
-    grad_norm: list[float]
+    grad_norm: list[float | None]
 
     @model_validator(mode="after")
     def _equally_long(self) -> Self:
@@ -103,6 +118,7 @@ class Record(Strict):
     hardware: Hardware
     model: Model | None
     setup: Setup
+    kernels: Kernels | None
     plan: PlanInfo | None
     steps: Steps | None
     timed_from: int
@@ -119,6 +135,10 @@ class Record(Strict):
                 raise ValueError(f"timed_from {self.timed_from} is not one of {len(self.steps.seconds)} steps")
             if self.model.trainable_parameters is None or self.hardware.device is None:
                 raise ValueError("a run that ended ok has trainable_parameters and a device")
+            if self.kernels is None:
+                raise ValueError("a run that ended ok has kernels")
+            if self.skipped_steps and self.setup.dtype != "fp16":
+                raise ValueError(f"only fp16 skips steps, and dtype is {self.setup.dtype}")
         elif not self.reason:
             raise ValueError(f"status {self.status} needs a reason")
         return self
@@ -134,6 +154,11 @@ class Record(Strict):
         assert self.steps is not None
         timed = slice(self.timed_from, None)
         return sum(self.steps.effective_tokens[timed]) / sum(self.steps.seconds[timed])
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps without an update, since a gradient overflowed float16: the loss scale was halved instead."""
+        return self.steps.grad_norm.count(None) if self.steps else 0
 
     def write(self, path: Path) -> None:
         """Writes the record whole or not at all."""

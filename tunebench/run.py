@@ -23,10 +23,10 @@ from tunebench.cache import results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Flags, parse_flags
-from tunebench.hardware import read_hardware, read_versions
+from tunebench.hardware import read_hardware, read_versions, visible_accelerators
 from tunebench.launch import ALONE, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, World, export, read_world, share_threads
 from tunebench.plan import Plan, load_plan
-from tunebench.record import LOG_LINES, Git, Model, Record, Setup, Steps
+from tunebench.record import LOG_LINES, Git, Kernels, Model, Record, Setup, Steps
 
 Framework = Literal["torch", "paddle"]
 Method = Literal["full", "lora"]
@@ -94,6 +94,11 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
             "peft 0.21.2 and transformers 5.23.0 each slice LoRA's A of a layer that tensor parallelism cuts by its "
             "inputs, so that it no longer fits"
         )
+    if framework == "paddle" and flags.dtype != "fp32" and not visible_accelerators():
+        return (
+            f"Paddle 3.3.1 has no {flags.compute_dtype} kernels for CPUs: there autocast silently computes in float32, "
+            "and a model in that dtype stops at its first linear layer"
+        )
     return None
 
 
@@ -142,6 +147,24 @@ class Run:
             )
         self.model = self.model.model_copy(update={"trainable_parameters": trainable})
         self.about["hardware"] = self.about["hardware"].model_copy(update={"device": device})
+
+    def check_kernels(self, weights: set[str], matmuls: set[str], attention: set[str]) -> None:
+        """Keeps what the first forward pass ran; RuntimeError if it is not what the flags ask for."""
+        seen = Kernels(weights=sorted(weights), matmuls=sorted(matmuls), attention=sorted(attention))
+        self.about["kernels"] = seen
+        flags = self.flags
+        for what, found, asked in (
+            ("weights", seen.weights, flags.weights_dtype),
+            ("matrix products", seen.matmuls, flags.compute_dtype),
+        ):
+            if found != [asked]:
+                raise RuntimeError(f"--dtype {flags.dtype}: {what} are in {' and '.join(found)}, not in {asked}")
+        if self.framework == "paddle" and self.about["hardware"].device == "cpu":
+            return  # where its scaled_dot_product_attention is made of separate kernels
+        # A flash kernel takes no ALiBi from torch: there Bloom runs the fastest fused one that does.
+        sign = "flash" if flags.attention == "flash" and self.model.family != "bloom" else "att"
+        if flags.attention != "eager" and not all(sign in kernel for kernel in seen.attention):
+            raise RuntimeError(f"--attention {flags.attention}: what ran is {' and '.join(seen.attention)}")
 
     def start(self, synchronize: Callable[[], None]) -> None:
         """Starts the clock of the first step."""
@@ -196,8 +219,10 @@ class Run:
 
     def steps(self) -> Steps:
         """The steps so far, up to the first whose loss or gradient norm is not finite."""
-        loss, grad_norm = [float(x) for x in self.losses], [float(x) for x in self.grad_norms]
-        finite = [math.isfinite(a) and math.isfinite(b) for a, b in zip(loss, grad_norm, strict=True)]
+        loss = [float(x) for x in self.losses]
+        grad_norm = [norm if math.isfinite(norm) else None for norm in map(float, self.grad_norms)]
+        may_skip = self.flags.dtype == "fp16"
+        finite = [math.isfinite(a) and (b is not None or may_skip) for a, b in zip(loss, grad_norm, strict=True)]
         kept = range(finite.index(False) if False in finite else len(finite))
         return Steps(
             seconds=[self.seconds[i] for i in kept],
@@ -262,13 +287,14 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
             micro_bsz=flags.micro_bsz,
             accumulation=flags.accumulation,
             dtype=flags.dtype,
-            amp=None,
+            amp=flags.amp,
             recompute=flags.recompute,
             attention=flags.attention,
             packing=0,
             order="plan",
             tuned=False,
         ),
+        "kernels": None,
         "timed_from": flags.warmup_steps,
     }
 

@@ -1,0 +1,44 @@
+"""Which attention kernel Paddle runs: the separate ones of `eager`, or paddle's scaled_dot_product_attention.
+
+The rows of a batch are padded at their end, so that causal attention alone keeps every token from the padding after it.
+The fused kernels are given no mask but that: with both, Paddle's flash kernel refuses to run. `sdpa` and `flash` call
+the same: on a GPU Paddle takes its flash kernel wherever that can run, and a run of `flash` where it did not fails.
+"""
+
+import functools
+import os
+
+import paddle
+import paddle.nn.functional as F
+from paddlenlp import transformers
+
+from tunebench.flags import Flags
+
+
+def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
+    """Says in a model's config which attention to build; of ChatGLMv2 `fuse` does it."""
+    config.use_flash_attention = flags.attention != "eager" and config.model_type != "chatglm_v2"
+    if config.use_flash_attention:
+        os.environ["USE_CASUAL_MASK"] = "True"  # PaddleNLP's, spelled so: Llama and Qwen2 then leave their mask out
+
+
+def fuse(flags: Flags, model: paddle.nn.Layer) -> None:
+    """Lets ChatGLMv2's attention run as one kernel.
+
+    PaddleNLP's own way, `use_flash_attention`, mixes up the rows of a batch: it reshapes a result of (batch, width, …)
+    to (width, batch, …) where it should transpose it.
+    """
+    if flags.attention == "eager" or model.config.model_type != "chatglm_v2":
+        return
+    for layer in model.chatglm_v2.encoder.layers:
+        attention = layer.self_attention.core_attention
+        attention.forward = functools.partial(attend, attention)
+
+
+def attend(
+    self: paddle.nn.Layer, query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, mask: paddle.Tensor
+) -> paddle.Tensor:
+    """CoreAttention's forward in one kernel: from (width, batch, heads, head size) to (width, batch, hidden)."""
+    query, key, value = (x.transpose([1, 0, 2, 3]) for x in (query, key, value))
+    context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    return context.transpose([1, 0, 2, 3]).flatten(2)

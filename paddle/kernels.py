@@ -1,0 +1,40 @@
+"""What Paddle really computes with, seen where it calls its kernels: a flag that is silently ignored is no result."""
+
+from collections.abc import Callable
+from typing import Any
+
+import paddle
+from paddle.base import core
+
+PRODUCTS = ("matmul", "linear", "gemm")  # how the names of matrix products have it; those of attention are among them
+DTYPES = ("float16", "bfloat16", "float32")  # in the order of Paddle's counts, which end with all others
+
+
+def watch(model: paddle.nn.Layer, check: Callable[[set[str], set[str], set[str]], None]) -> None:
+    """Calls `check` with the weights' dtypes, the matrix products' and the attention kernels of the first forward pass.
+
+    The counts are those that paddle.amp.debugging.collect_operator_stats prints. The first step pays for them.
+    """
+
+    def begin(*_: Any) -> None:
+        core.clear_low_precision_op_list()
+        paddle.set_flags({"FLAGS_low_precision_op_list": 1})
+
+    def end(*_: Any) -> None:
+        paddle.set_flags({"FLAGS_low_precision_op_list": 0})
+        for hook in hooks:
+            hook.remove()
+        matmuls, attention = set(), set()
+        for name, counts in core.get_low_precision_op_list().items():
+            if any(part in name for part in PRODUCTS):
+                matmuls.update(dtype for dtype, n in zip(DTYPES, counts.split(","), strict=False) if n != "0")
+            elif name == "softmax" or "attn" in name or "attention" in name:
+                attention.add(name)
+        check({name_of(p.dtype) for p in model.parameters()}, matmuls, attention)
+
+    hooks = [model.register_forward_pre_hook(begin), model.register_forward_post_hook(end)]
+
+
+def name_of(dtype: paddle.dtype) -> str:
+    """A dtype without the framework's name, such as float32."""
+    return str(dtype).removeprefix("paddle.")

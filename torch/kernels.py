@@ -1,0 +1,53 @@
+"""What PyTorch really computes with, seen where it calls its kernels: a flag that is silently ignored is no result."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+PRODUCTS = ("mm", "addmm")  # of activations with weights; those of attention are `bmm`, and rotary tables' stay float32
+SOFTMAX = ("_softmax", "_safe_softmax")
+
+
+class Witness(TorchDispatchMode):
+    """Notes each matrix product's dtype and each attention kernel, below autograd and autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matmuls: set[str] = set()
+        self.attention: set[str] = set()
+
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = operator.name().removeprefix("aten::").partition(".")[0]
+        if name in PRODUCTS:
+            self.matmuls.add(name_of(args[1].dtype))
+        elif name in SOFTMAX or "attention" in name:
+            self.attention.add(name.removeprefix("_"))
+        return operator(*args, **(kwargs or {}))
+
+
+def watch(model: torch.nn.Module, check: Callable[[set[str], set[str], set[str]], None]) -> None:
+    """Calls `check` with the weights' dtypes, the matrix products' and the attention kernels of the first forward pass.
+
+    The first step pays for it.
+    """
+    witness = Witness()
+
+    def begin(*_: Any) -> None:
+        witness.__enter__()
+
+    def end(*_: Any) -> None:
+        witness.__exit__(None, None, None)
+        for hook in hooks:
+            hook.remove()
+        check({name_of(p.dtype) for p in model.parameters()}, witness.matmuls, witness.attention)
+
+    hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype without the framework's name, such as float32."""
+    return str(dtype).removeprefix("torch.")

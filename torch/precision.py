@@ -1,0 +1,88 @@
+"""Low precision in PyTorch: autocast (O1), or weights in it with float32 master weights (O2); fp16's loss scale.
+
+Under ZeRO DeepSpeed does the same by its configuration, `zero_precision`.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from tunebench.flags import Flags
+from tunebench.optimizer import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
+
+
+def autocast(flags: Flags, device: torch.device) -> contextlib.AbstractContextManager:
+    """For the forward pass: casts the inputs of the operators that torch deems safe, at O1."""
+    return torch.autocast(device.type, getattr(torch, flags.compute_dtype), enabled=flags.amp == "O1")
+
+
+class MasterWeights:
+    """An optimizer that updates float32 copies of low-precision weights, and then sets these from them.
+
+    With weights in float32 it is the optimizer that it was given.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []  # each weight and its master
+        for group in optimizer.param_groups:
+            pairs = [(p, p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())) for p in group["params"]]
+            group["params"] = [master for _, master in pairs]
+            self.pairs += pairs
+
+    def take_gradients(self) -> list[torch.nn.Parameter]:
+        """Moves the weights' gradients to the master weights, in float32; these master weights."""
+        for weight, master in self.pairs:
+            if weight is not master:
+                master.grad, weight.grad = weight.grad.float(), None
+        return [master for _, master in self.pairs]
+
+    def step(self) -> None:
+        """Updates the master weights by their gradients, and the weights by them."""
+        self.optimizer.step()
+        with torch.no_grad():
+            for weight, master in self.pairs:
+                if weight is not master:
+                    weight.copy_(master)
+
+    def zero_grad(self) -> None:
+        """Lets go of the master weights' gradients."""
+        self.optimizer.zero_grad()
+
+
+class LossScale:
+    """The dynamic loss scale of fp16, by the rule of torch.amp.GradScaler; 1 for all other dtypes.
+
+    That class checks lists of gradients, which fails where tensor parallelism slices some of them and leaves others
+    whole; and it would check again what the norm of all gradients already shows.
+    """
+
+    def __init__(self, flags: Flags) -> None:
+        self.enabled = flags.dtype == "fp16"
+        self.value = LOSS_SCALE if self.enabled else 1.0
+        self.steps = 0  # since it last changed
+
+    def update(self, overflow: bool) -> None:
+        """Halves it after an overflow, doubles it when there was none for long."""
+        self.steps = 0 if overflow else self.steps + 1
+        if overflow:
+            self.value /= 2
+        elif self.steps == LOSS_SCALE_GROWS_AFTER:
+            self.value, self.steps = self.value * 2, 0
+
+
+def zero_precision(flags: Flags) -> dict[str, Any]:
+    """The part of DeepSpeed's configuration that says the same."""
+    dtype = flags.compute_dtype
+    if flags.amp == "O1":
+        # Gradients and gathered weights are sent in float32, as in every other setup of O1, here and in Paddle.
+        return {"torch_autocast": {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}}
+    if flags.dtype == "bf16":
+        # Its range is float32's: to look for overflows would make the device wait in each step.
+        return {"bf16": {"enabled": True, "check_grad_overflow": False}}
+    if flags.dtype == "fp16":
+        scale = {"initial_scale_power": LOSS_SCALE.bit_length() - 1, "loss_scale_window": LOSS_SCALE_GROWS_AFTER}
+        return {"fp16": {"enabled": True, "loss_scale": 0, "hysteresis": 1, "min_loss_scale": 1} | scale}
+    return {}
