@@ -43,6 +43,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
     weights.load(model, checkpoint)
     attention.fuse(flags, model)
+    precision.autocast_forward(flags, model)
     if flags.recompute:
         model.config.recompute = True
         model.recompute_enable()
@@ -97,8 +98,7 @@ def main(run: Run) -> None:
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
             input_ids, attention_mask, labels = to_device(batch)
-            with precision.autocast(flags):
-                logits = model(input_ids=input_ids, attention_mask=attention_mask)[0]
+            logits = model(input_ids=input_ids, attention_mask=attention_mask)[0]
             micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()

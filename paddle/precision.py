@@ -3,7 +3,7 @@
 The master weights are AdamW's own, `multi_precision`.
 """
 
-import contextlib
+from typing import Any
 
 import paddle
 
@@ -14,14 +14,17 @@ from tunebench.optimizer import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
 LOW_PRECISION_LOOKUP = {"lookup_table", "lookup_table_v2"}
 
 
-def autocast(flags: Flags) -> contextlib.AbstractContextManager:
-    """For the forward pass: casts the inputs of the operators that Paddle deems safe (O1), or of most (O2)."""
-    return paddle.amp.auto_cast(
-        enable=flags.amp is not None,
-        custom_white_list=LOW_PRECISION_LOOKUP if flags.amp == "O2" else None,
-        level=flags.amp or "O0",
-        dtype=flags.compute_dtype if flags.amp else "float16",
-    )
+def autocast_forward(flags: Flags, model: paddle.nn.Layer) -> None:
+    """Lets the model's forward pass cast the inputs of the operators that Paddle deems safe (O1), or of most (O2)."""
+    if flags.amp is None:
+        return
+    forward, lookup = model.forward, LOW_PRECISION_LOOKUP if flags.amp == "O2" else None
+
+    def autocast(*args: Any, **kwargs: Any) -> Any:
+        with paddle.amp.auto_cast(custom_white_list=lookup, level=flags.amp, dtype=flags.compute_dtype):
+            return forward(*args, **kwargs)
+
+    model.forward = autocast
 
 
 def loss_scale(flags: Flags) -> paddle.amp.GradScaler:

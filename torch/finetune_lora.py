@@ -46,6 +46,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     )
     parallel.take_heads(model, group)
     attention.fuse(flags, model)
+    precision.autocast_forward(flags, model, group.device)
     targets = LORA_TARGETS[checkpoint.config["model_type"]]
     config = peft.LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, lora_dropout=0.0, target_modules=targets)
     if flags.recompute:
@@ -105,8 +106,7 @@ def main(run: Run) -> None:
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
             input_ids, attention_mask, labels = to_device(batch, group.device)
-            with precision.autocast(flags, group.device):
-                logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
             micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()

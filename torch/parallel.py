@@ -147,6 +147,8 @@ def wrap(
         deepspeed = import_deepspeed()
         config = zero_config(flags, model.config.hidden_size)
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        if group.loss_scale.enabled:
+            optimizer.override_loss_scale(group.loss_scale.value)
         return engine, optimizer
     optimizer = precision.MasterWeights(optimizer)
     if group.mp == 1 and group.replicas > 1:
@@ -217,6 +219,9 @@ def update(
     """
     if group.zero:
         model.step()
+        if group.loss_scale.enabled:
+            group.loss_scale.update(not model.was_step_applied())
+            optimizer.override_loss_scale(group.loss_scale.value)
         return model.get_global_grad_norm() if model.was_step_applied() else math.inf
     average_adapters(trainable, group)
     norm = clip_gradients(optimizer.take_gradients(), group)

@@ -1,10 +1,8 @@
 """Low precision in PyTorch: autocast (O1), or weights in it with float32 master weights (O2); fp16's loss scale.
 
-Under ZeRO DeepSpeed does the same by its configuration, `zero_precision`.
+Under ZeRO DeepSpeed does what O2 adds, by its configuration: `zero_precision`.
 """
 
-import contextlib
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,9 +11,14 @@ from tunebench.flags import Flags
 from tunebench.optimizer import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
 
 
-def autocast(flags: Flags, device: torch.device) -> contextlib.AbstractContextManager:
-    """For the forward pass: casts the inputs of the operators that torch deems safe, at O1."""
-    return torch.autocast(device.type, getattr(torch, flags.compute_dtype), enabled=flags.amp == "O1")
+def autocast_forward(flags: Flags, model: torch.nn.Module, device: torch.device) -> None:
+    """At O1 lets the model's forward pass cast the inputs of the operators that torch deems safe.
+
+    The model's own, since DeepSpeed disables an autocast around its engine. That of its own, `torch_autocast`, clips
+    fp16's gradients before it takes the loss scale out of them.
+    """
+    if flags.amp == "O1":
+        model.forward = torch.autocast(device.type, getattr(torch, flags.compute_dtype))(model.forward)
 
 
 class MasterWeights:
@@ -53,14 +56,15 @@ class MasterWeights:
 
 
 class LossScale:
-    """The dynamic loss scale of fp16, by the rule of torch.amp.GradScaler; 1 for all other dtypes.
+    """The dynamic loss scale of fp16, by the rule of torch.amp.GradScaler; 1 for all other dtypes, and where DeepSpeed
+    has its own, at O2.
 
     That class checks lists of gradients, which fails where tensor parallelism slices some of them and leaves others
     whole; and it would check again what the norm of all gradients already shows.
     """
 
     def __init__(self, flags: Flags) -> None:
-        self.enabled = flags.dtype == "fp16"
+        self.enabled = flags.dtype == "fp16" and not (flags.zero and flags.amp == "O2")
         self.value = LOSS_SCALE if self.enabled else 1.0
         self.steps = 0  # since it last changed
 
@@ -74,15 +78,11 @@ class LossScale:
 
 
 def zero_precision(flags: Flags) -> dict[str, Any]:
-    """The part of DeepSpeed's configuration that says the same."""
-    dtype = flags.compute_dtype
-    if flags.amp == "O1":
-        # Gradients and gathered weights are sent in float32, as in every other setup of O1, here and in Paddle.
-        return {"torch_autocast": {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}}
+    """The part of DeepSpeed's configuration that asks for O2, with the same rule for the loss scale."""
+    if flags.amp != "O2":
+        return {}
     if flags.dtype == "bf16":
         # Its range is float32's: to look for overflows would make the device wait in each step.
         return {"bf16": {"enabled": True, "check_grad_overflow": False}}
-    if flags.dtype == "fp16":
-        scale = {"initial_scale_power": LOSS_SCALE.bit_length() - 1, "loss_scale_window": LOSS_SCALE_GROWS_AFTER}
-        return {"fp16": {"enabled": True, "loss_scale": 0, "hysteresis": 1, "min_loss_scale": 1} | scale}
-    return {}
+    scale = {"initial_scale_power": LOSS_SCALE.bit_length() - 1, "loss_scale_window": LOSS_SCALE_GROWS_AFTER}
+    return {"fp16": {"enabled": True, "hysteresis": 1, **scale}}

@@ -94,6 +94,8 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
             "peft 0.21.2 and transformers 5.23.0 each slice LoRA's A of a layer that tensor parallelism cuts by its "
             "inputs, so that it no longer fits"
         )
+    if framework == "torch" and flags.zero and flags.dtype == "fp16" and flags.amp == "O2" and not visible_accelerators():
+        return "DeepSpeed 0.19.8 refuses float16 weights on CPUs"
     if framework == "paddle" and flags.dtype != "fp32" and not visible_accelerators():
         return (
             f"Paddle 3.3.1 has no {flags.compute_dtype} kernels for CPUs: there autocast silently computes in float32, "
