@@ -56,7 +56,13 @@ def wrap(
 ) -> tuple[paddle.nn.Layer, paddle.optimizer.Optimizer]:
     """The model and its optimizer, as they run on several processes."""
     optimizer = paddle.optimizer.AdamW(
-        flags.lr, *BETAS, EPSILON, trainable, weight_decay=WEIGHT_DECAY, grad_clip=group.clip, multi_precision=flags.amp == "O2"
+        flags.lr,
+        *BETAS,
+        EPSILON,
+        trainable,
+        weight_decay=WEIGHT_DECAY,
+        grad_clip=group.clip,
+        multi_precision=flags.amp == "O2",
     )
     return parallel.wrap(flags, model, optimizer, group)
 

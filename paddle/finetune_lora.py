@@ -24,9 +24,9 @@ JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the s
 
 import resource
 
-import layer_norm
 import attention
 import kernels
+import layer_norm
 import paddle
 import parallel
 import precision
@@ -82,7 +82,13 @@ def wrap(
     """The model and its optimizer, as they run on several processes."""
     layer_norm.mend_frozen_scales(model)
     optimizer = paddle.optimizer.AdamW(
-        flags.lr, *BETAS, EPSILON, trainable, weight_decay=WEIGHT_DECAY, grad_clip=group.clip, multi_precision=flags.amp == "O2"
+        flags.lr,
+        *BETAS,
+        EPSILON,
+        trainable,
+        weight_decay=WEIGHT_DECAY,
+        grad_clip=group.clip,
+        multi_precision=flags.amp == "O2",
     )
     return parallel.wrap(flags, model, optimizer, group)
 

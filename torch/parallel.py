@@ -248,9 +248,10 @@ def average_adapters(trainable: Sequence[torch.nn.Parameter], group: Group) -> N
 def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> torch.Tensor:
     """Scales the gradients to a global norm of at most 1, in place, and takes the loss scale out of them.
 
-    The norm before clipping is returned, a scalar. As torch.nn.utils.clip_grad_norm_, but with norms of rows first and in float64 from there on: on a CPU the other's
-    float32 sums of an embedding's gradient are off by more than 1e-4 (tests/test_numerics.py shows it). Slices of a
-    tensor-parallel group count together, what all of the group have counts once.
+    The norm before clipping is returned, a scalar. As torch.nn.utils.clip_grad_norm_, but with norms of rows first and
+    in float64 from there on: on a CPU the other's float32 sums of an embedding's gradient are off by more than 1e-4
+    (tests/test_numerics.py shows it). Slices of a tensor-parallel group count together, what all of the group have
+    counts once.
     """
     gradients = [local(p.grad) for p in trainable]
     rows = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]

@@ -31,7 +31,9 @@ class MasterWeights:
         self.optimizer = optimizer
         self.pairs: list[tuple[torch.nn.Parameter, torch.nn.Parameter]] = []  # each weight and its master
         for group in optimizer.param_groups:
-            pairs = [(p, p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())) for p in group["params"]]
+            pairs = [
+                (p, p if p.dtype == torch.float32 else torch.nn.Parameter(p.detach().float())) for p in group["params"]
+            ]
             group["params"] = [master for _, master in pairs]
             self.pairs += pairs
 

@@ -1,4 +1,4 @@
-"""AdamW's settings, the same on both sides: the frameworks' own defaults; where gradients are clipped; fp16's loss scale."""
+"""AdamW's settings, the same on both sides: the frameworks' own defaults; gradient clipping; fp16's loss scale."""
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8

@@ -94,9 +94,11 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
             "peft 0.21.2 and transformers 5.23.0 each slice LoRA's A of a layer that tensor parallelism cuts by its "
             "inputs, so that it no longer fits"
         )
-    if framework == "torch" and flags.zero and flags.dtype == "fp16" and flags.amp == "O2" and not visible_accelerators():
+    if visible_accelerators():
+        return None
+    if framework == "torch" and flags.zero and flags.weights_dtype == "float16":
         return "DeepSpeed 0.19.8 refuses float16 weights on CPUs"
-    if framework == "paddle" and flags.dtype != "fp32" and not visible_accelerators():
+    if framework == "paddle" and flags.dtype != "fp32":
         return (
             f"Paddle 3.3.1 has no {flags.compute_dtype} kernels for CPUs: there autocast silently computes in float32, "
             "and a model in that dtype stops at its first linear layer"

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from scipy import stats
 
@@ -19,9 +19,22 @@ from tunebench.errors import BadInput
 from tunebench.presets import PRESETS
 from tunebench.record import Record, read_record
 
-# Largest relative difference of two fp32 loss curves, at any step, that still counts as the same training.
-LOSS_TOLERANCE, FIRST_LOSS_TOLERANCE = 1e-3, 1e-4  # the second: of step 1, where only the start and the tokens count
-GRADIENT_TOLERANCE = 1e-3  # of the gradient norms, which show faults that a loss hides
+
+class Tolerance(NamedTuple):
+    """Largest relative differences of two curves, at any step, that still count as the same training."""
+
+    first_loss: float  # of step 1, where only the start and the tokens count
+    loss: float
+    gradient: float  # of the gradient norms, which show faults that a loss hides
+
+
+# Low precision: the differences to fp32 that tests/test_precision.py allows a framework, since that is what rounding
+# alone may do.
+TOLERANCES = {
+    "fp32": Tolerance(1e-4, 1e-3, 1e-3),
+    "bf16": Tolerance(1e-3, 1e-2, 5e-2),
+    "fp16": Tolerance(1e-3, 1e-2, 5e-2),
+}
 METHODS = {"lora": "LoRA", "full": "Finetune"}
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "glm": "ChatGLM2", "bloom": "Bloom"}
 NOT_AVAILABLE = "N/A"
@@ -154,11 +167,15 @@ def parity(paddle: Record, torch: Record) -> float:
 
 def disagreement(paddle: Record, torch: Record) -> str | None:
     """Why two curves are not those of one training; None when they are."""
+    skipped = [[i for i, norm in enumerate(r.steps.grad_norm, 1) if norm is None] for r in (paddle, torch)]
+    if skipped[0] != skipped[1]:
+        return f"the steps that were skipped differ: {skipped[0] or 'none'} ≠ {skipped[1] or 'none'}"
     loss, gradients = _relative("loss", paddle, torch), _relative("grad_norm", paddle, torch)
+    tolerance = TOLERANCES[paddle.setup.dtype]
     for what, difference, limit in (
-        ("the losses of step 1", loss[0], FIRST_LOSS_TOLERANCE),
-        ("the losses", max(loss), LOSS_TOLERANCE),
-        ("the gradient norms", max(gradients), GRADIENT_TOLERANCE),
+        ("the losses of step 1", loss[0], tolerance.first_loss),
+        ("the losses", max(loss), tolerance.loss),
+        ("the gradient norms", max(gradients, default=0.0), tolerance.gradient),
     ):
         if not difference <= limit:
             return f"{what} differ by {difference:.1e}, more than {limit:g}"
@@ -167,7 +184,7 @@ def disagreement(paddle: Record, torch: Record) -> str | None:
 
 def _relative(curve: str, paddle: Record, torch: Record) -> list[float]:
     pairs = zip(getattr(paddle.steps, curve), getattr(torch.steps, curve), strict=True)
-    return [abs(a - b) / max(abs(b), 1e-12) for a, b in pairs]
+    return [abs(a - b) / max(abs(b), 1e-12) for a, b in pairs if None not in (a, b)]
 
 
 def render(rows: list[Row], form: str, records: list[Record]) -> str:
@@ -289,7 +306,7 @@ def _attempt(record: Record) -> tuple[str, str | None]:
 def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[str | None, Cell | None, Cell | None]]:
     """Which cells make a row, and what kind: like for like, the best of each on the same work, then the rest.
 
-    Of the rest, a cell is shown beside the other side's of the same setup, if there is one, or alone.
+    Of the rest, a cell is shown alone, or beside the other side's of the same setup or one that differs in precision.
     """
     ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
     pairs: list[tuple[str | None, Cell | None, Cell | None]] = []
@@ -308,9 +325,9 @@ def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[str | None, Cell
     shown = [id(cell) for _, *pair in pairs for cell in pair]
     ours, theirs = ([cell for cell in cells if id(cell) not in shown] for cells in (ours, theirs))
     for a in ours:
-        b = next((b for b in theirs if _setup(a.first) == _setup(b.first)), None)
+        b = next((b for how in (_setup, _split) for b in theirs if how(a.first) == how(b.first)), None)
         theirs = [cell for cell in theirs if cell is not b]
-        pairs.append((LIKE_FOR_LIKE if b else None, a, b))
+        pairs.append((LIKE_FOR_LIKE if b and _setup(a.first) == _setup(b.first) else None, a, b))
     return pairs + [(None, None, b) for b in theirs]
 
 
@@ -338,6 +355,16 @@ def _row(
                 speedup = paddle.rate / torch.rate - 1
                 if paddle.whole and torch.whole:  # or it is not known which runs make a round
                     interval = speedup_interval(paddle.records, torch.records)
+    skipped = [
+        f"{c.first.framework} skipped {sum(r.skipped_steps for r in c.records)} steps (float16 overflowed)"
+        for c in (paddle, torch)
+        if c and any(r.skipped_steps for r in c.records)
+    ]
+    kernels = [
+        f"{c.first.framework} ran {' and '.join(c.first.kernels.attention)}"
+        for c in (paddle, torch)
+        if c and c.rate and c.first.kernels and c.first.setup.attention != "eager"
+    ]
     what = [_on_what(c.first) for c in (paddle, torch) if c and c.rate and told_apart][:1]
     reasons = [f"{c.first.framework} {c.first.status}: {c.first.reason}" for c in (paddle, torch) if c and not c.rate]
     return Row(
@@ -353,7 +380,7 @@ def _row(
         refusal=refusal,
         compared=compared,
         parity=agreement,
-        note="; ".join(filter(None, [note, *reasons, *what])) or None,
+        note="; ".join(filter(None, [note, *reasons, *skipped, *kernels, *what])) or None,
     )
 
 
@@ -379,13 +406,18 @@ def _side(framework: str, cell: Cell | None) -> dict[str, Any]:
 
 def _setup(record: Record) -> str:
     """How a run was split and computed, in the words of the published record."""
+    return ", ".join([*_split(record), f"{record.setup.dtype} {record.setup.amp or ''}".strip()])
+
+
+def _split(record: Record) -> list[str]:
+    """The same but for the precision."""
     setup = record.setup
     replicas = record.devices // setup.mp
     parts = [f"MP {setup.mp}"] * (setup.mp > 1) + [f"ZeRO {setup.zero}"] * (setup.zero > 0)
     parts += [f"DP {replicas}"] * (replicas > 1 and not setup.zero)
     parts += [f"{setup.micro_bsz * replicas}*{setup.accumulation}"] * (setup.accumulation > 1)
     parts += ["recompute"] * setup.recompute + ["tuned"] * setup.tuned
-    return ", ".join([*parts, f"{setup.dtype} {setup.amp or ''}".strip()])
+    return parts + [f"{setup.attention} attention"] * (setup.attention != "eager")
 
 
 def _work(record: Record) -> dict[str, Any]:
