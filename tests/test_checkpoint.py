@@ -2,12 +2,20 @@
 
 import json
 import math
+import os
+import pty
+import re
+import select
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
-from tunebench.checkpoint import find_checkpoint, lora_a, open_checkpoint, tensor_shapes, write_random
+from tunebench.checkpoint import SHARD_BYTES, find_checkpoint, lora_a, open_checkpoint, tensor_shapes, write_random
 from tunebench.errors import BadInput
 from tunebench.presets import PRESETS
 
@@ -59,6 +67,60 @@ def test_shards_hold_the_same_weights(tmp_path):
     parts = {name: value for file in many.files for name, value in load_file(file).items()}
     assert whole.keys() == parts.keys()
     assert all(np.array_equal(whole[name], parts[name]) for name in whole)
+
+
+# data/prepare.py with llama-7b's layers cut to four: two shards with embedding and head. It ends with its own peak of
+# resident memory, which ru_maxrss is not: that starts at the peak of whoever started the process.
+WRITE_CUT_7B = """
+import dataclasses, pathlib, runpy, sys
+from tunebench.presets import PRESETS
+whole = PRESETS["llama-7b"]
+PRESETS["llama-7b"] = dataclasses.replace(whole, config=whole.config | {"num_hidden_layers": 4})
+del sys.argv[0]
+sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
+runpy.run_path(sys.argv[0], run_name="__main__")
+print([line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")][0])
+"""
+
+
+@pytest.fixture
+def spacious(tmp_path):
+    """A folder for gigabytes, which pytest would keep for its next three sessions."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.frameworks
+def test_large_weights_stream_shard_by_shard_and_show_progress(spacious):
+    """On a terminal, as a user would see it: what is shown is read as it comes, and compared with the files there."""
+    ours, its = pty.openpty()
+    command = [sys.executable, "-P", "-c", WRITE_CUT_7B, ROOT / "data/prepare.py"]
+    environment = os.environ | {"TUNEBENCH_CACHE": str(spacious), "TERM": "xterm", "COLUMNS": "120"}
+    flags = ["--model=llama-7b", "--bsz=1", "--steps=1", "--samples=4"]
+    child = subprocess.Popen([*command, *flags], stdin=its, stdout=its, stderr=its, cwd="/", env=environment)
+    os.close(its)
+    shown, shards_there = "", {}  # the names of the shards on disk when a percentage is first seen
+    try:
+        while select.select([ours], [], [], 60)[0]:
+            try:
+                shown += os.read(ours, 1 << 16).decode(errors="replace")
+            except OSError:  # the child has closed its end
+                break
+            for percent in re.findall(r"random weights of llama-7b[^%]*?(\d+)%", shown):
+                if percent not in shards_there:
+                    shards_there[percent] = sorted(file.name for file in spacious.rglob("*.safetensors"))
+        assert child.wait(timeout=60) == 0, shown
+    finally:
+        child.kill()
+        child.wait()
+        os.close(ours)
+    assert list(shards_there) == ["0", "50", "100"]
+    assert shards_there["50"] == ["model-00001-of-00002.safetensors"]
+    assert "model-00002-of-00002.safetensors" in shards_there["100"]
+    sizes = [file.stat().st_size for file in sorted(spacious.rglob("model-*.safetensors"))]
+    assert sizes == [pytest.approx(SHARD_BYTES, rel=0.01)] * 2
+    assert sum(sizes) > 2e9  # so all at once would not fit into what is asserted next
+    assert 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", shown)[1]) < 2e9
 
 
 def test_lora_start_is_kaiming_uniform():
