@@ -121,9 +121,10 @@ class Torch:
         return (each for state in inner.state.values() for each in self.tensors(state) if each.ndim)
 
     def masters(self, optimizer: Any) -> list[Any]:
-        """The float32 weights that DeepSpeed's optimizer steps."""
+        """The float32 weights that DeepSpeed's optimizer steps, or those of precision.py."""
         names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
-        return list(self.tensors([getattr(optimizer, name, None) for name in names]))
+        pairs = [pair for pair in getattr(optimizer, "pairs", []) if pair[0] is not pair[1]]
+        return list(self.tensors([getattr(optimizer, name, None) for name in names])) + [master for _, master in pairs]
 
     def tensors(self, value: Any) -> Iterator[Any]:
         """The tensors in nested lists and dicts."""

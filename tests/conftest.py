@@ -50,6 +50,24 @@ def train(framework: str, method: str, out: Path, *flags: object) -> Record:
     return read_record(out)
 
 
+ALTERED = """
+import runpy, sys
+script = sys.argv.pop(1)
+sys.argv[0], sys.path[0] = script, script.rpartition("/")[0]
+{code}
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def train_altered(code: str, framework: str, method: str, out: Path, *flags: object) -> Record:
+    """Runs a script whose interpreter has run `code` before, to see what the script makes of it; its record."""
+    python = ROOT / ".venv" / framework / "bin" / "python"
+    script = ROOT / framework / f"finetune_{method}.py"
+    command = [python, "-c", ALTERED.format(code=code), script, *flags, "--out", out]
+    subprocess.run(list(map(str, command)), capture_output=True, timeout=600, cwd="/", check=False)
+    return read_record(out)
+
+
 def refusal(done: subprocess.CompletedProcess) -> str:
     """The one line with which a program refused bad input; asserts that it was one line and exit code 2."""
     assert done.returncode == 2, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"

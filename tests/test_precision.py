@@ -1,0 +1,98 @@
+"""Low precision: what is computed in it and what is not, and that a precision which is not obeyed is no result."""
+
+import pytest
+from conftest import run_program, train, train_altered
+from test_sharding import MODEL, close, probe
+
+from tunebench.record import read_record
+from tunebench.tables import TOLERANCES
+
+pytestmark = pytest.mark.frameworks
+NAMES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def assert_close(record, exact):
+    """Within what tunebench/tables.py takes for one training."""
+    tolerance = TOLERANCES[record.setup.dtype]
+    assert record.steps.loss[0] == pytest.approx(exact.steps.loss[0], rel=tolerance.first_loss)
+    assert record.steps.loss == pytest.approx(exact.steps.loss, rel=tolerance.loss)
+    assert record.steps.grad_norm == pytest.approx(exact.steps.grad_norm, rel=tolerance.gradient)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "dtype", "amp", "setup"),
+    [
+        ("llama", "full", "bf16", "O1", []),
+        ("llama", "full", "bf16", "O2", ["--attention=flash"]),
+        ("llama", "full", "fp16", "O1", []),
+        ("llama", "lora", "bf16", "O2", []),
+        ("llama", "lora", "bf16", "O1", ["--recompute"]),
+        ("llama", "lora", "fp16", "O2", ["--mp=2"]),
+        ("bloom", "full", "bf16", "O2", ["--zero=3"]),
+        ("bloom", "full", "bf16", "O1", ["--zero=2", "--attention=flash"]),
+        ("chatglm2", "full", "bf16", "O2", ["--mp=2"]),
+        ("qwen2", "full", "bf16", "O2", ["--nproc=2"]),
+    ],
+    ids=lambda part: "".join(part),
+)
+def test_torch_trains_in_low_precision_on_a_cpu(alone, short, tmp_path, family, method, dtype, amp, setup):
+    exact = alone("torch", family, method)
+    flags = [f"--model={family}-tiny", *short, f"--dtype={dtype}", f"--amp={amp}"]
+    record = train("torch", method, tmp_path / "r.json", *flags, *setup)
+    assert record.kernels.matmuls == [NAMES[dtype]]
+    assert record.kernels.weights == [NAMES[dtype] if amp == "O2" else "float32"]
+    assert record.skipped_steps == 0
+    assert_close(record, exact)
+    assert record.steps.loss != exact.steps.loss
+
+
+@pytest.mark.parametrize(("setup", "ranks"), [([], 1), (["--zero=2", "--nproc=2"], 2)])
+def test_master_weights_are_float32(tmp_path, setup, ranks):
+    """O2, per weight: 2 bytes of it, 2 of its gradient, and over the ranks 4 of its master weight and 8 of moments."""
+    flags = [f"--model={MODEL}", "--bsz=2", "--steps=2", "--warmup-steps=1", "--dtype=bf16", "--amp=O2"]
+    held, record = probe("torch", "full", tmp_path, *flags, *setup)
+    weights = record.model.parameters
+    for rank in held:
+        assert rank["trainable"] == close(2 * weights)
+        assert rank["master"] == close(4 * weights / ranks)
+        assert rank["states"] == close(8 * weights / ranks)
+    if not setup:
+        assert held[0]["gradients"] == close(2 * weights)
+
+
+@pytest.mark.parametrize("setup", [["--zero=1"], ["--nproc=2"]], ids=" ".join)
+def test_fp16_skips_the_steps_that_overflow(tmp_path, setup):
+    """The loss, scaled by 2**16 and doubled for the mean of two replicas, is too much for float16, once."""
+    flags = ["--model=llama-tiny", "--bsz=4", "--steps=3", "--warmup-steps=1"]
+    record = train("torch", "full", tmp_path / "r.json", *flags, "--dtype=fp16", "--amp=O1", *setup)
+    assert record.steps.grad_norm[0] is None
+    assert record.skipped_steps == 1
+    still = train("torch", "full", tmp_path / "s.json", *flags, "--lr=1e-30")
+    assert record.steps.loss[:2] == pytest.approx(still.steps.loss[:2], rel=1e-4), "a skipped step trains nothing"
+    assert record.steps.grad_norm[1:] == pytest.approx(still.steps.grad_norm[1:], rel=0.5), "of gradients without scale"
+    assert record.steps.loss[2] < still.steps.loss[2] * 0.99
+
+
+def test_what_paddle_cannot_do_on_a_cpu_is_unsupported(short, tmp_path):
+    flags = ["--model=llama-tiny", *short, "--dtype=bf16", "--amp=O1", f"--out={tmp_path / 'r.json'}"]
+    assert run_program("paddle/finetune_full.py", *flags).returncode == 1
+    record = read_record(tmp_path / "r.json")
+    assert (record.status, record.setup.dtype, record.setup.amp) == ("unsupported", "bf16", "O1")
+    assert "no bfloat16 kernels for CPUs" in record.reason
+
+
+@pytest.mark.parametrize(
+    ("framework", "code", "what"),
+    [
+        # Paddle's own autocast, on a CPU: it warns and computes in float32.
+        ("paddle", "import tunebench.run; tunebench.run.not_offered = lambda *_: None", "matrix products"),
+        ("torch", "import precision; precision.autocast_forward = lambda *_: None", "matrix products"),
+    ],
+)
+def test_a_precision_that_is_ignored_is_no_result(short, tmp_path, framework, code, what):
+    flags = ["--model=llama-tiny", *short, "--dtype=bf16", "--amp=O1"]
+    record = train_altered(code, framework, "full", tmp_path / "r.json", *flags)
+    assert record.status == "failed"
+    assert record.reason == f"RuntimeError: --dtype bf16: {what} are in float32, not in bfloat16"
+    assert record.kernels.matmuls == ["float32"]
+    assert record.steps is None
