@@ -24,7 +24,7 @@ def autocast_forward(flags: Flags, model: paddle.nn.Layer) -> None:
         with paddle.amp.auto_cast(custom_white_list=lookup, level=flags.amp, dtype=flags.compute_dtype):
             return forward(*args, **kwargs)
 
-    model.forward = autocast
+    vars(model)["forward"] = autocast  # PaddleNLP's __setattr__ would add arguments to what it takes for an old forward
 
 
 def loss_scale(flags: Flags) -> paddle.amp.GradScaler:
