@@ -4,7 +4,7 @@ import pytest
 from conftest import refusal, run_program
 
 from tunebench.errors import BadInput
-from tunebench.flags import parse_flags
+from tunebench.flags import parse_flags, settle_precision
 
 
 def test_a_bare_call(capsys):
@@ -18,6 +18,21 @@ def test_a_bare_call(capsys):
 def test_accumulation_follows_from_the_batch_sizes():
     flags = parse_flags("full", ["--model=llama-tiny", "--bsz=16", "--micro-bsz=4"])
     assert (flags.replicas, flags.accumulation) == (1, 4)
+
+
+def test_precision_says_what_is_held_in_it():
+    dtypes = {}
+    for arguments in ([], ["--dtype=bf16", "--amp=O1"], ["--dtype=fp16"]):
+        flags = parse_flags("full", ["--model=llama-tiny", *arguments])
+        dtypes[flags.amp] = (flags.weights_dtype, flags.compute_dtype)
+    assert dtypes == {None: ("float32",) * 2, "O1": ("float32", "bfloat16"), "O2": ("float16",) * 2}
+
+
+def test_flash_attention_in_float32_is_for_cpus():
+    options = {"dtype": "fp32", "amp": None, "attention": "flash"}
+    settle_precision(options, gpus=0)
+    with pytest.raises(BadInput, match="--attention flash: no flash kernel for GPUs takes float32; use --dtype bf16"):
+        settle_precision(options, gpus=1)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +50,7 @@ def test_accumulation_follows_from_the_batch_sizes():
         (["--mp=2", "--zero=1"], "--zero 1 with --mp 2: not combined here"),
         (["--zero=2", "--nproc=1"], "--zero 2 has nothing to shard over in one process; use --nproc 2 or --zero 0"),
         (["--nproc=4", "--bsz=6"], "--bsz 6 does not divide over 4 replicas; use 4 or 8"),
+        (["--amp=O1"], "--amp O1 is for low precision; use --dtype bf16 or fp16, or leave --amp out"),
         (["--master=here:1"], "--master is for several nodes; add --nnodes"),
         (["--nnodes=2"], "--master is missing; with --nnodes name node 0"),
         (["--nnodes=2", "--master=here"], "--master here is no HOST:PORT"),
@@ -61,7 +77,7 @@ def test_refused_in_combination(arguments, message):
         (["--lr=nan"], "argument --lr: nan is out of range"),
         (["--seed=-1"], "argument --seed: -1 is out of range; use 0 to 4294967295"),
         (["--zero=4"], "argument --zero: invalid choice: 4 (choose from 0, 1, 2, 3)"),
-        (["--dtype=int8"], "argument --dtype: invalid choice: 'int8' (choose from 'fp32')"),
+        (["--dtype=int8"], "argument --dtype: invalid choice: 'int8' (choose from 'fp32', 'bf16', 'fp16')"),
         (["--steps=5", "--epochs=1"], "argument --epochs: not allowed with argument --steps"),
         (["--lora-r=8"], "unrecognized arguments: --lora-r=8"),
         (["--batch=8"], "unrecognized arguments: --batch=8"),

@@ -140,10 +140,12 @@ def parse_flags(
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")
         add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
     options = vars(parser.parse_args(argv))
+    gpus = len(visible_accelerators())
     if world is None:
-        place(options, len(visible_accelerators()))
+        place(options, gpus)
     else:
-        _join(options, world)
+        _join(options, world, gpus)
+    settle_precision(options, gpus)
     size, mp = options["nproc"] * options["nnodes"], options["mp"]
     if options["nproc"] % mp:
         raise BadInput(
@@ -157,13 +159,6 @@ def parse_flags(
         )
     if options["zero"] and size == 1:
         raise BadInput(f"--zero {options['zero']} has nothing to shard over in one process; use --nproc 2 or --zero 0")
-    if options["dtype"] == "fp32":
-        if options["amp"]:
-            raise BadInput(f"--amp {options['amp']} is for --dtype bf16 or fp16; --dtype is fp32")
-        if options["attention"] == "flash" and visible_accelerators():
-            raise BadInput("--attention flash: no flash kernel for GPUs takes float32; use --dtype bf16 or fp16")
-    else:
-        options["amp"] = options["amp"] or "O2"
     replicas, bsz = size // mp, options["bsz"]
     if bsz % replicas:
         raise BadInput(
@@ -217,7 +212,19 @@ def place(options: dict, gpus: int) -> None:
     options["node_rank"] = options["node_rank"] or 0
 
 
-def _join(options: dict, world: World) -> None:
+def settle_precision(options: dict, gpus: int) -> None:
+    """Fills in --amp where `gpus` are visible. Raises `BadInput`."""
+    if options["dtype"] != "fp32":
+        options["amp"] = options["amp"] or "O2"
+    elif options["amp"]:
+        raise BadInput(f"--amp {options['amp']} is for low precision; use --dtype bf16 or fp16, or leave --amp out")
+    elif options["attention"] == "flash" and gpus:
+        raise BadInput(
+            "--attention flash: no flash kernel for GPUs takes float32; use --dtype bf16 or fp16, or --attention sdpa"
+        )
+
+
+def _join(options: dict, world: World, gpus: int) -> None:
     """The same where a launcher has started this process: its word counts. Raises `BadInput` where a flag differs."""
     for name, given in (("nproc", world.nproc), ("nnodes", world.nnodes)):
         if options[name] not in (None, given):
@@ -225,7 +232,6 @@ def _join(options: dict, world: World) -> None:
                 f"--{name} {options[name]}: the launcher started {given}; leave the flag out, or the launcher"
             )
         options[name] = given
-    gpus = len(visible_accelerators())
     if 1 < gpus < world.nproc:  # Slurm can give each task one of its own
         raise BadInput(f"the launcher started {world.nproc} processes for {gpus} GPUs; start at most {gpus}")
     options["node_rank"], options["master"] = world.rank // world.nproc, None
