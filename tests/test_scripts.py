@@ -198,6 +198,11 @@ def slower(record: Record, factor: float, mp: int = 1, zero: int = 0) -> Record:
     return record.model_copy(update={"steps": steps, "setup": setup})
 
 
+def with_setup(record: Record, **changes) -> Record:
+    """The record of a run with other flags."""
+    return record.model_copy(update={"setup": record.setup.model_copy(update=changes)})
+
+
 class TestTables:
     def test_every_pair_has_a_speedup(self, records):
         rows = join(list(records.values()))
@@ -254,6 +259,44 @@ class TestTables:
         (row,) = join([torch, paddle, odd])
         assert (row.speedup, row.refusal, row.paddle_runs) == (None, "losses differ", 2)
         assert "the gradient norms differ by 2.0e-03" in row.note
+
+    def test_low_precision_has_its_own_tolerance(self, records):
+        torch, paddle = (with_setup(records["llama", "full", side], dtype="bf16", amp="O2") for side in FRAMEWORKS)
+        loss = [paddle.steps.loss[0], *(loss * 1.005 for loss in paddle.steps.loss[1:])]
+        other = paddle.model_copy(update={"steps": paddle.steps.model_copy(update={"loss": loss})})
+        (row,) = join([torch, other])
+        assert (row.refusal, row.compared, row.paddle_setup) == (None, "like for like", "bf16 O2")
+        (row,) = join([with_setup(torch, dtype="fp32", amp=None), with_setup(other, dtype="fp32", amp=None)])
+        assert row.refusal == "losses differ"
+
+    def test_unequal_precision_stands_side_by_side_without_a_speedup(self, records):
+        torch = with_setup(records["llama", "full", "torch"], dtype="fp16", amp="O1")
+        paddle = with_setup(records["llama", "full", "paddle"], dtype="fp16", amp="O2")
+        (row,) = join([torch, paddle])
+        assert (row.paddle_setup, row.torch_setup) == ("fp16 O2", "fp16 O1")
+        assert (row.speedup, row.refusal, row.compared) == (None, "not the same work", None)
+        assert "setup.amp: O2 ≠ O1" in row.note
+
+    def test_steps_that_one_side_skipped_are_other_work(self, records):
+        torch, paddle = (with_setup(records["llama", "full", side], dtype="fp16", amp="O2") for side in FRAMEWORKS)
+
+        def skipping(record):
+            norms = [None, *record.steps.grad_norm[1:]]
+            return record.model_copy(update={"steps": record.steps.model_copy(update={"grad_norm": norms})})
+
+        (row,) = join([torch, skipping(paddle)])
+        assert row.refusal == "losses differ"
+        assert "the steps that were skipped differ: [1] ≠ none" in row.note
+        (row,) = join([skipping(torch), skipping(paddle)])
+        assert row.refusal is None
+        assert "paddle skipped 1 steps (float16 overflowed); torch skipped 1 steps" in row.note
+
+    def test_attention_is_part_of_the_setup_and_its_kernel_is_named(self, records):
+        torch, paddle = (with_setup(records["llama", "full", side], attention="flash") for side in FRAMEWORKS)
+        rows = join([torch, paddle, records["llama", "full", "torch"], records["llama", "full", "paddle"]])
+        assert [row.paddle_setup for row in rows[:2]] == ["flash attention, fp32", "fp32"]
+        assert {row.compared for row in rows[:2]} == {"like for like"}
+        assert "paddle ran softmax; torch ran softmax" in rows[0].note
 
     def test_other_versions_are_no_repeats(self, records):
         torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]

@@ -28,12 +28,11 @@ class Tolerance(NamedTuple):
     gradient: float  # of the gradient norms, which show faults that a loss hides
 
 
-# Low precision: the differences to fp32 that tests/test_precision.py allows a framework, since that is what rounding
-# alone may do.
+# Low precision: what its rounding alone may do. tests/test_precision.py allows torch as much against its own fp32.
 TOLERANCES = {
     "fp32": Tolerance(1e-4, 1e-3, 1e-3),
     "bf16": Tolerance(1e-3, 1e-2, 5e-2),
-    "fp16": Tolerance(1e-3, 1e-2, 5e-2),
+    "fp16": Tolerance(5e-4, 5e-3, 2e-2),
 }
 METHODS = {"lora": "LoRA", "full": "Finetune"}
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "glm": "ChatGLM2", "bloom": "Bloom"}
