@@ -44,9 +44,9 @@ def run_program(*command: object, check: bool = False, **options) -> subprocess.
     return done
 
 
-def train(framework: str, method: str, out: Path, *flags: object) -> Record:
+def train(framework: str, method: str, out: Path, *flags: object, **options) -> Record:
     """Runs a script to its end and reads its record."""
-    run_program(f"{framework}/finetune_{method}.py", *flags, "--out", out, check=True)
+    run_program(f"{framework}/finetune_{method}.py", *flags, "--out", out, check=True, **options)
     return read_record(out)
 
 

@@ -125,28 +125,16 @@ def test_recompute_saves_memory_and_nothing_else(tmp_path, framework, family, me
     layers = config.get("num_hidden_layers") or config["n_layer"]
     heads = config.get("num_attention_heads") or config["n_head"]
     flags = [f"--model={family}-tiny", f"--bsz={bsz}", "--samples=40", "--steps=2", "--warmup-steps=1", "--seed=1"]
-    plain = train_apart(framework, method, tmp_path / "plain.json", *flags)
-    recomputed = train_apart(framework, method, tmp_path / "recomputed.json", *flags, "--recompute")
+    # Large blocks go back to the system when freed: glibc keeps some, so that equal runs' peaks differ by up to 100 MB.
+    env = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    plain = train(framework, method, tmp_path / "plain.json", *flags, env=env)
+    recomputed = train(framework, method, tmp_path / "recomputed.json", *flags, "--recompute", env=env)
     assert (plain.setup.recompute, recomputed.setup.recompute) == (False, True)
     assert recomputed.steps.loss == pytest.approx(plain.steps.loss, rel=1e-6)
     assert recomputed.steps.grad_norm == pytest.approx(plain.steps.grad_norm, rel=1e-6)
     width = max(plain.steps.padded_tokens) // bsz
     saved = plain.peak_memory_bytes[0] - recomputed.peak_memory_bytes[0]
     assert saved > (layers - 1) * bsz * heads * width * width * 4
-
-
-def train_apart(framework: str, method: str, out: Path, *flags: object) -> Record:
-    """As `train`, but so that the peak of memory is the run's own, and the same each time.
-
-    A shell starts the script, since a process's peak starts at that of its parent, here pytest's. Large blocks go back
-    to the system when they are freed: else glibc keeps some, and the peaks of equal runs differ by up to 100 MB.
-    """
-    script = ROOT / framework / f"finetune_{method}.py"
-    command = ["sh", "-c", '"$@"; exit $?', "sh", sys.executable, script, *flags, f"--out={out}"]
-    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
-    done = subprocess.run(command, cwd="/", env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return read_record(out)
 
 
 def test_a_checkpoint_folder_in_shards_with_its_own_tokenizer(tmp_path):

@@ -13,14 +13,13 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
 
 from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
+from tunebench.hardware import peak_resident_bytes
 from tunebench.optimizer import BETAS, EPSILON, WEIGHT_DECAY
 from tunebench.plan import MicroBatch
 from tunebench.run import Run, read_job, recorded
 
 FRAMEWORK, METHOD = "torch", "full"
 JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
-
-import resource
 
 import attention
 import kernels
@@ -76,7 +75,7 @@ def peak_memory_bytes() -> int:
     """The most memory held: by tensors on a GPU, by the whole process on a CPU."""
     if GPU:
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 def main(run: Run) -> None:

@@ -14,6 +14,7 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
 
 from tunebench.checkpoint import Checkpoint, lora_a
 from tunebench.flags import Flags
+from tunebench.hardware import peak_resident_bytes
 from tunebench.optimizer import BETAS, EPSILON, WEIGHT_DECAY
 from tunebench.plan import MicroBatch
 from tunebench.presets import LORA_TARGETS
@@ -21,8 +22,6 @@ from tunebench.run import Run, read_job, recorded
 
 FRAMEWORK, METHOD = "torch", "lora"
 JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
-
-import resource
 
 import attention
 import kernels
@@ -86,7 +85,7 @@ def peak_memory_bytes() -> int:
     """The most memory held: by tensors on a GPU, by the whole process on a CPU."""
     if GPU:
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident_bytes()
 
 
 def main(run: Run) -> None:

@@ -3,6 +3,7 @@
 import os
 import platform
 from importlib import metadata
+from pathlib import Path
 
 import psutil
 import pynvml
@@ -55,6 +56,15 @@ def read_hardware() -> Hardware:
         accelerators=visible_accelerators(),
         driver=_driver(),
     )
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process has held: VmHWM of proc(5).
+
+    getrusage's ru_maxrss starts at the peak of the process that started this one.
+    """
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def visible_accelerators() -> list[str]:
