@@ -33,6 +33,8 @@ MATRIX += [(*which, setup) for which in (("llama", "full"), ("bloom", "lora")) f
 MATRIX += [
     *(("qwen2", "full", ["--mp=4"]), ("qwen2", "lora", ["--zero=3"]), ("qwen2", "lora", ["--mp=2"])),
     *(("chatglm2", "full", ["--mp=2"]), ("chatglm2", "full", ["--zero=3"]), ("chatglm2", "lora", ["--zero=2"])),
+    *(("bloom", "full", ["--mp=2", "--attention=flash"]), ("llama", "lora", ["--zero=3", "--attention=flash"])),
+    *(("qwen2", "full", ["--mp=2", "--attention=flash"]), ("chatglm2", "full", ["--mp=2", "--attention=sdpa"])),
 ]
 
 
