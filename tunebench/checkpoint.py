@@ -24,6 +24,7 @@ from tunebench.presets import PRESETS, Preset
 
 WRITER_VERSION = 1  # part of the cache key: raise it when the same seed would give other weights
 SHARD_BYTES = 1 << 30
+VALUES_AT_ONCE = 2**24  # random ones, of which a float32 copy is in memory
 FINGERPRINT = "fingerprint.json"  # in the cache only: the digest of weights written there
 
 
@@ -284,11 +285,17 @@ def write_random(
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], preset: Preset, seed: int, dtype: np.dtype) -> np.ndarray:
-    values = _generator(seed, name).standard_normal(shape, dtype=np.float32)
-    values *= preset.config["initializer_range"]
-    if len(shape) == 1 and name.endswith(".weight"):  # a norm's scale
-        values += 1.0
-    return values.astype(dtype)
+    """One tensor, made in stretches of rows: in float32 a vocabulary's embedding would be several GB."""
+    generator, tensor = _generator(seed, name), np.empty(shape, dtype)
+    rows = max(1, VALUES_AT_ONCE // math.prod(shape[1:]))
+    for first in range(0, len(tensor), rows):
+        stretch = tensor[first : first + rows]
+        values = generator.standard_normal(stretch.shape, dtype=np.float32)
+        values *= preset.config["initializer_range"]
+        if len(shape) == 1 and name.endswith(".weight"):  # a norm's scale
+            values += 1.0
+        stretch[...] = values
+    return tensor
 
 
 def _generator(seed: int, name: str) -> np.random.Generator:
