@@ -1,8 +1,8 @@
 """Which attention kernel Paddle runs: the separate ones of `eager`, or paddle's scaled_dot_product_attention.
 
 The rows of a batch are padded at their end, so that causal attention alone keeps every token from the padding after it.
-The fused kernels are given no mask but that: with both, Paddle's flash kernel refuses to run. `sdpa` and `flash` call
-the same: on a GPU Paddle takes its flash kernel wherever that can run, and a run of `flash` where it did not fails.
+The fused kernels are given no mask but that, as on the other side. `sdpa` and `flash` call the same: on a GPU Paddle
+takes its flash kernel wherever that can run, and a run of `flash` where it did not fails.
 """
 
 import functools
@@ -39,6 +39,7 @@ def attend(
     self: paddle.nn.Layer, query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, mask: paddle.Tensor
 ) -> paddle.Tensor:
     """CoreAttention's forward in one kernel: from (width, batch, heads, head size) to (width, batch, hidden)."""
-    query, key, value = (x.transpose([1, 0, 2, 3]) for x in (query, key, value))
+    # At O1 the table of positions, in float32, has made queries and keys so: no fused kernel takes them beside others.
+    query, key, value = (x.transpose([1, 0, 2, 3]).astype(value.dtype) for x in (query, key, value))
     context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return context.transpose([1, 0, 2, 3]).flatten(2)

@@ -6,7 +6,9 @@ from typing import Any
 import paddle
 from paddle.base import core
 
-PRODUCTS = ("matmul", "linear", "gemm")  # how the names of matrix products have it; those of attention are among them
+# How the names of matrix products have it: of activations with weights, and in most attention. ChatGLMv2's eager one
+# has `bmm`, which autocast leaves in float32.
+PRODUCTS = ("matmul", "linear", "gemm")
 DTYPES = ("float16", "bfloat16", "float32")  # in the order of Paddle's counts, which end with all others
 
 

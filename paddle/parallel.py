@@ -144,7 +144,7 @@ def fill(parameter: paddle.Tensor, values: Callable[[tuple[int, int]], np.ndarra
     own, outputs = parameter.shape
     slices, index = (group.mp, group.mp_rank) if parameter.is_distributed else (1, 0)
     whole = values((outputs, own * slices))
-    parameter.set_value(paddle.to_tensor(whole[:, index * own : (index + 1) * own].T))
+    parameter.set_value(paddle.to_tensor(whole[:, index * own : (index + 1) * own].T).astype(parameter.dtype))
 
 
 def count(parameters: Iterable[paddle.Tensor], group: Group) -> int:
@@ -232,7 +232,6 @@ def update(model: paddle.nn.Layer, optimizer: Any, trainable: Sequence[paddle.Te
 
     A step of fp16 whose gradients overflowed is skipped: its norm is not finite.
     """
-    group.clip.norm = math.inf  # where the optimizer is not called at all
     group.loss_scale.step(optimizer)  # which clips by `group.clip`, once the gradients are reduced
     group.loss_scale.update()
     if group.zero < 2:

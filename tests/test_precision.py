@@ -81,6 +81,18 @@ def test_what_paddle_cannot_do_on_a_cpu_is_unsupported(short, tmp_path):
     assert "no bfloat16 kernels for CPUs" in record.reason
 
 
+@pytest.mark.parametrize(("family", "method"), [("llama", "full"), ("llama", "lora"), ("bloom", "lora")])
+def test_paddle_gets_as_far_as_a_cpu_lets_it(short, tmp_path, family, method):
+    """At O2 the model, its adapters and its optimizer are made: what is missing is the first layer's kernel."""
+    offered = "import tunebench.run; tunebench.run.not_offered = lambda *_: None"
+    flags = [f"--model={family}-tiny", *short, "--dtype=bf16", "--amp=O2"]
+    record = train_altered(offered, "paddle", method, tmp_path / "r.json", *flags)
+    assert record.status == "failed"
+    kernel = "layer_norm" if family == "bloom" else "matmul"
+    assert f"bfloat16) of kernel `{kernel}` is not registered" in record.reason
+    assert record.model.trainable_parameters
+
+
 @pytest.mark.parametrize(
     ("framework", "code", "what"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers import masking_utils
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
 from tunebench.checkpoint import Checkpoint
@@ -32,6 +33,8 @@ def fuse(flags: Flags, model: torch.nn.Module) -> None:
             block.self_attention.forward = functools.partial(attend_with_alibi, block.self_attention)
         return
     model.register_forward_pre_hook(leave_out_mask, with_kwargs=True)
+    # Without a mask transformers looks for packed rows, of which there are none, and waits for the device each time.
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
     if flags.attention == "flash":
         # Despite the name these switches count on CPUs too. Where the flash kernel cannot run, it is an error now.
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRODUCTS = ("mm", "addmm")  # of activations with weights; those of attention are `bmm`, and rotary tables' stay float32
+PRODUCTS = ("mm", "addmm")  # of activations with weights; those of attention are `bmm`
 SOFTMAX = ("_softmax", "_safe_softmax")
 
 

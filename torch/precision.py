@@ -84,7 +84,7 @@ def zero_precision(flags: Flags) -> dict[str, Any]:
     if flags.amp != "O2":
         return {}
     if flags.dtype == "bf16":
-        # Its range is float32's: to look for overflows would make the device wait in each step.
+        # Its range is float32's: to look for overflows would make stages 1 and 2 wait for the device in each step.
         return {"bf16": {"enabled": True, "check_grad_overflow": False}}
     scale = {"initial_scale_power": LOSS_SCALE.bit_length() - 1, "loss_scale_window": LOSS_SCALE_GROWS_AFTER}
     return {"fp16": {"enabled": True, "hysteresis": 1, **scale}}

@@ -95,6 +95,15 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
             "inputs, so that it no longer fits"
         )
     if visible_accelerators():
+        # Of the fused kernels, those for float32. The flash kernels of both take grouped queries, Paddle's a bias too.
+        if flags.attention == "sdpa" and flags.dtype == "fp32":
+            grouped = checkpoint.config.get("num_key_value_heads") != checkpoint.config.get("num_attention_heads")
+            if framework == "torch" and grouped:
+                return "torch 2.13.0 has no fused attention in float32 on GPUs for grouped queries"
+            if framework == "paddle" and checkpoint.config["model_type"] == "bloom":
+                return (
+                    "Paddle 3.3.1 has fused attention with a bias in float32 on GPUs for some widths of a batch alone"
+                )
         return None
     if framework == "torch" and flags.zero and flags.weights_dtype == "float16":
         return "DeepSpeed 0.19.8 refuses float16 weights on CPUs"
@@ -163,11 +172,12 @@ class Run:
         ):
             if found != [asked]:
                 raise RuntimeError(f"--dtype {flags.dtype}: {what} are in {' and '.join(found)}, not in {asked}")
+        sign = {"eager": "softmax", "sdpa": "att", "flash": "flash"}[flags.attention]
         if self.framework == "paddle" and self.about["hardware"].device == "cpu":
-            return  # where its scaled_dot_product_attention is made of separate kernels
-        # A flash kernel takes no ALiBi from torch: there Bloom runs the fastest fused one that does.
-        sign = "flash" if flags.attention == "flash" and self.model.family != "bloom" else "att"
-        if flags.attention != "eager" and not all(sign in kernel for kernel in seen.attention):
+            sign = "softmax"  # there its scaled_dot_product_attention is made of separate kernels
+        elif flags.attention == "flash" and self.model.family == "bloom":
+            sign = "att"  # torch's flash kernels take no ALiBi: there Bloom runs the fastest fused one that does
+        if not all(sign in kernel for kernel in seen.attention):
             raise RuntimeError(f"--attention {flags.attention}: what ran is {' and '.join(seen.attention)}")
 
     def start(self, synchronize: Callable[[], None]) -> None:
