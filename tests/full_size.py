@@ -1,0 +1,403 @@
+"""Builds the models of full-size runs as shapes, with the scripts' own functions, and says what came out.
+
+    python tests/full_size.py torch CASES.json OUT.json
+
+In the environment of one framework. CASES is {name: [method, flag, ...]}; OUT is {name: {processes: what they built, or
+the error}}. Several processes are, of torch, the last rank of as many, in a process group of torch's own that sends
+nothing; of Paddle, real ones.
+
+Parameters are counted in all layers, where no weight is read and none takes memory: the checkpoint is a file of holes
+in the dtype that the run holds, which torch maps and never touches; Paddle's parameters are lazy, and the one call that
+would fill them is replaced by a check of names and shapes. Layers are all alike, so that the rest is done with one or
+two of full width: torch's slices and shards, which are copied for real, and the passes through a model.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import json
+import math
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tunebench import processes
+from tunebench.checkpoint import SHARD_BYTES, Checkpoint, find_checkpoint, open_checkpoint, tensor_shapes
+from tunebench.flags import Flags, parse_flags
+from tunebench.launch import ALONE, World, export
+from tunebench.presets import PRESETS, Preset
+from tunebench.run import Job, Run
+
+ROOT = Path(__file__).resolve().parents[1]
+BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+TINY = {"llama": "llama-tiny", "bloom": "bloom-tiny", "glm": "chatglm2-tiny", "qwen2": "qwen2-tiny"}
+POSITIONS = 2048  # PaddleNLP calculates tables of them for each layer: 4 GB with the 131,072 of Qwen2
+BSZ = 16  # of the plan whose batches give the inputs their shape
+# What changes nothing of a model and of a batch's shape.
+WITHOUT_EFFECT = ("data", "samples", "steps", "warmup_steps", "lr", "timeout", "out", "bsz", "node_rank")
+
+Facts = dict[str, Any]
+Script = dict[str, Any]  # the names that it defines
+Cases = dict[str, tuple[str, Flags]]  # method and flags by name
+
+
+def main() -> None:
+    """Starts the processes, which take over this one's imports, and gathers what they say."""
+    framework, cases, out = sys.argv[1], *map(Path, sys.argv[2:])
+    by_size: dict[int, Cases] = {}
+    for name, (method, *arguments) in json.loads(cases.read_text()).items():
+        given = parse_flags(method, arguments)
+        # As a worker on a machine with that many GPUs reads them.
+        world = World(given.world_size - 1, given.nproc - 1, given.nproc, given.world_size)
+        flags = parse_flags(method, arguments, world=world)
+        for size in SIZES[framework](flags):
+            by_size.setdefault(size, {})[name] = method, flags
+    os.environ["OMP_NUM_THREADS"] = "1"  # for each of several processes
+    scripts = load_scripts(framework)
+    fork = multiprocessing.get_context("fork")
+    results: dict[str, dict[int, Facts]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for size, members in by_size.items():
+            with socket.socket() as reserved:
+                reserved.bind(("localhost", 0))
+                port = reserved.getsockname()[1]
+            ranks = range(size) if framework == "paddle" else [size - 1]
+            for rank in ranks:
+                said = Path(folder) / f"{size}-{rank}"
+                world = World(rank, rank, size, size, port, ("localhost",)) if size > 1 else ALONE
+                process = fork.Process(target=build_all, args=(framework, scripts, world, members, said))
+                process.start()
+                started.append((process, size, members, said))
+        for process, size, members, said in started:
+            process.join()
+            lost = {name: {"error": f"a process ended with {process.exitcode}"} for name in members}
+            for name, facts in (json.loads(said.read_text()) if said.exists() else lost).items():
+                kept = results.setdefault(name, {}).setdefault(size, facts)
+                if "error" not in kept and facts != kept:  # ranks differ
+                    results[name][size] = facts if "error" in facts else {"error": f"{kept} on a rank, {facts} on one"}
+    out.write_text(json.dumps(results, indent=1))
+
+
+def build_all(framework: str, scripts: dict[str, Script], world: World, cases: Cases, said: Path) -> None:
+    """Builds each case in this process, and writes what came of it."""
+    processes.die_with_parent()
+    builder = {"torch": Torch, "paddle": Paddle}[framework](scripts, world)
+    built: dict[str, Facts] = {}
+    results: dict[str, Facts] = {}
+    for name, (method, given) in cases.items():
+        flags = builder.share(given)
+        key = json.dumps([method, {k: v for k, v in flags.model_dump().items() if k not in WITHOUT_EFFECT}])
+        try:
+            if key not in built:
+                built[key] = builder.build(method, flags)
+            results[name] = built[key]
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+        gc.collect()  # models are in cycles
+    said.write_text(json.dumps(results))
+    os._exit(0)  # as run.py's `_leave`: gloo's groups can deadlock when they are cleared away
+
+
+# Over how many processes a run's flags are built. A single one goes through the passes, which ZeRO does not change;
+# replicas of Paddle's models are built alike.
+SIZES = {
+    "torch": lambda flags: {1, flags.world_size} if flags.mp == 1 else {flags.world_size},
+    "paddle": lambda flags: {flags.mp},
+}
+
+
+def load_scripts(framework: str) -> dict[str, Script]:
+    """The names that each script of the framework defines, by method; each has a plan and tiny weights made."""
+    sys.path[0] = str(ROOT / framework)
+    scripts = {}
+    for method in ("full", "lora"):
+        script = f"finetune_{method}.py"
+        sys.argv = [script, "--model=llama-tiny", f"--bsz={BSZ}", "--samples=32", "--steps=2", "--warmup-steps=1"]
+        scripts[method] = runpy.run_path(str(ROOT / framework / script))
+    return scripts
+
+
+@contextlib.contextmanager
+def hollow_checkpoint(flags: Flags, layers: int | None = None, vocabulary: int | None = None) -> Iterator[Checkpoint]:
+    """A preset's checkpoint whose tensors are holes in files, if need be with fewer layers and a smaller vocabulary."""
+    preset, less = PRESETS[flags.model], {}
+    if "max_position_embeddings" in preset.config:
+        less["max_position_embeddings"] = POSITIONS
+    if layers:
+        less["n_layer" if "n_layer" in preset.config else "num_hidden_layers"] = layers
+    if vocabulary:
+        less |= {"vocab_size": vocabulary, "pad_token_id": 0}
+    preset = dataclasses.replace(preset, config=preset.config | less)
+    # From a disk transformers would have the holes read ahead; what is copied must not fill shared memory instead.
+    shared = "/dev/shm" if not layers and Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        write_hollow(Path(folder), preset, DTYPES[flags.weights_dtype])
+        yield open_checkpoint(Path(folder), known_sha256="of holes")
+
+
+def tiny_checkpoint(flags: Flags) -> Checkpoint:
+    """The random weights of the tiny model of the same family."""
+    return find_checkpoint(TINY[PRESETS[flags.model].config["model_type"]], "random", 0)
+
+
+def write_hollow(folder: Path, preset: Preset, dtype: str) -> None:
+    """config.json and safetensors files that take no space: their heads are written, their tensors left out."""
+    (folder / "config.json").write_text(json.dumps(preset.config))
+    sizes = {name: math.prod(shape) * BYTES[dtype] for name, shape in tensor_shapes(preset.config).items()}
+    files: dict[str, dict[str, Any]] = {}
+    start = SHARD_BYTES
+    for name, shape in tensor_shapes(preset.config).items():
+        if start + sizes[name] > SHARD_BYTES:
+            files[f"model-{len(files)}.safetensors"], start = {}, 0
+        place = [start, start + sizes[name]]
+        files[f"model-{len(files) - 1}.safetensors"][name] = {"dtype": dtype, "shape": shape, "data_offsets": place}
+        start = place[1]
+    for file, tensors in files.items():
+        head = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
+        with (folder / file).open("wb") as content:
+            content.write(len(head).to_bytes(8, "little") + head)
+            content.truncate(8 + len(head) + sum(sizes[name] for name in tensors))
+    weight_map = {name: file for file, tensors in files.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+class Torch:
+    """One process that builds what the last rank of a run would."""
+
+    def __init__(self, scripts: dict[str, Script], world: World) -> None:
+        self.scripts, self.world = scripts, world
+        import torch
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        if world.size > 1:
+            from torch.testing._internal.distributed.fake_pg import FakeStore
+
+            torch.distributed.init_process_group("fake", rank=world.rank, world_size=world.size, store=FakeStore())
+            os.environ["LOCAL_RANK"] = str(world.local_rank)  # torchrun's, which DeepSpeed reads
+
+    def share(self, flags: Flags) -> Flags:
+        """The flags of what is built here.
+
+        ZeRO changes how a model is loaded and what wraps it, in the case that several processes build, and not the
+        passes through it, in the case of one; attention changes these alone.
+        """
+        if self.world.size == 1:
+            return flags.model_copy(update={"zero": 0, "nproc": 1})
+        return flags.model_copy(update={"attention": "eager"}) if flags.zero else flags
+
+    def build(self, method: str, flags: Flags) -> Facts:
+        """What the flags build: whole in one process, or as the last rank of several holds it."""
+        import torch
+
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        torch.backends.cuda.enable_mem_efficient_sdp(True)
+        torch.backends.cuda.enable_math_sdp(True)
+        script = self.scripts[method]
+        if flags.zero:
+            return self.shard(script, flags)
+        if self.world.size > 1:
+            return self.step(script, method, flags, layers=1)
+        group = self.join(script, flags)
+        with hollow_checkpoint(flags) as checkpoint:
+            model = script["build_model"](flags, checkpoint, group)
+        return self.step(script, method, flags, layers=2) | self.counts(script, model, group)
+
+    def join(self, script: Script, flags: Flags) -> Any:
+        """parallel.join, but that the process group is there already."""
+        parallel = script["parallel"]
+        if self.world.size == 1:
+            return parallel.join(flags, ALONE)
+        import torch
+        from torch.distributed.device_mesh import init_device_mesh
+
+        mesh = None
+        if flags.mp > 1:
+            mesh = init_device_mesh("cpu", (flags.replicas, flags.mp), mesh_dim_names=("dp", "tp"))
+        scale = script["precision"].LossScale(flags)
+        return parallel.Group(torch.device("cpu"), self.world.rank, self.world.size, flags.zero, flags.mp, mesh, scale)
+
+    def counts(self, script: Script, model: Any, group: Any) -> Facts:
+        """Parameters, those that are trained, those that this process holds, and their dtypes."""
+        count = script["parallel"].count
+        return {
+            "parameters": count(model.parameters(), group),
+            "trainable": count([p for p in model.parameters() if p.requires_grad], group),
+            "held": sum(script["parallel"].local(p).numel() for p in model.parameters()),
+            "dtypes": sorted({script["kernels"].name_of(p.dtype) for p in model.parameters()}),
+        }
+
+    def step(self, script: Script, method: str, flags: Flags, layers: int) -> Facts:
+        """Builds the model and goes through the script's first step without doing its arithmetic."""
+        from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+        parallel, group = script["parallel"], self.join(script, flags)
+        with hollow_checkpoint(flags, layers=layers) as checkpoint:
+            model = script["build_model"](flags, checkpoint, group)
+            facts = self.counts(script, model, group) | {"recompute": model.is_gradient_checkpointing}
+            shapes = FakeTensorMode()
+            for module in model.modules():
+                for tensors in (module._parameters, module._buffers):
+                    tensors.update({k: shapes.from_tensor(v) for k, v in tensors.items() if v is not None})
+        run = Run("torch", method, Job(flags, checkpoint, script["JOB"].plan, ALONE))
+        run.describe("cpu", facts["parameters"], facts["trainable"])
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        script["kernels"].watch(model, run.check_kernels)
+        batch = next(run.plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz))[1]
+        with shapes:
+            model, optimizer = script["wrap"](flags, model, trainable, group)
+            input_ids, attention_mask, labels = map(shapes.from_tensor, script["to_device"](batch, group.device))
+            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            parallel.backward(model, parallel.sum_of_losses(logits, labels, group), group)
+            facts["gradients"] = sorted({script["kernels"].name_of(p.grad.dtype) for p in trainable})
+            # Of fp16 it asks whether the gradients overflowed, which shapes do not tell.
+            with contextlib.suppress(*[DataDependentOutputException] * (flags.dtype == "fp16")):
+                parallel.update(model, optimizer, trainable, group)
+            optimizer.step()
+        return facts | run.about["kernels"].model_dump() | {"logits": [*logits.shape], "inputs": [*input_ids.shape]}
+
+    def shard(self, script: Script, flags: Flags) -> Facts:
+        """What DeepSpeed makes of the flags: its configuration, the model that it loads, and its engine of a tiny one.
+
+        It holds each tensor whole for a moment: the vocabulary is cut too.
+        """
+        parallel, group = script["parallel"], self.join(script, flags)
+        deepspeed = parallel.import_deepspeed()
+        deepspeed.init_distributed(dist_init_required=False)
+        config = deepspeed.DeepSpeedConfig(parallel.zero_config(flags, PRESETS[flags.model].config["hidden_size"]))
+        low = {"float16": config.float16_config, "bfloat16": config.bfloat16_config}
+        facts = {
+            "bsz": config.train_batch_size,
+            "stage": config.zero_optimization_stage,
+            "precision": [name for name, part in low.items() if part.enabled],
+        }
+        with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
+            facts |= self.counts(script, self.load(script, flags, checkpoint, group), group)
+            facts["whole"] = checkpoint.parameters
+        model = self.load(script, flags, tiny_checkpoint(flags), group)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        try:
+            engine, optimizer = script["wrap"](flags, model, trainable, group)
+            facts["engine"] = [type(engine).__name__, type(optimizer).__name__]
+        except ValueError as refusal:
+            facts["refused"] = str(refusal)
+        return facts
+
+    def load(self, script: Script, flags: Flags, checkpoint: Checkpoint, group: Any) -> Any:
+        """The script's model, after which the next one is not loaded in ZeRO 3 too."""
+        try:
+            return script["build_model"](flags, checkpoint, group)
+        finally:
+            vars(script["parallel"]).pop("_zero_3", None)
+
+
+class Paddle:
+    """A whole model, or one rank's slices of it."""
+
+    def __init__(self, scripts: dict[str, Script], world: World) -> None:
+        self.scripts, self.world, self.group = scripts, world, None
+        export(world, "paddle")
+
+    def share(self, flags: Flags) -> Flags:
+        """The flags of what is built here: replicas and ZeRO do not change how a model is built.
+
+        ChatGLMv2 is built in float32: it calculates in its own dtype meanwhile, which for others has no kernels here.
+        """
+        glm = PRESETS[flags.model].config["model_type"] == "glm"
+        alone = {"zero": 0, "nproc": flags.mp}
+        return flags.model_copy(update=alone | ({"dtype": "fp32", "amp": None} if glm else {}))
+
+    def build(self, method: str, flags: Flags) -> Facts:
+        """What the flags build, in all layers; what they build and load for real of the family's tiny model."""
+        script = self.scripts[method]
+        if self.group is None or self.world.size == 1:
+            self.group = script["parallel"].join(flags, self.world)
+        facts = self.shapes(script, flags) | {"tiny": self.tiny(script, flags)}
+        return facts | (self.forward(script, flags) if flags.mp == 1 else {})
+
+    def lazily(self, script: Script, flags: Flags, checkpoint: Checkpoint) -> Any:
+        """The script's model without weights."""
+        import paddle
+        from paddlenlp.transformers.model_utils import no_init_weights
+
+        weights, load = script["weights"], script["weights"].load
+        weights.load = check_places
+        try:
+            with paddle.LazyGuard(), no_init_weights():
+                return script["build_model"](flags, checkpoint, self.group)
+        finally:
+            weights.load = load
+
+    def shapes(self, script: Script, flags: Flags) -> Facts:
+        """The same of Paddle's, in all layers."""
+        count = script["parallel"].count
+        with hollow_checkpoint(flags) as checkpoint:
+            model = self.lazily(script, flags, checkpoint)
+        recompute = {layer.enable_recompute for layer in model.sublayers() if hasattr(layer, "enable_recompute")}
+        return {
+            "parameters": count(model.parameters(), self.group),
+            "trainable": count([p for p in model.parameters() if not p.stop_gradient], self.group),
+            "held": sum(p.size for p in model.parameters()),
+            "dtypes": sorted({script["kernels"].name_of(p.dtype) for p in model.parameters()}),
+            "recompute": True in recompute,
+        }
+
+    def tiny(self, script: Script, flags: Flags) -> list[str]:
+        """The dtypes of the tiny model of the family, which is loaded."""
+        model = script["build_model"](flags, tiny_checkpoint(flags), self.group)
+        assert all(p._is_initialized() for p in model.parameters())
+        return sorted({script["kernels"].name_of(p.dtype) for p in model.parameters()})
+
+    def forward(self, script: Script, flags: Flags) -> Facts:
+        """The forward pass as a static program, which knows shapes: in float32, since others have no kernels here."""
+        import paddle
+        from paddle.static import InputSpec
+
+        flags = flags.model_copy(update={"dtype": "fp32", "amp": None})
+        with hollow_checkpoint(flags, layers=2) as checkpoint:
+            model = self.lazily(script, flags, checkpoint)
+        arrays = next(script["JOB"].plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz))[1]
+        inputs = [InputSpec(array.shape, "int64") for array in (arrays.input_ids, arrays.attention_mask)]
+
+        def call(input_ids: Any, attention_mask: Any) -> Any:
+            return model(input_ids=input_ids, attention_mask=attention_mask)[0]
+
+        program = paddle.jit.to_static(call, input_spec=inputs, full_graph=True).concrete_program
+        return {"logits": [*program.outputs[0].shape], "inputs": [*arrays.input_ids.shape]}
+
+
+def check_places(model: Any, checkpoint: Checkpoint) -> None:
+    """In place of weights.load: that each tensor has its place in the model and fits, or its slice does."""
+    import weights
+
+    targets = weights.name_targets(model, checkpoint.config)
+    wholes: dict[str, list[int]] = {}
+    for source, shape in tensor_shapes(checkpoint.config).items():
+        name, transpose, part = targets[source]
+        shape = [*(reversed(shape) if transpose else shape)]
+        if part and name in wholes:  # q, k and v, one after the other along the outputs
+            shape[-1] += wholes[name][-1]
+        wholes[name] = shape
+    state = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    degree = model.config.tensor_parallel_degree
+    slices = model.get_tensor_parallel_convert_actions(model.config, state) if degree > 1 else {}
+    left = state.keys() - wholes.keys()
+    if any(not name.endswith(("lm_head.decoder_weight", "rotary_pos_emb.inv_freq")) for name in left):
+        raise RuntimeError(f"no weight for {', '.join(sorted(left))}")
+    for name, whole in wholes.items():
+        pieces = [[n // degree if axis == i else n for i, n in enumerate(whole)] for axis in range(len(whole))]
+        if state[name] not in (pieces if name in slices else [whole]):
+            raise RuntimeError(f"{name}: the model has {state[name]}, the checkpoint {whole}, over {degree} processes")
+
+
+if __name__ == "__main__":
+    main()

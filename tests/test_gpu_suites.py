@@ -1,0 +1,223 @@
+"""The suites for GPUs, as far as they can be checked without one: their rows, their flags, and the models they build.
+
+tests/full_size.py builds each run's model by shapes, at full size, with the script's own functions and the run's flags.
+"""
+
+import csv
+import functools
+import json
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import FRAMEWORKS, ROOT
+
+from tunebench.checkpoint import Checkpoint, tensor_shapes
+from tunebench.errors import BadInput
+from tunebench.flags import place
+from tunebench.presets import LORA_TARGETS, PRESETS
+from tunebench.run import check_tensor_parallel, not_offered
+from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
+
+GPUS = {"a100x4": 4, "a100x4-as-published": 4, "h100x8": 8}
+PAIRS = [(suite, pair.name) for suite in GPUS for pair in read_suite(find_suite(suite)).pair]
+MODELS = {"chatglm-6b": "chatglm2-6b"}  # the record's that have a stand-in
+
+
+@functools.cache
+def planned(suite: str) -> dict[tuple[str, str], Planned]:
+    """The runs of a suite by pair and framework, their flags parsed. Raises `BadInput`."""
+    file = find_suite(suite)
+    return {(run.pair, run.framework): run for run in plan_runs(file, read_suite(file), Path("results"), 1, None)}
+
+
+def runs(suite: str) -> list[Planned]:
+    return list(planned(suite).values())
+
+
+@pytest.mark.parametrize("suite", GPUS)
+def test_a_machine_with_as_many_gpus_takes_the_flags(suite):
+    for run in runs(suite):
+        options = run.flags.model_dump(include={"nproc", "mp", "zero"})
+        options |= dict.fromkeys(("nnodes", "node_rank", "master"))
+        place(options, gpus=GPUS[suite])
+        assert run.flags.samples == 10_000
+    assert max(run.flags.world_size for run in runs(suite)) == GPUS[suite]
+
+
+@pytest.mark.parametrize("suite", GPUS)
+def test_the_models_can_be_split_so_and_both_frameworks_offer_it(suite):
+    for run in runs(suite):
+        checkpoint = Checkpoint(Path(), PRESETS[run.flags.model].config, [], "")
+        check_tensor_parallel(run.framework, run.flags, checkpoint)
+        reason = not_offered(run.framework, run.method, run.flags, checkpoint)
+        assert reason is None or "CPUs" in reason, f"{run.name}: {reason}"
+
+
+@pytest.mark.parametrize("suite", ["a100x4", "h100x8"])
+def test_both_sides_run_the_same(suite):
+    for pair in {run.pair for run in runs(suite)}:
+        assert planned(suite)[pair, "torch"].flags == planned(suite)[pair, "paddle"].flags
+
+
+def test_flash_has_its_counterpart():
+    flags = [run.flags for run in runs("h100x8")]
+    assert {each.model for each in flags} == {name for name in PRESETS if "tiny" not in name}
+    for each in flags:
+        # Of llama-65b in ZeRO 3, which Paddle is not expected to fit, one is enough.
+        if each.attention == "flash" and (each.model, each.zero) != ("llama-65b", 3):
+            assert each.model_copy(update={"attention": "eager"}) in flags
+
+
+def published_rows() -> list[dict[str, str]]:
+    with (ROOT / "results" / "published" / "a100.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def setup_of(text: str, model: str) -> tuple[int, int, bool, int]:
+    """A published setup as mp, zero, recompute and accumulation. The stand-in's heads do not divide by 4."""
+    mp = re.search(r"MP ?(\d)", text)
+    zero = re.search(r"(?:ZeRO|sharding) (\d)", text)
+    accumulation = re.search(r"\d\*(\d)", text)
+    degree = int(mp[1]) if mp else 1
+    return (
+        2 if mp and model == "chatglm2-6b" else degree,
+        int(zero[1]) if zero else 0,
+        "recompute" in text or "ckpt" in text,
+        int(accumulation[1]) if accumulation else 1,
+    )
+
+
+def is_row(run: Planned, row: dict[str, str], setup: str) -> bool:
+    """Whether a run has the row's model, method, GPUs, batch size and data, and the setup."""
+    model = MODELS.get(row["model"], row["model"].lower())
+    flags = run.flags
+    return (
+        (flags.model, run.method) == (model, {"LoRA": "lora", "Finetune": "full"}[row["method"]])
+        and (flags.world_size, flags.bsz) == (int(row["num_gpus"]), int(row["batch_size"]))
+        and flags.data == ("alpaca" if model.startswith("llama") else "guanaco")
+        and (flags.mp, flags.zero, flags.recompute, flags.accumulation) == setup_of(setup, model)
+    )
+
+
+def test_every_published_row_is_there_on_both_sides():
+    for row in published_rows():
+        for setup in (row["paddle_setup"], row["torch_setup"]):
+            found = [run.framework for run in runs("a100x4") if is_row(run, row, setup)]
+            assert sorted(found) == ["paddle", "torch"], (row, setup)
+    assert {(run.flags.dtype, run.flags.amp) for run in runs("a100x4")} == {("fp16", "O2")}
+
+
+def test_every_published_row_is_there_as_it_was():
+    suite = "a100x4-as-published"
+    unused = {run.pair for run in runs(suite)}
+    for row in published_rows():
+        found = {
+            pair
+            for pair in {run.pair for run in runs(suite)}
+            if all(is_row(planned(suite)[pair, side], row, row[f"{side}_setup"]) for side in FRAMEWORKS)
+        }
+        assert len(found) == 1, row
+        unused -= found
+    assert not unused
+    assert {(run.framework, run.flags.dtype, run.flags.amp) for run in runs(suite)} == {
+        ("torch", "fp16", "O1"),
+        ("paddle", "fp16", "O2"),
+    }
+    assert "UNEQUAL" in read_suite(find_suite(suite)).title
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """What each run builds, by suite/pair and number of processes; made when a framework is first asked for."""
+    folder, made = tmp_path_factory.mktemp("built"), {}
+
+    def results(framework):
+        if framework not in made:
+            cases = {}
+            for suite in GPUS:
+                try:
+                    members = [run for run in runs(suite) if run.framework == framework]
+                except BadInput:  # which the tests of this suite say
+                    continue
+                cases |= {f"{suite}/{run.pair}": [run.method, *run.argv[1:-1]] for run in members}
+            (folder / "cases").write_text(json.dumps(cases))
+            python = ROOT / ".venv" / framework / "bin" / "python"
+            command = [python, "-P", ROOT / "tests" / "full_size.py", framework, folder / "cases", folder / framework]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/", check=False)
+            assert done.returncode == 0, done.stderr
+            made[framework] = json.loads((folder / framework).read_text())
+        return made[framework]
+
+    return results
+
+
+def parameters(config: dict, **cut: int) -> int:
+    return sum(map(math.prod, tensor_shapes(config | cut).values()))
+
+
+def adapters(config: dict, rank: int, **cut: int) -> int:
+    """LoRA's weights: A and B of each adapted layer."""
+    return sum(
+        rank * sum(shape)
+        for name, shape in tensor_shapes(config | cut).items()
+        if name.endswith(".weight") and name.split(".")[-2] in LORA_TARGETS[config["model_type"]]
+    )
+
+
+def check_counts(facts: dict, run: Planned, **cut: int) -> None:
+    """All parameters, and those that are trained, are those that the model's config and the method ask for."""
+    config = PRESETS[run.flags.model].config
+    whole, added = parameters(config, **cut), adapters(config, run.flags.lora_r, **cut)
+    assert (facts["parameters"], facts["trainable"]) == (
+        (whole + added, added) if run.method == "lora" else (whole,) * 2
+    )
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(("suite", "pair"), PAIRS)
+def test_torch_builds_it(built, suite, pair):
+    run = planned(suite)[pair, "torch"]
+    flags, config = run.flags, PRESETS[run.flags.model].config
+    layers = "n_layer" if "n_layer" in config else "num_hidden_layers"
+    by_size = built("torch")[f"{suite}/{pair}"]
+    assert [facts["error"] for facts in by_size.values() if "error" in facts] == []
+    if flags.mp == 1:
+        check_counts(by_size["1"], run)
+    for size, facts in by_size.items():
+        assert facts["dtypes"] == [flags.weights_dtype]
+        if flags.zero and size != "1":
+            check_counts(facts, run, **{layers: 1, "vocab_size": 8192})
+            assert (facts["bsz"], facts["stage"]) == (flags.bsz, flags.zero)
+            assert facts["precision"] == ([flags.compute_dtype] if flags.amp == "O2" else [])
+            if flags.weights_dtype == "float16":
+                assert facts["refused"] == "Type fp16 is not supported on your device."
+            else:
+                assert facts["engine"][0] == "DeepSpeedEngine"
+            continue
+        if flags.mp > 1:
+            check_counts(facts, run, **{layers: 1})
+        assert facts["gradients"] == facts["weights"] == [flags.weights_dtype]
+        assert facts["matmuls"] == [flags.compute_dtype]
+        eager = flags.attention == "eager"
+        assert facts["attention"] == ["softmax" if eager else "scaled_dot_product_flash_attention_for_cpu"]
+        assert facts["recompute"] == flags.recompute
+        assert facts["logits"] == [*facts["inputs"], config["vocab_size"]]
+        assert facts["inputs"][0] == flags.micro_bsz
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(("suite", "pair"), PAIRS)
+def test_paddle_builds_it(built, suite, pair):
+    run = planned(suite)[pair, "paddle"]
+    flags, config = run.flags, PRESETS[run.flags.model].config
+    [facts] = built("paddle")[f"{suite}/{pair}"].values()
+    assert "error" not in facts, facts["error"]
+    check_counts(facts, run)
+    assert facts["dtypes"] == facts["tiny"] == ["float32" if config["model_type"] == "glm" else flags.weights_dtype]
+    assert facts["recompute"] == flags.recompute
+    if flags.mp == 1:
+        assert facts["logits"] == [*facts["inputs"], config["vocab_size"]]
+        assert facts["inputs"][0] == flags.micro_bsz
