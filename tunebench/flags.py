@@ -48,6 +48,7 @@ class Flags(BaseModel):
     lr: float
     seed: int
     timeout: float
+    aa: str | None
     out: Path | None
     lora_r: int = 0
     lora_alpha: int = 0
@@ -135,6 +136,7 @@ def parse_flags(
     add("--warmup-steps", type=not_negative, default=5, help="first steps, recorded but not timed")
     add("--lr", type=positive_float, default=1e-4, help="learning rate, constant")
     add("--timeout", type=positive_float, default=3600.0, help="seconds after which the run ends as `timeout`")
+    add("--aa", choices=["a", "b"], help="one side of a comparison of this run with itself (run_all.sh --aa)")
     add("--out", type=Path, help="record file (default: a new one in results/runs/)")
     if method == "lora":
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")

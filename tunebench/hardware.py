@@ -1,9 +1,14 @@
 """What the run ran on: read from the system and from NVIDIA's library, without any framework."""
 
+import contextlib
+import hashlib
+import itertools
 import os
 import platform
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pynvml
@@ -19,6 +24,14 @@ MATHS_VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "CUDA_VISIBLE_DEVICES",
 )
+LINKS = {
+    pynvml.NVML_TOPOLOGY_INTERNAL: "PIX",
+    pynvml.NVML_TOPOLOGY_SINGLE: "PIX",
+    pynvml.NVML_TOPOLOGY_MULTIPLE: "PXB",
+    pynvml.NVML_TOPOLOGY_HOSTBRIDGE: "PHB",
+    pynvml.NVML_TOPOLOGY_NODE: "NODE",
+    pynvml.NVML_TOPOLOGY_SYSTEM: "SYS",
+}
 PACKAGES = {
     "torch": ("torch", "transformers", "peft", "accelerate", "deepspeed"),
     "paddle": ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp"),
@@ -26,36 +39,60 @@ PACKAGES = {
 }
 
 
+class Accelerator(BaseModel):
+    """A GPU as NVIDIA's library describes it; None where it does not say. `sm_clock_mhz` is that of the moment."""
+
+    name: str
+    memory_bytes: int | None
+    power_limit_watts: float | None
+    sm_clock_mhz: int | None
+    max_sm_clock_mhz: int | None
+    max_memory_clock_mhz: int | None
+    ecc: bool | None
+
+
 class Hardware(BaseModel):
     """The machine of a run. Memory in bytes; `threads` is what both maths libraries were told to use.
 
-    `device` is what the framework trained on, None before it said so; `accelerators` are those that were visible.
+    `machine` is a digest of its name and id, so that two of a kind are told apart. `governor` is that of the cores'
+    clocks. `device` is what the framework trained on, None before it said so; `accelerators` are those that were
+    visible, `links` what joins each to each, in the words of `nvidia-smi topo -m`; `cuda` is the driver's newest.
     """
 
+    machine: str
     cpu: str
     cores: int
     threads: int
+    governor: str | None
     memory_bytes: int
     kernel: str
     environment: dict[str, str]
     device: str | None
-    accelerators: list[str]
+    accelerators: list[Accelerator]
+    links: list[list[str]]
     driver: str | None
+    cuda: str | None
 
 
 def read_hardware() -> Hardware:
     """The hardware as this process sees it: `cores` are those that it may use."""
-    return Hardware(
-        cpu=next(iter(cpuinfo("model name")), platform.processor() or platform.machine()),
-        cores=len(os.sched_getaffinity(0)),
-        threads=int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]),
-        memory_bytes=psutil.virtual_memory().total,
-        kernel=platform.release(),
-        environment={name: os.environ[name] for name in MATHS_VARIABLES if name in os.environ},
-        device=None,
-        accelerators=visible_accelerators(),
-        driver=_driver(),
-    )
+    with _visible_gpus() as gpus:
+        cuda = _ask(pynvml.nvmlSystemGetCudaDriverVersion) if gpus else None
+        return Hardware(
+            machine=_machine(),
+            cpu=next(iter(cpuinfo("model name")), platform.processor() or platform.machine()),
+            cores=len(os.sched_getaffinity(0)),
+            threads=int(os.environ.get("OMP_NUM_THREADS", "1").split(",")[0]),
+            governor=_governor(),
+            memory_bytes=psutil.virtual_memory().total,
+            kernel=platform.release(),
+            environment={name: os.environ[name] for name in MATHS_VARIABLES if name in os.environ},
+            device=None,
+            accelerators=list(map(_describe, gpus)),
+            links=[["X" if a is b else _link(a, b) for b in gpus] for a in gpus],
+            driver=_ask(pynvml.nvmlSystemGetDriverVersion) if gpus else None,
+            cuda=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
+        )
 
 
 def peak_resident_bytes() -> int:
@@ -69,37 +106,84 @@ def peak_resident_bytes() -> int:
 
 def visible_accelerators() -> list[str]:
     """The names of the NVIDIA GPUs that this process may use; empty without a driver."""
-    try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        gpus = [(pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return []
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return [name for _, name in gpus]
-    visible = []
-    for entry in map(str.strip, chosen.split(",")):  # an index, or the start of a UUID
-        fits = [name for i, (uuid, name) in enumerate(gpus) if entry and (entry == str(i) or uuid.startswith(entry))]
-        visible.extend(fits[:1])
-    return visible
+    with _visible_gpus() as gpus:
+        return [pynvml.nvmlDeviceGetName(gpu) for gpu in gpus]
 
 
 def read_versions(framework: str) -> dict[str, str]:
-    """The versions of Python and of the packages that decide speed, as installed."""
+    """The versions of Python and of the packages that decide speed, as installed; of NVIDIA's libraries too."""
     versions = {"python": platform.python_version()}
     for name in (*PACKAGES[framework], *PACKAGES["shared"]):
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
+    names = {(each.metadata["Name"] or "").lower(): each.version for each in metadata.distributions()}
+    return versions | {name: names[name] for name in sorted(names) if name.startswith(("nvidia-c", "nvidia-nccl"))}
 
 
-def _driver() -> str | None:
+def _machine() -> str:
+    path = Path("/etc/machine-id")
+    about = f"{platform.node()} {path.read_text().strip() if path.exists() else ''}"
+    return hashlib.sha256(about.encode()).hexdigest()[:12]
+
+
+def _governor() -> str | None:
+    files = (Path(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor") for cpu in os.sched_getaffinity(0))
+    return ", ".join(sorted({file.read_text().strip() for file in files if file.exists()})) or None
+
+
+@contextlib.contextmanager
+def _visible_gpus() -> Iterator[list[Any]]:
+    """NVIDIA's handles of the GPUs that this process may use; empty without a driver."""
     try:
         pynvml.nvmlInit()
-        return pynvml.nvmlSystemGetDriverVersion()
+    except pynvml.NVMLError:
+        yield []
+        return
+    try:
+        yield _chosen([pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())])
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _chosen(gpus: list[Any]) -> list[Any]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return gpus
+    visible = []
+    for entry in map(str.strip, chosen.split(",")):  # an index, or the start of a UUID
+        fits = (
+            gpu
+            for i, gpu in enumerate(gpus)
+            if entry and (entry == str(i) or pynvml.nvmlDeviceGetUUID(gpu).startswith(entry))
+        )
+        visible.extend(itertools.islice(fits, 1))
+    return visible
+
+
+def _describe(gpu: Any) -> Accelerator:
+    memory, milliwatts = _ask(pynvml.nvmlDeviceGetMemoryInfo, gpu), _ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu)
+    ecc = _ask(pynvml.nvmlDeviceGetCurrentEccMode, gpu)
+    return Accelerator(
+        name=pynvml.nvmlDeviceGetName(gpu),
+        memory_bytes=memory and memory.total,
+        power_limit_watts=milliwatts and milliwatts / 1000,
+        sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_SM),
+        max_sm_clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, gpu, pynvml.NVML_CLOCK_SM),
+        max_memory_clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, gpu, pynvml.NVML_CLOCK_MEM),
+        ecc=None if ecc is None else bool(ecc),
+    )
+
+
+def _link(one: Any, other: Any) -> str:
+    """What joins two GPUs: NVLink, or the PCIe bridges and buses that lie between them."""
+    if _ask(pynvml.nvmlDeviceGetP2PStatus, one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == pynvml.NVML_P2P_STATUS_OK:
+        return "NV"
+    return LINKS.get(_ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, one, other), "?")
+
+
+def _ask(question: Callable[..., Any], *about: Any) -> Any:
+    """NVIDIA's answer, None where the device or the driver has none."""
+    try:
+        return question(*about)
     except pynvml.NVMLError:
         return None

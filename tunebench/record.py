@@ -1,8 +1,9 @@
 """The record: one JSON file per run. Nothing that can be derived is stored."""
 
+import hashlib
 import json
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -112,6 +113,7 @@ class Record(Strict):
     started_at: str
     framework: Literal["torch", "paddle"]
     method: Literal["full", "lora"]
+    aa: Literal["a", "b"] | None  # which side of a comparison with itself this is, by --aa
     argv: list[str]
     versions: dict[str, str]
     git: Git
@@ -161,25 +163,54 @@ class Record(Strict):
         return self.steps.grad_norm.count(None) if self.steps else 0
 
     def write(self, path: Path) -> None:
-        """Writes the record whole or not at all."""
-        write_atomically(path, (self.model_dump_json(by_alias=True, indent=1) + "\n").encode())
+        """Writes the record whole or not at all, with a digest of it. Raises OSError where there is no room."""
+        content = json.loads(self.model_dump_json(by_alias=True))
+        write_atomically(path, (json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n").encode())
 
 
 def read_record(path: Path) -> Record:
     """Reads one record file. Raises `BadInput` with the file and the first thing wrong in it."""
     try:
-        return Record.model_validate_json(path.read_bytes())
+        return parse_record(path.read_bytes())
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
+    except ValueError as fault:
+        raise BadInput(f"{path}: not a record: {' '.join(str(fault).split())}") from None
+
+
+def parse_record(text: bytes) -> Record:
+    """A record from its file's content. Raises ValueError with the first thing wrong in it, in one line."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"a record is an object, not {type(content).__name__}")
+    kept = content.pop("sha256", None)
+    try:
+        record = Record.model_validate_json(json.dumps(content))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise BadInput(f"{path}: not a record: {where + ': ' if where else ''}{first['msg']}") from None
+        raise ValueError(f"{where + ': ' if where else ''}{first['msg']}") from None
+    if kept is None:
+        raise ValueError("sha256: Field required")
+    if kept != _digest(content):
+        raise ValueError(f"edited since it was written: sha256 is {kept}, that of its content {_digest(content)}")
+    return record
 
 
 def json_schema() -> str:
     """The record's JSON Schema, as kept in tunebench/record.schema.json."""
-    return json.dumps(Record.model_json_schema(by_alias=True), indent=2) + "\n"
+    schema = Record.model_json_schema(by_alias=True)
+    about = "Of all the other fields, as JSON with sorted keys and no blanks."
+    schema["properties"]["sha256"] = {"title": "Sha256", "type": "string", "description": about}
+    schema["required"].append("sha256")
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -288,6 +288,7 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "framework": framework,
         "method": method,
+        "aa": flags.aa,
         "argv": argv,
         "versions": read_versions(framework),
         "git": read_git(),

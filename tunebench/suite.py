@@ -59,8 +59,9 @@ def main() -> int:
     add(
         "--fresh",
         action="store_true",
-        help="from the start; earlier results (with --only: its runs') move to results/.previous/",
+        help="from the start; earlier results (with --only or --aa: those runs') move to results/.previous/",
     )
+    add("--aa", action="store_true", help="each side against itself instead: what a difference is worth here")
     add("--dry-run", action="store_true", help="print the runs, start none")
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
@@ -71,7 +72,7 @@ def main() -> int:
 
     path = find_suite(options.suite)
     suite, folder = read_suite(path), results_folder() / path.stem
-    runs = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only)
+    runs = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only, options.aa)
     if options.dry_run:
         for run in runs:
             print(f"{run.name}{': done already' if _before(run)[0] else ''}\n  {shlex.join(run.command)}")
@@ -79,10 +80,14 @@ def main() -> int:
     for framework in sorted({run.framework for run in runs}):
         if not is_complete(framework):
             raise BadInput(f"the environment .venv/{framework} is not complete; run: bash setup.sh {framework}")
-    with _locked(folder):
+    with _locked(results_folder()):
+        folder.mkdir(parents=True, exist_ok=True)
+        for run in runs:  # what is left of a record that was being written when its run was killed
+            for part in run.record.parent.glob(f".{run.record.name}.*"):
+                part.unlink()
         if options.fresh:
-            everything = [old for old in folder.iterdir() if old.name != ".lock"]
-            _set_aside(folder, *([p for run in runs for p in (run.record, run.log)] if options.only else everything))
+            only_these = options.only or options.aa
+            _set_aside(folder, *((p for r in runs for p in (r.record, r.log)) if only_these else folder.iterdir()))
         print(f"suite {path.stem} ({suite.title}), records in {folder}/")
         return run_all(runs, folder, suite.minutes and suite.minutes * 60 / (2 * len(suite.pair)))
 
@@ -252,16 +257,17 @@ def _status_line() -> Iterator[Callable[[str, bool], None]]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which no child inherits. Raises `BadInput` while another process has it."""
+    """Holds the lock of all results, which no child inherits. Raises `BadInput` while another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            raise BadInput(f"suite {folder.name} is running already, as process {lock.read()}; wait for it") from None
+            holder = lock.read() or "another process"
+            raise BadInput(f"{folder} is in use by {holder}; wait for it, since two would slow each other") from None
         lock.truncate(0)
-        lock.write(str(os.getpid()))
+        lock.write(f"process {os.getpid()}: {shlex.join(['run_all.sh', *sys.argv[1:]])}")
         lock.flush()
         yield
 

@@ -24,7 +24,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of suites and pairs: they name folders
 
 def _check_flags(flags: dict[str, Any]) -> dict[str, Any]:
     for name, value in flags.items():
-        if name in ("out", "help"):
+        if name in ("out", "aa", "help"):
             raise ValueError(f"{name} is no flag for a suite")
         if not isinstance(value, bool | int | float | str):
             raise ValueError(f"{name}: a flag is a text, a number, true or false")
@@ -35,6 +35,8 @@ def _check_names(pairs: "list[Pair]") -> "list[Pair]":
     names = [pair.name for pair in pairs]
     if len(set(names)) < len(names):
         raise ValueError(f"two pairs have the name {max(names, key=names.count)}")
+    if "aa" in names:
+        raise ValueError("a pair cannot be named aa: that folder is for comparisons of a side with itself")
     return pairs
 
 
@@ -63,10 +65,14 @@ class Suite(Strict):
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a suite, its flags checked. `argv` is as its record will have it, --out last."""
+    """One run of a suite, its flags checked. `argv` is as its record will have it, --out last.
+
+    `side` is a or b where a run is compared with itself.
+    """
 
     pair: str
     framework: Framework
+    side: str | None
     round: int
     method: Method
     flags: Flags
@@ -78,7 +84,7 @@ class Planned:
     @property
     def name(self) -> str:
         """How messages call it."""
-        return f"{self.pair}/{self.framework} r{self.round}"
+        return f"{self.pair}/{self.framework}{f' {self.side}' if self.side else ''} r{self.round}"
 
     @property
     def command(self) -> list[str]:
@@ -116,8 +122,13 @@ def read_suite(path: Path) -> Suite:
         raise BadInput(": ".join(map(str, [path, *where, message]))) from None
 
 
-def plan_runs(path: Path, suite: Suite, folder: Path, repeats: int, only: str | None) -> list[Planned]:
-    """The runs in order, all flags checked: in odd rounds Paddle goes first, in even ones Torch (ABBA)."""
+def plan_runs(
+    path: Path, suite: Suite, folder: Path, repeats: int, only: str | None, aa: bool = False
+) -> list[Planned]:
+    """The runs in order, all flags checked: in odd rounds Paddle goes first, in even ones Torch (ABBA).
+
+    With `aa` each side goes against itself in the same way: a first in odd rounds, b in even ones.
+    """
     checked: dict[tuple[str, str], tuple[Flags, list[str]]] = {}
     for pair, framework in itertools.product(suite.pair, ("paddle", "torch")):
         table = suite.defaults | pair.flags | getattr(pair, framework)
@@ -129,13 +140,16 @@ def plan_runs(path: Path, suite: Suite, folder: Path, repeats: int, only: str | 
     if not wanted:
         raise BadInput(f"--only {only} fits none of {', '.join(map('/'.join, checked))}")
     runs = []
+    sides = list(itertools.product(("paddle", "torch"), ("a", "b") if aa else (None,)))
     for number, pair in itertools.product(range(1, repeats + 1), suite.pair):
-        for framework in ("paddle", "torch") if number % 2 else ("torch", "paddle"):
+        for framework, side in sides if number % 2 else reversed(sides):
             if (pair.name, framework) in wanted:
                 flags, arguments = checked[pair.name, framework]
-                record = folder / pair.name / f"{framework}-r{number}.json"
-                argv = [pair.script, *arguments, f"--out={record}"]
-                who = (pair.name, framework, number, METHODS[pair.script])
+                name, own = (f"{framework}-{side}", [f"--aa={side}"]) if side else (framework, [])
+                record = folder / ("aa" if side else "") / pair.name / f"{name}-r{number}.json"
+                argv = [pair.script, *arguments, *own, f"--out={record}"]
+                who = (pair.name, framework, side, number, METHODS[pair.script])
+                flags = flags.model_copy(update={"aa": side})
                 runs.append(Planned(*who, flags, argv, record, record.with_suffix(".log"), path.parent))
     return runs
 
