@@ -4,8 +4,8 @@ import pytest
 from conftest import run_program, train, train_altered
 from test_sharding import MODEL, close, probe
 
+from tunebench.join import TOLERANCES
 from tunebench.record import read_record
-from tunebench.tables import TOLERANCES
 
 pytestmark = pytest.mark.frameworks
 NAMES = {"bf16": "bfloat16", "fp16": "float16"}

@@ -1,6 +1,7 @@
 """The record: its schema is the published one, and what contradicts itself is not a record."""
 
 import json
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -34,6 +35,12 @@ def test_written_whole_and_read_back(tmp_path):
     assert stored["hardware"]["threads"] >= 1
 
 
+def written(path: Path, **changes) -> None:
+    """Puts a record at `path` and edits it."""
+    record().write(path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -44,15 +51,24 @@ def test_written_whole_and_read_back(tmp_path):
         ({"model": {"parameters": 0}}, "model.name: Field required"),
         ({"surprise": 1}, "surprise: Extra inputs are not permitted"),
         ({"steps": {"seconds": [1.0]}}, "steps.effective_tokens: Field required"),
+        ({"timed_from": 6}, "edited since it was written"),
+        ({"reason": "killed by SIGKILL (9) "}, "edited since it was written"),
+        ({"sha256": None}, "sha256: Field required"),
     ],
 )
 def test_broken_records_are_named(tmp_path, changes, message):
     path = tmp_path / "a.json"
-    path.write_text(json.dumps(json.loads(record().model_dump_json(by_alias=True)) | changes))
+    written(path, **changes)
     with pytest.raises(BadInput) as refusal:
         read_record(path)
     assert str(path) in str(refusal.value)
     assert message in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_only_its_content_counts(tmp_path):
+    written(tmp_path / "a.json")  # in other words: no line breaks
+    assert read_record(tmp_path / "a.json").reason == "killed by SIGKILL (9)"
 
 
 def test_half_a_file_is_no_record(tmp_path):

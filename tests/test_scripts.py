@@ -18,9 +18,11 @@ from conftest import ROOT, refusal, run_program, train
 
 from tunebench.bootstrap import maths_settings
 from tunebench.checkpoint import tensor_shapes, write_random
+from tunebench.hardware import Accelerator
+from tunebench.join import join, parity
 from tunebench.presets import LORA_TARGETS, PRESETS
 from tunebench.record import Record, read_record
-from tunebench.tables import COLUMNS, join, parity, render
+from tunebench.tables import COLUMNS, render
 
 pytestmark = pytest.mark.frameworks
 
@@ -214,7 +216,9 @@ class TestTables:
         heading = [cell.strip() for cell in printed.split("\n| ")[1].splitlines()[0].strip(" |").split("|")]
         assert tuple(heading) == COLUMNS
         assert printed.index("### Bloom") < printed.index("### Llama")
-        assert printed.count("| one round ") == 4
+        assert printed.count("| none: one round ") == 4
+        assert "Noise floor: not measured" in printed
+        assert " | Parity " in run_program("summarize.py", folder, "--parity", check=True).stdout
         assert "no GPU" in printed
 
         rows = json.loads(run_program("summarize.py", folder, "--format=json", check=True).stdout)
@@ -222,7 +226,8 @@ class TestTables:
         lines = list(
             csv.DictReader(io.StringIO(run_program("summarize.py", folder, "--format=csv", check=True).stdout))
         )
-        assert [line["Speedup"] for line in lines] == [f"{row['speedup']:+.0%}" for row in rows]
+        for line, row in zip(lines, rows, strict=True):
+            assert float(line["Speedup"].rstrip("%")) / 100 == pytest.approx(row["speedup"], abs=0.0051)
 
     def test_other_work_is_not_compared(self, records):
         torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
@@ -231,6 +236,57 @@ class TestTables:
         assert row.speedup is None
         assert row.refusal == "not the same work"
         assert f"plan.sha256: {'0' * 12} ≠ {torch.plan.sha256[:12]}" in row.note
+
+    @pytest.mark.parametrize(
+        ("part", "changes", "said"),
+        [
+            ("hardware", {"machine": "0123456789ab"}, "hardware.machine: 0123456789ab ≠ "),
+            ("hardware", {"governor": "powersave"}, "hardware.governor: powersave ≠ "),
+            ("hardware", {"kernel": "1.0"}, "hardware.kernel: 1.0 ≠ "),
+            ("git", {"revision": "abc"}, "git.revision: abc ≠ "),
+            ("model", {"parameters": 7}, "model.parameters: 7 ≠ "),
+            ("model", {"trainable_parameters": 7}, "model.trainable_parameters: 7 ≠ "),
+            ("model", {"weights_sha256": "1" * 64}, "model.weights_sha256: 111111111111 ≠ "),
+        ],
+    )
+    def test_other_machines_code_and_models_are_not_compared(self, records, part, changes, said):
+        torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
+        other = paddle.model_copy(update={part: getattr(paddle, part).model_copy(update=changes)})
+        (row,) = join([torch, other])
+        assert (row.speedup, row.refusal) == (None, "not the same work")
+        assert said in row.note
+
+    def test_gpus_with_another_power_limit_are_not_compared(self, records):
+        """A GPU's description is set by hand here: this machine need not have one."""
+        gpu = {"name": "A100", "memory_bytes": 1, "max_sm_clock_mhz": 1, "max_memory_clock_mhz": 1, "ecc": True}
+        sides = []
+        for framework, watts, clock in (("torch", 400.0, 100), ("paddle", 300.0, 200)):
+            record = records["llama", "full", framework]
+            accelerator = Accelerator(**gpu, power_limit_watts=watts, sm_clock_mhz=clock)
+            hardware = record.hardware.model_copy(update={"accelerators": [accelerator]})
+            sides.append(record.model_copy(update={"hardware": hardware}))
+        (row,) = join(sides)
+        assert row.note.endswith("not the same work: hardware.accelerators.0.power_limit_watts: 300.0 ≠ 400.0")
+
+    def test_steps_that_drift_are_named(self, records):
+        torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
+        timed = len(torch.steps.seconds) - torch.timed_from
+        steady = [tokens * (1 + 0.001 * (i % 3)) for i, tokens in enumerate(torch.steps.padded_tokens)]
+        warming = [s * (1.2 if i < torch.timed_from + timed // 2 else 1.0) for i, s in enumerate(steady)]
+        for seconds, said in ((steady, False), (warming, True)):
+            other = torch.model_copy(update={"steps": torch.steps.model_copy(update={"seconds": seconds})})
+            note = join([other, paddle])[0].note or ""
+            told = "torch was not warm in 1 of 1 runs (a token took -17% in the second half" in note
+            assert told == said, note
+
+    def test_a_round_that_stands_apart_is_marked_and_kept(self, records):
+        torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
+        factors = (1.0, 1.01, 0.99, 1.0, 2.0)
+        (row,) = join([slower(side, factor) for factor in factors for side in (torch, paddle)])
+        assert "torch run 5 of 5 stands apart" in row.note
+        assert "llama-full-torch.json): see what else ran then" in row.note
+        assert (row.torch_runs, row.paddle_runs) == (5, 5)
+        assert row.torch_spread == pytest.approx(statistics.stdev(map(math.log, factors)))
 
     def test_other_losses_are_not_compared(self, records):
         torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
@@ -246,7 +302,8 @@ class TestTables:
         odd = paddle.model_copy(update={"steps": paddle.steps.model_copy(update={"grad_norm": norms})})
         (row,) = join([torch, paddle, odd])
         assert (row.speedup, row.refusal, row.paddle_runs) == (None, "losses differ", 2)
-        assert "the gradient norms differ by 2.0e-03" in row.note
+        assert "steps.grad_norm of step " in row.note
+        assert "2.0e-03 apart, allowed are 0.001" in row.note
 
     def test_low_precision_has_its_own_tolerance(self, records):
         torch, paddle = (with_setup(records["llama", "full", side], dtype="bf16", amp="O2") for side in FRAMEWORKS)
@@ -274,7 +331,7 @@ class TestTables:
 
         (row,) = join([torch, skipping(paddle)])
         assert row.refusal == "losses differ"
-        assert "the steps that were skipped differ: [1] ≠ none" in row.note
+        assert "steps.grad_norm: the skipped steps differ: [1] ≠ none" in row.note
         (row,) = join([skipping(torch), skipping(paddle)])
         assert row.refusal is None
         assert "paddle skipped 1 steps (float16 overflowed); torch skipped 1 steps" in row.note
@@ -303,7 +360,8 @@ class TestTables:
         middle, spread = statistics.mean(ratios), 4.302653 * statistics.stdev(ratios) / math.sqrt(3)
         assert math.log1p(row.speedup) == pytest.approx(middle)
         assert [math.log1p(end) for end in row.interval] == pytest.approx([middle - spread, middle + spread])
-        assert "rounds |" in render([row], "md", [torch, paddle])
+        assert row.torch_spread == pytest.approx(statistics.stdev([0, math.log(1.1), 0]))
+        assert f"{row.interval[0]:+.1%} to {row.interval[1]:+.1%} | 3 " in render([row], "md", [torch, paddle])
 
     def test_an_interval_across_zero_is_no_difference(self, records):
         torch = records["llama", "full", "torch"]
@@ -313,7 +371,7 @@ class TestTables:
         assert "no difference" in render([row], "md", [torch, paddle])
         (row,) = join([slower(paddle, 1.1), torch, paddle])
         assert row.interval is None
-        assert "none: 2 and 1 runs" in render([row], "md", [torch, paddle])
+        assert "none: a run is missing | 2 and 1 " in render([row], "md", [torch, paddle])
 
     def test_like_for_like_first_then_the_best_of_each_side(self, records):
         sides = {framework: records["llama", "full", framework] for framework in FRAMEWORKS}

@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tunebench.bootstrap import ROOT
+from tunebench.errors import cannot_write
 
 
 def cache_folder() -> Path:
     """`.cache` in the repository, or where TUNEBENCH_CACHE says; made when missing."""
     folder = Path(os.environ.get("TUNEBENCH_CACHE") or ROOT / ".cache").expanduser().resolve()
-    folder.mkdir(parents=True, exist_ok=True)
+    with cannot_write(folder, "TUNEBENCH_CACHE names another folder"):
+        folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
@@ -23,23 +25,27 @@ def results_folder() -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Puts `content` at `path` whole or not at all; a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as part:
-        try:
-            part.write(content)
-            part.flush()
-            os.fsync(part.fileno())
-            Path(part.name).chmod(0o644)
-            Path(part.name).replace(path)
-        except BaseException:
-            Path(part.name).unlink(missing_ok=True)
-            raise
+    """Puts `content` at `path` whole or not at all; a reader never sees half a file. Raises `BadInput`."""
+    with cannot_write(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as part:
+            try:
+                part.write(content)
+                part.flush()
+                os.fsync(part.fileno())
+                Path(part.name).chmod(0o644)
+                Path(part.name).replace(path)
+            except BaseException:
+                Path(part.name).unlink(missing_ok=True)
+                raise
 
 
 @contextlib.contextmanager
 def only_one(name: str) -> Iterator[None]:
     """Holds the machine-wide lock `name` of the cache, so that two runs at once make a thing once."""
-    with (cache_folder() / f".{name}.lock").open("w") as lock:
+    path = cache_folder() / f".{name}.lock"
+    with cannot_write(path):
+        lock = path.open("w")
+    with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -242,9 +242,13 @@ def _random_checkpoint(name: str, preset: Preset, seed: int) -> Checkpoint:
         if not folder.exists():
             part = folder.with_name(f".{folder.name}.part")
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-            write_random(part, preset, seed, description=f"random weights of {name}")
-            part.rename(folder)
+            try:
+                part.mkdir(parents=True)
+                write_random(part, preset, seed, description=f"random weights of {name}")
+                part.rename(folder)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(part, ignore_errors=True)
+                raise BadInput(f"{folder} cannot be written: {error}; TUNEBENCH_CACHE names another folder") from None
     try:
         return open_checkpoint(folder, json.loads((folder / FINGERPRINT).read_text())["weights_sha256"])
     except (BadInput, OSError, ValueError, KeyError, TypeError) as damage:

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class BadInput(Exception):
@@ -17,3 +18,13 @@ def one_line_refusals(program: str) -> Iterator[None]:
     except BadInput as refusal:
         print(f"{program}: {refusal}", file=sys.stderr)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def cannot_write(path: Path, *otherwise: str) -> Iterator[None]:
+    """Turns an OSError of the body, such as a full disk, into a `BadInput` that names `path`, and what would work."""
+    try:
+        yield
+    except OSError as error:
+        advice = " or ".join(["make room there", *otherwise])
+        raise BadInput(f"{path} cannot be written: {error.strerror}; {advice}, and run it again") from None

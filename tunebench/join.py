@@ -12,7 +12,7 @@ from tunebench.cache import results_folder
 from tunebench.errors import BadInput
 from tunebench.presets import PRESETS
 from tunebench.record import Record, read_record
-from tunebench.stats import drift, outlying, ratio_interval, spread
+from tunebench.stats import drift_of, outlying, ratio_interval, spread
 
 
 class Tolerance(NamedTuple):
@@ -343,7 +343,7 @@ def _remarks(cell: Cell) -> list[str]:
         remarks.append(f"skipped {skipped} steps (float16 overflowed)")
     if first.kernels and first.setup.attention != "eager":
         remarks.append(f"ran {' and '.join(first.kernels.attention)}")
-    if changes := [change for change in map(_drift, cell.records) if change]:
+    if changes := [change for change in map(drift_of, cell.records) if change]:
         furthest = max(changes, key=abs)
         remarks.append(
             f"was not warm in {len(changes)} of {runs} runs (a token took {furthest:+.0%} in the second half of the "
@@ -356,12 +356,6 @@ def _remarks(cell: Cell) -> list[str]:
             "pair again (--fresh --only), or add rounds (--repeats)"
         )
     return remarks
-
-
-def _drift(record: Record) -> float | None:
-    assert record.steps is not None
-    timed = slice(record.timed_from, None)
-    return drift(record.steps.seconds[timed], record.steps.padded_tokens[timed])
 
 
 def _out(record: Record) -> str:

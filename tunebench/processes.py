@@ -58,6 +58,20 @@ def end(process: subprocess.Popen, patience: float = PATIENCE) -> None:
     process.wait()
 
 
+def oom_kills() -> int:
+    """How many processes the kernel has killed so far for want of memory, also those within a cgroup's limit."""
+    path = Path("/proc/vmstat")
+    counts = dict(line.split() for line in path.read_text().splitlines()) if path.exists() else {}
+    return int(counts.get("oom_kill", 0))
+
+
+def death_in_words(number: int, oom_kills_before: int) -> tuple[str, str]:
+    """Status and reason of a process that a signal ended; `oom` where the kernel meanwhile killed for memory."""
+    if number == signal.SIGKILL and oom_kills() > oom_kills_before:
+        return "oom", f"killed by {signal_in_words(number)}: the kernel ended a process for want of memory meanwhile"
+    return "failed", f"killed by {signal_in_words(number)}"
+
+
 def signal_in_words(number: int) -> str:
     """A signal by name and number, such as `SIGKILL (9)`; not every number has a name."""
     name = signal.Signals(number).name if number in list(signal.Signals) else "signal"

@@ -70,7 +70,8 @@ def read_job(framework: Framework, method: Method) -> Job:
     elif flags.world_size > 1:
         from tunebench.supervisor import run_workers
 
-        sys.exit(run_workers(Run(framework, method, job)))
+        with one_line_refusals(Path(sys.argv[0]).name):
+            sys.exit(run_workers(Run(framework, method, job)))
     return job
 
 
@@ -225,6 +226,13 @@ class Run:
             f"loss {steps.loss[0]:.4f} -> {steps.loss[-1]:.4f}, {record.effective_tokens_per_second:.1f} effective "
             f"tokens/s over {len(steps.seconds) - record.timed_from} timed steps, record: {self.out}"
         )
+        from tunebench.stats import drift_of  # slow to import
+
+        if change := drift_of(record):
+            self.say(
+                f"warning: not warm: a token took {change:+.0%} in the second half of the timed steps; "
+                f"raise --warmup-steps {self.flags.warmup_steps}, or see what else runs here"
+            )
 
     def say(self, line: str) -> None:
         """Prints a line, once for all processes."""
@@ -277,8 +285,12 @@ class Run:
         elif self.world.rank:
             print(f"{self.argv[0]}: rank {self.world.rank}: {status}: {reason}", file=sys.stderr, flush=True)
         else:
-            self.record(status, reason, steps, log).write(self.out)
-            print(f"{self.argv[0]}: {status}: {reason} (record: {self.out})", file=sys.stderr, flush=True)
+            where = f"record: {self.out}"
+            try:
+                self.record(status, reason, steps, log).write(self.out)
+            except BadInput as fault:
+                where = "no record" if str(fault) in reason else f"no record: {fault}"
+            print(f"{self.argv[0]}: {status}: {reason} ({where})", file=sys.stderr, flush=True)
 
 
 def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[str]) -> dict[str, Any]:
@@ -365,14 +377,15 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
     out_of_memory = isinstance(error, MemoryError) or any(
         sign in text.lower() for sign in ("out of memory", "can't allocate memory", "resourceexhausted")
     )
+    expected = out_of_memory or isinstance(error, BadInput)  # the latter: the record could not be written
     log = traceback.format_exc().splitlines()
-    if not out_of_memory:
+    if not expected:
         print("\n".join(log), file=sys.stderr)
     steps = None
     if run.losses_are_whole:
         with contextlib.suppress(Exception):  # after a device error the losses may not be readable
             steps = run.steps()
-    reason = text.splitlines()[0] if out_of_memory else f"{type(error).__name__}: {text.splitlines()[0]}"
+    reason = text.splitlines()[0] if expected else f"{type(error).__name__}: {text.splitlines()[0]}"
     run.fail("oom" if out_of_memory else "failed", reason, log, steps)
     _leave(run, 1)
     sys.exit(1)

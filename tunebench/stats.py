@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from scipy import stats
 
+from tunebench.record import Record
+
 # As hyperfine has it: ten standard deviations, estimated by the median absolute deviation (which is 0.6745 of one).
 OUTLYING = 14.826
 FEWEST = 4  # of three normal rounds one would stand apart in 11 of 100 cases, of four in 2 (simulated)
@@ -55,6 +57,13 @@ def drift(seconds: Sequence[float], tokens: Sequence[int]) -> float | None:
     change = _expm1(statistics.mean(second) - statistics.mean(first))
     p = stats.ttest_ind(first, second, equal_var=False).pvalue
     return change if abs(change) >= DRIFT and p < DRIFT_P else None
+
+
+def drift_of(record: Record) -> float | None:
+    """The drift of a run's timed steps, per token of their padded batches."""
+    assert record.steps is not None
+    timed = slice(record.timed_from, None)
+    return drift(record.steps.seconds[timed], record.steps.padded_tokens[timed])
 
 
 def _expm1(value: float) -> float:

@@ -35,7 +35,7 @@ from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Parser, positive
 from tunebench.hardware import Hardware, read_hardware
 from tunebench.launch import share_threads
-from tunebench.record import LOG_LINES, Record, read_record
+from tunebench.record import LOG_LINES, Git, Record, read_record
 from tunebench.run import describe_run, read_git
 from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
 
@@ -143,6 +143,7 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
     run.record.parent.mkdir(parents=True, exist_ok=True)
     # On PYTHONPATH the repository's root would offer torch/ and paddle/ as empty packages.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    oom_kills = processes.oom_kills()
     started_at, started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     limit = started + run.flags.timeout + GRACE
     steps: list[tuple[float, ...]] = []
@@ -171,16 +172,18 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
         return None
     with contextlib.suppress(BadInput):
         return read_record(run.record)
-    return _record_for(run, started_at, exit_code)
+    return _record_for(run, started_at, exit_code, oom_kills)
 
 
-def _record_for(run: Planned, started_at: str, exit_code: int | None) -> Record:
+def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills: int) -> Record:
     """Writes the record of a run that ended without leaving one; `exit_code` None: it overran its time."""
     log = run.log.read_text(errors="replace").splitlines()
+    status = "failed"
     if exit_code is None:
+        status = "timeout"
         reason = f"not ended {GRACE:g} s after --timeout {run.flags.timeout:g} s, so the suite ended it"
     elif exit_code < 0:
-        reason = f"killed by {processes.signal_in_words(-exit_code)}"
+        status, reason = processes.death_in_words(-exit_code, oom_kills)
     else:
         reason = f"exit code {exit_code}, last line: {log[-1] if log else 'none'}"
     # This interpreter is that of one environment: the other's versions have to be asked for.
@@ -189,16 +192,15 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None) -> Record:
     about = describe_run(run.framework, run.method, run.flags, run.argv)
     about |= {"started_at": started_at, "versions": json.loads(asked.stdout) if asked.returncode == 0 else {}}
     unknown = dict.fromkeys(("model", "plan", "steps", "setup_seconds"))
-    status = "timeout" if exit_code is None else "failed"
     record = Record(status=status, reason=reason, log=log[-LOG_LINES:], peak_memory_bytes=[], **unknown, **about)
     record.write(run.record)
     return record
 
 
 @functools.cache
-def _here() -> tuple[str | None, Hardware]:
+def _here() -> tuple[Git, Hardware]:
     """The commit and the machine, asked for once."""
-    return read_git().revision, read_hardware()
+    return read_git(), read_hardware()
 
 
 def _before(run: Planned) -> tuple[Record | None, str]:
@@ -213,11 +215,11 @@ def _before(run: Planned) -> tuple[Record | None, str]:
         return None, "its flags changed"
     if record.status not in FINAL:
         return None, f"it ended as {record.status}"
-    revision, hardware = _here()
-    if record.git.revision != revision:
-        return None, "the code is of another commit"
+    git, hardware = _here()
+    if record.git != git:
+        return None, "the code is of another commit, or was changed since"
     environment = hardware.environment | share_threads(run.flags.nproc)
-    if record.hardware.environment != environment or record.hardware.cpu != hardware.cpu:
+    if record.hardware.environment != environment or record.hardware.machine != hardware.machine:
         return None, "the machine or its threads changed"
     return record, ""
 
@@ -259,16 +261,16 @@ def _status_line() -> Iterator[Callable[[str, bool], None]]:
 def _locked(folder: Path) -> Iterator[None]:
     """Holds the lock of all results, which no child inherits. Raises `BadInput` while another process has it."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a+") as lock:
+    with (folder / ".lock").open("a+b", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            holder = lock.read() or "another process"
+            holder = lock.read().decode() or "another process"
             raise BadInput(f"{folder} is in use by {holder}; wait for it, since two would slow each other") from None
         lock.truncate(0)
-        lock.write(f"process {os.getpid()}: {shlex.join(['run_all.sh', *sys.argv[1:]])}")
-        lock.flush()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            lock.write(f"process {os.getpid()} ({shlex.join(['run_all.sh', *sys.argv[1:]])})".encode())
         yield
 
 
@@ -300,6 +302,7 @@ if __name__ == "__main__":
             sys.exit(main())
         except OSError as error:
             if error.filename is not None or error.errno not in (errno.EPIPE, errno.EIO):
-                raise BadInput(str(error)) from None
+                where = error.filename or results_folder()
+                raise BadInput(f"{where}: {error.strerror}; the records before it are kept") from None
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read this is gone
             sys.exit(130)

@@ -21,6 +21,7 @@ import psutil
 
 from tunebench import processes
 from tunebench.bootstrap import ROOT
+from tunebench.errors import cannot_write
 from tunebench.flags import Flags
 from tunebench.hardware import visible_accelerators
 from tunebench.launch import HIDDEN_DEVICES, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, share_threads
@@ -58,8 +59,7 @@ def run_workers(run: Run) -> int:
     0: ok, 1: failed or out of memory, 124: over --timeout, 130 and 143: interrupted, without a record.
     """
     flags = run.flags
-    with tempfile.TemporaryDirectory(prefix="tunebench-") as name, _interruptible():
-        folder = Path(name)
+    with _own_folder() as folder, _interruptible():
         process = processes.start(
             launcher(run.framework, flags, folder),
             env=_environment(run, folder),
@@ -67,6 +67,7 @@ def run_workers(run: Run) -> int:
             stderr=subprocess.STDOUT,
         )
         printed: deque[str] = deque(maxlen=LOG_LINES)
+        oom_kills = processes.oom_kills()
         try:
             timely = _watch(process, folder, printed, time.monotonic() + flags.timeout)
         except (KeyboardInterrupt, SystemExit) as interruption:
@@ -80,7 +81,7 @@ def run_workers(run: Run) -> int:
             steps = [int(found[1]) for found in map(STEP.match, printed) if found]
             where = f"after step {steps[-1]}" if steps else "before the first step ended"
             return _end(run, "timeout", f"not done within --timeout {flags.timeout:g} s, {where}", list(printed))
-        return _end(run, *_why(process, folder, list(printed)))
+        return _end(run, *_why(process, folder, list(printed), oom_kills))
 
 
 def launcher(framework: Framework, flags: Flags, folder: Path) -> list[str | Path]:
@@ -162,7 +163,9 @@ def _pass_on(stream: IO[bytes], unread: bytes, printed: deque[str]) -> bytes:
     return rest
 
 
-def _why(process: subprocess.Popen, folder: Path, printed: list[str]) -> tuple[str, str, list[str], Steps | None]:
+def _why(
+    process: subprocess.Popen, folder: Path, printed: list[str], oom_kills: int
+) -> tuple[str, str, list[str], Steps | None]:
     """Status, reason, log and steps of a run without a record: what failed first, not what failed because of it."""
     failures = [Failure(**json.loads(file.read_text())) for file in _oldest_first(folder.glob("failure-*"))]
     for failure in failures:
@@ -173,12 +176,14 @@ def _why(process: subprocess.Popen, folder: Path, printed: list[str]) -> tuple[s
         number = -int(file.read_text())
         if number > 0 and number != signal.SIGTERM:
             rank = file.name.removeprefix("exit-")
-            return "failed", f"rank {rank} was killed by {processes.signal_in_words(number)}", printed, None
+            status, reason = processes.death_in_words(number, oom_kills)
+            return status, f"rank {rank} was {reason}", printed, None
     for failure in failures:
         return failure.told()
     code = process.returncode
     if code < 0:
-        return "failed", f"the launcher was killed by {processes.signal_in_words(-code)}", printed, None
+        status, reason = processes.death_in_words(-code, oom_kills)
+        return status, f"the launcher was {reason}", printed, None
     last = printed[-1] if printed else "none"
     return "failed", f"the launcher ended with exit code {code}, last line: {last}", printed, None
 
@@ -193,6 +198,15 @@ def _end(run: Run, status: str, reason: str, log: list[str], steps: Steps | None
     else:
         run.fail(status, reason, log, steps)
     return TIMEOUT_EXIT if status == "timeout" else 1
+
+
+@contextlib.contextmanager
+def _own_folder() -> Iterator[Path]:
+    """A new folder for what the workers report, removed afterwards."""
+    with cannot_write(Path(tempfile.gettempdir()), "TMPDIR names another folder"):
+        folder = tempfile.TemporaryDirectory(prefix="tunebench-")
+    with folder as name:
+        yield Path(name)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,163 @@
+"""Kills a suite of short runs again and again, at random moments, and looks whether a finished record was lost.
+
+    .venv/torch/bin/python -P tests/stress.py --kills 200
+
+Each kill takes the runner, a launcher, a worker or a script, by SIGKILL, SIGTERM or Ctrl-C. After each, every record
+that was finished must be there, byte for byte, and every record must be whole; after the runner's end nothing it
+started may run. In the end the suite runs undisturbed and must be complete. Exit code 1 where any of that fails.
+"""
+
+import argparse
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from tunebench import processes
+from tunebench.record import read_record
+from tunebench.suite import FINAL
+
+SUITE = """
+title = "short runs to be killed"
+defaults = { steps = 2, warmup-steps = 0, bsz = 2, samples = 20, model = "llama-tiny", data = "DATA" }
+[[pair]]
+name = "full"
+script = "finetune_full.py"
+[[pair]]
+name = "lora"
+script = "finetune_lora.py"
+[[pair]]
+name = "two"
+script = "finetune_full.py"
+flags = { nproc = 2 }
+"""
+RUNS = 6
+LONGEST = 9.0  # seconds between two kills at most, longer than most runs take here
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+
+
+class Stress:
+    """A suite in `folder` under fire. `finished` are the records that must not change, by path."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder, self.random = folder, random.Random(seed)
+        self.results = folder / "results" / "mini"
+        self.finished: dict[Path, bytes] = {}
+        self.seen = self.suites = 0
+        self.kills: Counter[str] = Counter()
+        data = folder / "data.json"
+        data.write_text('[{"instruction": "one two", "output": "three"}, {"instruction": "four", "output": "five"}]')
+        (folder / "mini.toml").write_text(SUITE.replace("samples = 20", "samples = 2").replace("DATA", str(data)))
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        """Starts the runner, which goes on where it was killed."""
+        own = {"TUNEBENCH_RESULTS": str(self.folder / "results"), "TUNEBENCH_CACHE": str(self.folder / "cache")}
+        with (self.folder / "log").open("ab") as log:
+            return processes.start(
+                [sys.executable, "-P", "-m", "tunebench.suite", f"--suite={self.folder / 'mini.toml'}", *arguments],
+                stdout=log,
+                stderr=log,
+                env=os.environ | own,
+                cwd="/",
+            )
+
+    def look(self) -> None:
+        """Checks every record that is there, and that those finished before are among them. Raises AssertionError."""
+        for path, content in self.finished.items():
+            assert path.exists(), f"{path} is gone"
+            assert path.read_bytes() == content, f"{path} has changed"
+        for path in self.results.rglob("[!.]*.json"):
+            with contextlib.suppress(FileNotFoundError):  # moved away just now, to be run again
+                content = path.read_bytes()
+                if read_record(path).status in FINAL and path not in self.finished:
+                    self.finished[path] = content
+                    self.seen += 1
+
+    def set_aside(self) -> None:
+        """After --fresh: what was finished is in .previous, as it was."""
+        kept = {path.read_bytes() for path in (self.folder / "results" / ".previous").rglob("*.json")}
+        assert set(self.finished.values()) <= kept, "--fresh lost a record"
+        self.finished = {}
+
+    def under_fire(self, kills: int) -> None:
+        """Kills until there were `kills`."""
+        running, before = self.start(), 0
+        while self.kills.total() < kills:
+            time.sleep(self.random.uniform(0.1, LONGEST))
+            self.look()
+            if running.poll() is not None:
+                if running.returncode == 0:  # all done: from the start
+                    assert len(self.finished) == RUNS, f"{len(self.finished)} finished records of {RUNS}"
+                    self.suites += 1
+                    running, before = self.start("--fresh"), len(self.finished)
+                    while before and self.results.exists() and list(self.results.rglob("[!.]*.json")):
+                        time.sleep(0.05)
+                    self.set_aside()
+                else:
+                    running = self.start()
+                continue
+            self.kill(running)
+            print(f"\rkills {self.kills.total()}/{kills}, finished records {self.seen}, suites {self.suites}", end="")
+        self.end(running)
+
+    def kill(self, running: subprocess.Popen) -> None:
+        """Sends a signal to the runner, in a third of the cases, or to one of those that it started."""
+        started = psutil.Process(running.pid).children(recursive=True)
+        number = self.random.choice(SIGNALS)
+        if not started or self.random.random() < 1 / 3:
+            self.kills[f"runner, {signal.Signals(number).name}"] += 1
+            running.send_signal(number)
+            running.wait(60)
+            alive = psutil.wait_procs(started, timeout=5)[1]
+            assert not alive, f"outlived the runner: {alive}"
+        else:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self.random.choice(started).send_signal(number)
+                self.kills[f"below it, {signal.Signals(number).name}"] += 1
+        self.look()
+
+    def end(self, running: subprocess.Popen) -> None:
+        """Lets the suite end undisturbed; all of it must be there, and nothing else."""
+        running.wait(600)
+        self.look()
+        done = self.start()
+        assert done.wait(600) == 0, f"exit code {done.returncode}"
+        self.look()
+        assert len(self.finished) == RUNS, f"{len(self.finished)} finished records of {RUNS}"
+        parts = [path for path in self.results.rglob(".*") if path.is_file()]
+        assert not parts, f"left over: {parts}"
+
+
+def main() -> int:
+    """Runs the test and prints what was killed; the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=int(time.time()))
+    options = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="tunebench-stress-") as folder:
+        stress = Stress(Path(folder), options.seed)
+        try:
+            stress.under_fire(options.kills)
+        except AssertionError as fault:
+            print(f"\nseed {options.seed}, after {stress.kills.total()} kills: {fault}")
+            print((Path(folder) / "log").read_text(errors="replace")[-4000:])
+            return 1
+    print(
+        f"\nseed {options.seed}: {stress.kills.total()} kills in {time.monotonic() - started:.0f} s "
+        f"({', '.join(f'{what}: {count}' for what, count in sorted(stress.kills.items()))}); "
+        f"{stress.seen} records finished meanwhile, none lost or broken; {stress.suites} suites ran whole"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
