@@ -89,7 +89,7 @@ class Stress:
 
     def under_fire(self, kills: int) -> None:
         """Kills until there were `kills`."""
-        running, before = self.start(), 0
+        running = self.start()
         while self.kills.total() < kills:
             time.sleep(self.random.uniform(0.1, LONGEST))
             self.look()
@@ -97,8 +97,8 @@ class Stress:
                 if running.returncode == 0:  # all done: from the start
                     assert len(self.finished) == RUNS, f"{len(self.finished)} finished records of {RUNS}"
                     self.suites += 1
-                    running, before = self.start("--fresh"), len(self.finished)
-                    while before and self.results.exists() and list(self.results.rglob("[!.]*.json")):
+                    running = self.start("--fresh")
+                    while list(self.results.rglob("[!.]*.json")):
                         time.sleep(0.05)
                     self.set_aside()
                 else:

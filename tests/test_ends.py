@@ -116,15 +116,16 @@ class TestEnds:
         assert record.status == "timeout"
         assert record.reason.startswith("not done within --timeout 50 s, after step ")
 
-    def test_a_rank_that_gets_no_memory(self, start, tmp_path, framework):
+    @pytest.mark.parametrize("nproc", [1, 2])
+    def test_a_process_that_gets_no_memory(self, start, tmp_path, framework, nproc):
         data = tmp_path / "data.json"
         lengths = [2] * 800 + [500] * 160  # that of the first 50 steps, which leave time to set the limit
         data.write_text(json.dumps([{"instruction": "one " * length, "output": "two"} for length in lengths]))
-        run = start(framework, f"--data={data}", "--bsz=16", "--steps=60")
-        worker = run.worker(1)
+        run = start(framework, f"--data={data}", "--bsz=16", "--steps=60", f"--nproc={nproc}")
+        worker = run.worker(1) if nproc == 2 else psutil.Process(run.supervisor.pid)
         limit = worker.memory_info().vms + 64 * 2**20
         worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
         record = run.end(within=60)
         assert run.supervisor.returncode == 1
         assert record.status == "oom"
-        assert record.reason.startswith("rank 1: ")
+        assert record.reason.startswith("rank 1: ") == (nproc == 2)

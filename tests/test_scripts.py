@@ -419,14 +419,15 @@ class TestTables:
 
 
 class TestEnds:
-    def test_a_loss_that_is_no_number(self, tmp_path):
+    @pytest.mark.parametrize("framework", FRAMEWORKS)
+    def test_a_loss_that_is_no_number(self, tmp_path, framework):
         out = tmp_path / "r.json"
         flags = [f"--out={out}", *SHORT[:-3], "--steps=6", "--lr=1e20"]
-        done = run_program("torch/finetune_full.py", *flags)
+        done = run_program(f"{framework}/finetune_full.py", *flags)
         record = read_record(out)
         assert done.returncode == 1
         assert record.status == "failed"
-        assert "is not a finite number" in record.reason
+        assert f"of step {len(record.steps.loss) + 1} is not a finite number" in record.reason
         assert 1 <= len(record.steps.loss) < 6
 
     def test_timeout_ends_a_run_and_says_so(self, tmp_path):

@@ -59,6 +59,9 @@ def test_makes_once_remakes_what_is_half_made_or_stale(project):
 
     (project / "torch/constraints.txt").write_text("packaging==26.3\nsix==1.17.0\n")
     assert "out of date" in setup(project, "torch").stdout
+    (project / "torch/requirements.txt").write_text("packaging==26.3\nsix==1.17.0\n")
+    assert "out of date" in setup(project, "torch").stdout
+    assert subprocess.run([python, "-c", "import six"], cwd="/").returncode == 0
 
 
 def test_survives_being_killed(project):

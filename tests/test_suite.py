@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -239,6 +240,7 @@ class TestRounds:
         folder, _ = rounds
         results = folder / "results" / "mini" / "full"
         before = {file: file.stat().st_mtime_ns for file in results.iterdir()}
+        (results / ".torch-r1.json.abc").write_text("{")  # of a run that was killed while it wrote
         printed = finish(start(folder, "--repeats=2", "--only=full/*"), 0)
         assert "runs: 4, done already: 4" in printed
         assert "done already: full/torch r2: ok, " in printed
@@ -260,6 +262,24 @@ class TestRounds:
 
 
 @pytest.mark.frameworks
+def test_each_side_against_itself(mini):
+    printed = finish(start(mini, "--aa", "--repeats=2", "--only=full/torch"), 0)
+    folder = mini / "results" / "mini" / "aa" / "full"
+    files = [folder / f"torch-{side}-r{number}.json" for side in "ab" for number in (1, 2)]
+    assert sorted(folder.glob("*.json")) == files
+    records = sorted(map(read_record, files), key=lambda record: record.started_at)
+    assert [record.aa for record in records] == ["a", "b", "b", "a"]
+    a, b = (statistics.geometric_mean(r.effective_tokens_per_second for r in records if r.aa == s) for s in "ab")
+    line = next(line for line in printed.splitlines() if line.startswith("| llama-tiny | Finetune | 1 "))
+    assert f"| torch, fp32 | {b / a - 1:+.1%} " in " ".join(line.split())
+    floor = next(line for line in printed.splitlines() if line.startswith("Noise floor: "))
+    assert f"a side differed from itself by up to {abs(b / a - 1):.1%}" in floor
+    assert "Speedup |" not in printed  # they are no rounds of a pair
+    printed = finish(start(mini, "--aa", "--repeats=2", "--only=full/torch"), 0)
+    assert "runs: 4, done already: 4" in printed
+
+
+@pytest.mark.frameworks
 def test_killed_and_interrupted_then_gone_on_with(mini):
     """A run is killed and the suite goes on; it is interrupted in the next run; a second call does the rest."""
     results = mini / "results" / "mini"
@@ -270,7 +290,7 @@ def test_killed_and_interrupted_then_gone_on_with(mini):
     child.kill()
     wait_for(lambda: (results / "lora" / "torch-r1.log").exists() and descendants(running, "finetune_lora.py"))
 
-    second = start(mini)
+    second = start(mini, "--suite=quick")  # any suite: they share the machine
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 2
     assert errors.startswith(f"run_all.sh: {mini / 'results'} is in use by process {running.pid} (run_all.sh --suite=")
