@@ -2,6 +2,7 @@
 
 python summarize.py                       every record under results/
 python summarize.py results/cpu --format csv
+python summarize.py results/published     the published record's tables, from its figures
 """
 
 import pathlib
@@ -14,7 +15,8 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("torch", "paddle")
 from tunebench.cache import results_folder
 from tunebench.errors import one_line_refusals
 from tunebench.flags import Parser
-from tunebench.join import join, load_records
+from tunebench.join import join
+from tunebench.published import FOLDER, combine, load, render_against, render_published
 from tunebench.tables import render
 
 
@@ -24,16 +26,26 @@ def main() -> None:
     parser.add_argument("paths", nargs="*", type=pathlib.Path, help="record files or folders (default: results/)")
     parser.add_argument("--format", choices=["md", "csv", "json"], default="md", help="default: md")
     parser.add_argument("--parity", action="store_true", help="a column with the largest relative loss difference")
+    parser.add_argument("--against", choices=["published"], help="a table of what stands beside that record's runs")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a record is broken")
     options = parser.parse_args()
     paths = options.paths or [results_folder()]
-    records, broken = load_records(paths)
+    records, published, broken = load(paths)
+    reference, faults = load([FOLDER])[1:] if options.against else ([], [])
+    parts, broken = [], list(dict.fromkeys(broken + faults))
     for fault in broken:
         print(f"summarize.py: skipped {fault}", file=sys.stderr)
-    if records or options.format != "md":
-        print(render(join(records), options.format, records, options.parity))
-    else:
-        print(f"no records in {', '.join(map(str, paths))} yet; make some with: bash run_all.sh")
+    if records or not published:
+        parts.append(
+            render(join(records), options.format, records, options.parity)
+            if records or options.format != "md"
+            else f"no records in {', '.join(map(str, paths))} yet; make some with: bash run_all.sh"
+        )
+    if published:
+        parts.append(render_published(published, options.format))
+    if options.against:
+        parts.append(render_against(records, reference, options.format))
+    print(combine(parts, options.format))
     if broken and options.strict:
         sys.exit(1)
 

@@ -3,11 +3,9 @@
 tests/full_size.py builds each run's model by shapes, at full size, with the script's own functions and the run's flags.
 """
 
-import csv
 import functools
 import json
 import math
-import re
 import subprocess
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from tunebench.checkpoint import Checkpoint, tensor_shapes
 from tunebench.errors import BadInput
 from tunebench.flags import place
 from tunebench.presets import LORA_TARGETS, PRESETS
+from tunebench.published import FOLDER, Pair, PublishedRecord, load, tables
 from tunebench.run import check_tensor_parallel, not_offered
 from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
 
@@ -71,42 +70,34 @@ def test_flash_has_its_counterpart():
             assert each.model_copy(update={"attention": "eager"}) in flags
 
 
-def published_rows() -> list[dict[str, str]]:
-    with (ROOT / "results" / "published" / "a100.csv").open() as file:
-        return list(csv.DictReader(file))
+@functools.cache
+def published_runs() -> list[PublishedRecord]:
+    _, runs, broken = load([FOLDER])
+    assert not broken
+    return runs
 
 
-def setup_of(text: str, model: str) -> tuple[int, int, bool, int]:
-    """A published setup as mp, zero, recompute and accumulation. The stand-in's heads do not divide by 4."""
-    mp = re.search(r"MP ?(\d)", text)
-    zero = re.search(r"(?:ZeRO|sharding) (\d)", text)
-    accumulation = re.search(r"\d\*(\d)", text)
-    degree = int(mp[1]) if mp else 1
+def published_rows() -> list[Pair]:
+    return [pair for table in tables(published_runs()) for pair in table.pairs]
+
+
+def is_of(run: Planned, published: PublishedRecord) -> bool:
+    """Whether a run has the published one's model, method, GPUs, batch size, data and setup."""
+    model, setup, flags = MODELS.get(published.model, published.model), published.setup, run.flags
+    mp = 2 if setup.mp > 1 and model == "chatglm2-6b" else setup.mp  # the stand-in's heads do not divide by 4
     return (
-        2 if mp and model == "chatglm2-6b" else degree,
-        int(zero[1]) if zero else 0,
-        "recompute" in text or "ckpt" in text,
-        int(accumulation[1]) if accumulation else 1,
+        (flags.model, run.method) == (model, published.method)
+        and (flags.world_size, flags.bsz) == (published.num_gpus, published.bsz)
+        and flags.data in published.data
+        and (flags.mp, flags.zero, flags.recompute, flags.accumulation)
+        == (mp, setup.zero, setup.recompute, setup.accumulation)
     )
 
 
-def is_row(run: Planned, row: dict[str, str], setup: str) -> bool:
-    """Whether a run has the row's model, method, GPUs, batch size and data, and the setup."""
-    model = MODELS.get(row["model"], row["model"].lower())
-    flags = run.flags
-    return (
-        (flags.model, run.method) == (model, {"LoRA": "lora", "Finetune": "full"}[row["method"]])
-        and (flags.world_size, flags.bsz) == (int(row["num_gpus"]), int(row["batch_size"]))
-        and flags.data == ("alpaca" if model.startswith("llama") else "guanaco")
-        and (flags.mp, flags.zero, flags.recompute, flags.accumulation) == setup_of(setup, model)
-    )
-
-
-def test_every_published_row_is_there_on_both_sides():
-    for row in published_rows():
-        for setup in (row["paddle_setup"], row["torch_setup"]):
-            found = [run.framework for run in runs("a100x4") if is_row(run, row, setup)]
-            assert sorted(found) == ["paddle", "torch"], (row, setup)
+def test_every_published_run_is_there_on_both_sides():
+    for published in published_runs():
+        found = [run.framework for run in runs("a100x4") if is_of(run, published)]
+        assert sorted(found) == ["paddle", "torch"], published
     assert {(run.flags.dtype, run.flags.amp) for run in runs("a100x4")} == {("fp16", "O2")}
 
 
@@ -117,7 +108,7 @@ def test_every_published_row_is_there_as_it_was():
         found = {
             pair
             for pair in {run.pair for run in runs(suite)}
-            if all(is_row(planned(suite)[pair, side], row, row[f"{side}_setup"]) for side in FRAMEWORKS)
+            if all(is_of(planned(suite)[pair, side], getattr(row, side) or row.either) for side in FRAMEWORKS)
         }
         assert len(found) == 1, row
         unused -= found

@@ -1,14 +1,39 @@
-"""The published record as data: its runs, its tables computed from them, and a run of one's own beside it."""
+"""The published record as data: its runs, its tables computed from them, and runs of one's own beside it."""
+
+import csv
+import io
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from tunebench.bootstrap import ROOT
+from tunebench.errors import BadInput
+from tunebench.join import (
+    BEST_OF_EACH,
+    LIKE_FOR_LIKE,
+    METHODS,
+    Row,
+    join,
+    load_records,
+    model_of,
+    rank_of,
+    record_files,
+    setup_of,
+)
 from tunebench.record import Record
+from tunebench.record import Strict as Part
 
 FOLDER = ROOT / "results" / "published"
-SCHEMA = "published-1"
-NOT_AVAILABLE = "N/A"
 FAMILIES = {"bloom": "Bloom", "llama": "Llama", "chatglm": "ChatGLM"}
 WORK = {"full": "fine-tuning", "lora": "LoRA"}
-HEADLINE_COLUMNS = (
+NOT_AVAILABLE = "N/A"
+COLUMNS = (
     "Model",
     "Method",
     "Num GPUs",
@@ -36,5 +61,470 @@ AGAINST_COLUMNS = (
 )
 
 
-class Strict(Record.__base__):
-    """A part of a published record; unknown fields and other types are an error."""
+class Strict(Part):
+    """A part of a published record; unknown fields and values of another type are errors."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class Source(Strict):
+    """Where a figure stands: `commit` is a revision of the document that has it. `added_later`: the first had not."""
+
+    document: str
+    commit: str
+    added_later: bool
+
+
+class Names(Strict):
+    """What a table calls a run's model and its setup, which is empty where nothing was split or recomputed."""
+
+    model: str
+    setup: str
+
+
+class Setup(Strict):
+    """How a run was split. `mp` 1 and `zero` 0: not at all."""
+
+    zero: int = Field(ge=0, le=3)
+    mp: PositiveInt
+    recompute: bool
+    accumulation: PositiveInt
+
+
+class PublishedRecord(Strict):
+    """One published run. Its figure is in effective tokens/s of the whole job, None where it ran out of memory.
+
+    `model` is a preset's name where there is one, `names` what the kinds of table that show the run call it; `bsz` is
+    the global batch size in samples. What can be computed, as speedups, is not stored.
+    """
+
+    model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
+
+    schema_: Literal["published-1"] = Field(alias="schema")
+    status: Literal["published"]
+    reason: Literal["oom"] | None
+    source: Source
+    framework: Literal["torch", "paddle"]
+    method: Literal["full", "lora"]
+    family: Literal["bloom", "llama", "chatglm"]
+    model: str
+    names: dict[Literal["headline", "multi_gpu"], Names] = Field(min_length=1)
+    num_gpus: PositiveInt
+    bsz: PositiveInt
+    setup: Setup
+    data: str
+    precision: str
+    hardware: str
+    effective_tokens_per_second: PositiveFloat | None
+
+    @model_validator(mode="after")
+    def _figure_or_reason(self) -> Self:
+        if (self.effective_tokens_per_second is None) != (self.reason is not None):
+            raise ValueError("a run has either effective_tokens_per_second or a reason why not")
+        return self
+
+    @property
+    def work(self) -> tuple[Any, ...]:
+        """What a row of a headline table stands for."""
+        return self.model, self.method, self.num_gpus, self.bsz
+
+    @property
+    def like(self) -> tuple[Any, ...]:
+        """What two runs have in common that are like for like."""
+        return *self.work, *_split(self.setup)
+
+    @property
+    def result(self) -> str:
+        """The figure as tables print it."""
+        return _figure(self.effective_tokens_per_second, self.reason)
+
+    def named(self, kind: Literal["headline", "multi_gpu"]) -> Names:
+        """What tables of a kind call it, or the other kind where the run was in none of these."""
+        return self.names.get(kind) or next(iter(self.names.values()))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A row of a published table: the run of either side, None where there was none."""
+
+    paddle: PublishedRecord | None
+    torch: PublishedRecord | None
+
+    @property
+    def either(self) -> PublishedRecord:
+        """Either run, for what they have in common."""
+        run = self.paddle or self.torch
+        assert run is not None
+        return run
+
+    @property
+    def speedup(self) -> float | None:
+        """Paddle ÷ Torch − 1; None unless both have a figure."""
+        rates = [run and run.effective_tokens_per_second for run in (self.paddle, self.torch)]
+        return rates[0] / rates[1] - 1 if rates[0] and rates[1] else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """A published table. A headline table sets the best of each side's setups side by side, the other like for like."""
+
+    name: str
+    heading: str
+    kind: Literal["headline", "multi_gpu"]
+    pairs: list[Pair]
+
+    def is_best(self, pair: Pair) -> bool:
+        """Whether a pair's Paddle run is the fastest one of its model and batch size: these were printed bold."""
+        rate = pair.paddle and pair.paddle.effective_tokens_per_second
+        group = [other.paddle for other in self.pairs if other.either.work == pair.either.work]
+        rates = [run.effective_tokens_per_second for run in group if run and run.effective_tokens_per_second]
+        return self.kind == "multi_gpu" and rate is not None and rate == max(rates)
+
+    def setup(self, side: PublishedRecord | None) -> str | None:
+        """How a side was split, in the table's words; of the headline tables, none tells the accumulation."""
+        if side is None:
+            return None
+        steps, words = side.setup.accumulation, side.named(self.kind).setup
+        return f"({side.bsz // steps}*{steps}) {words}" if steps > 1 and self.kind == "multi_gpu" else words
+
+
+@dataclass(frozen=True)
+class Against:
+    """A published run beside one of the same model, method, GPUs, batch size, setup and framework here.
+
+    Figures in effective tokens/s of the whole job, `ratio` is here ÷ published; None where there is no such figure.
+    Speedups (Paddle ÷ Torch − 1) are those of both sides like for like; `here_interval` is the 95% interval.
+    """
+
+    model: str
+    method: str
+    num_gpus: int
+    batch_size: int
+    setup: str
+    framework: str
+    published_status: str
+    published_effective_tokens_per_second: float | None
+    here_setup: str | None
+    here_status: str | None
+    here_effective_tokens_per_second: float | None
+    ratio: float | None
+    published_speedup: float | None
+    here_speedup: float | None
+    here_interval: tuple[float, float] | None
+
+
+def load(paths: list[Path]) -> tuple[list[Record], list[PublishedRecord], list[str]]:
+    """The records of files and folders, those of published runs apart, and what was broken.
+
+    Folders are searched as `load_records` does, so that `published` ones are left out unless they are named.
+    """
+    published, files, broken = {}, [], []
+    for file in itertools.chain.from_iterable(record_files(path) for path in paths):
+        try:
+            run = _read(file)
+        except BadInput as fault:
+            broken.append(str(fault))
+            continue
+        if run is None:
+            files.append(file)
+        elif published.setdefault((run.like, run.framework), run) != run:
+            broken.append(f"{file}: not a record: another one of the same published run has other values")
+    records, others = load_records(files)
+    return records, list(published.values()), broken + others
+
+
+def tables(published: Iterable[PublishedRecord]) -> list[Table]:
+    """The tables in the order of their publication, rows as they were: by method, model, batch size and setup."""
+    found = []
+    for later, members in _grouped(published, lambda run: run.source.added_later):
+        for family, runs in _grouped(members, lambda run: list(FAMILIES).index(run.family)):
+            name, models = list(FAMILIES)[family], sorted({run.model for run in runs})
+            heading = f"A later revision's {FAMILIES[name]} rows ({', '.join(models)})" if later else FAMILIES[name]
+            rows = [runs for _, runs in _grouped(runs, lambda run: (run.method != "lora", _place(run)))]
+            found.append(Table(name, heading, "headline", [_pair(runs, fastest=True) for runs in rows]))
+        split = [run for run in members if run.num_gpus > 1]
+        for (_, gpus), runs in _grouped(split, lambda run: (run.method != "lora", run.num_gpus)):
+            rows = [
+                _pair(same)
+                for _, of_model in _grouped(runs, lambda run: rank_of(run.model))
+                if _tried_several(of_model)
+                for _, same in _grouped(of_model, lambda run: (_place(run), _order(run.setup)))
+            ]
+            if rows:
+                heading = f"Multi-GPU record: {WORK[runs[0].method]} with {gpus} GPUs"
+                found.append(Table("multi-gpu", heading, "multi_gpu", rows))
+    return found
+
+
+def against(records: list[Record], published: Iterable[PublishedRecord]) -> list[Against]:
+    """Every published run beside each of its counterparts here; one without any has a row without them."""
+    here = _sides(records)
+    found = []
+    for _, runs in _grouped(published, lambda run: (_place(run), run.method != "lora", _order(run.setup))):
+        pair = _pair(runs)
+        for run in (pair.paddle, pair.torch):
+            if run is None:
+                continue
+            for row in here.get((run.like, run.framework)) or [None]:
+                rate = row and getattr(row, f"{run.framework}_effective_tokens_per_second")
+                paired = row is not None and row.compared == LIKE_FOR_LIKE
+                theirs = run.effective_tokens_per_second
+                found.append(
+                    Against(
+                        *run.work,
+                        setup=_words(run),
+                        framework=run.framework,
+                        published_status=run.reason or run.status,
+                        published_effective_tokens_per_second=theirs,
+                        here_setup=row and getattr(row, f"{run.framework}_setup"),
+                        here_status=row and getattr(row, f"{run.framework}_status"),
+                        here_effective_tokens_per_second=rate,
+                        ratio=rate / theirs if rate and theirs else None,
+                        published_speedup=pair.speedup,
+                        here_speedup=row.speedup if paired else None,
+                        here_interval=row.interval if paired else None,
+                    )
+                )
+    return found
+
+
+def render_published(published: list[PublishedRecord], form: str) -> str:
+    """The published tables as `md`, or their rows, those of every table under the same names, as `csv` or `json`."""
+    printed = tables(published)
+    if form == "json":
+        return json.dumps([_fields(table, pair) for table in printed for pair in table.pairs], indent=1)
+    if form == "csv":
+        lines = [[table.name, *_headline_texts(table, pair)] for table in printed for pair in table.pairs]
+        return _csv(("Table", *COLUMNS), lines)
+    parts = []
+    for table in printed:
+        columns, texts = (
+            (COLUMNS, _headline_texts) if table.kind == "headline" else (MULTI_GPU_COLUMNS, _multi_gpu_texts)
+        )
+        parts.append(f"### {table.heading}\n\n{_markdown(columns, [texts(table, pair) for pair in table.pairs])}")
+    sources = {f"{run.source.document} at {run.source.commit[:10]}" for run in published}
+    parts.append(
+        f"Published, not measured here ({'; '.join(sorted(sources))}), on {_hardware(published)}; speedups computed "
+        "from the figures, bold the best Paddle figure of its model and batch size. Not to be compared as they stand: "
+        f"the first tables set unequal setups side by side, precision differs ({_precision(published)}), warm-up and "
+        "start-up are inside the timing, each figure is of one run; see results/published/README.md."
+    )
+    return "\n\n".join(parts)
+
+
+def render_against(records: list[Record], published: list[PublishedRecord], form: str) -> str:
+    """What stands beside the published record as a `md` table with its caveat, or its rows as `csv` or `json`."""
+    rows = against(records, published)
+    if form == "json":
+        return json.dumps([{"table": "against published", **asdict(row)} for row in rows], indent=1)
+    if form == "csv":
+        return _csv(AGAINST_COLUMNS, map(_against_texts, rows))
+    heading = "### Against the published record\n\n"
+    if not any(row.here_status for row in rows):
+        return (
+            f"{heading}No record here has a published counterpart: one of the same model, method, number of GPUs, "
+            "batch size and setup (try suites/a100x4.toml on four GPUs)."
+        )
+    return (
+        f"{heading}{_ran_on(records, published)} Published on {_hardware(published)}, with {_precision(published)}.\n\n"
+        f"{_markdown(AGAINST_COLUMNS, map(_against_texts, rows))}\n\n"
+        "Here ÷ Published compares machines and years of software as much as frameworks, and not the same work: "
+        "precision differs (see Here Setup), the published timing has warm-up and start-up inside, and its padding and "
+        "LoRA layers are others. Speedups are like for like on both sides. N/A: no such run. The suite a100x4 runs "
+        "chatglm2-6b in place of chatglm-6b, which so has no counterpart."
+    )
+
+
+def combine(parts: list[str], form: str) -> str:
+    """Several renderings in one form as one: lists of rows are joined, tables stand one after the other."""
+    if form == "json":
+        return json.dumps([row for part in parts for row in json.loads(part)], indent=1)
+    return "\n\n".join(parts)
+
+
+def _read(file: Path) -> PublishedRecord | None:
+    """A published run's record; None for any other file, good or not. Raises `BadInput` with the first fault."""
+    try:
+        text = file.read_bytes()
+        content = json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(content, dict) or not str(content.get("schema")).startswith("published"):
+        return None
+    try:
+        return PublishedRecord.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadInput(f"{file}: not a record: {where + ': ' if where else ''}{first['msg']}") from None
+
+
+def _grouped(runs: Iterable[PublishedRecord], key: Callable[[PublishedRecord], Any]) -> list[tuple[Any, list[Any]]]:
+    return [(value, list(members)) for value, members in itertools.groupby(sorted(runs, key=key), key=key)]
+
+
+def _place(run: PublishedRecord) -> tuple[Any, ...]:
+    return rank_of(run.model), run.num_gpus, run.bsz
+
+
+def _split(setup: Any) -> tuple[Any, ...]:
+    """What two setups have in common that are like for like; of a published one or of a record here."""
+    return setup.zero, setup.mp, setup.recompute, setup.accumulation
+
+
+def _order(setup: Setup) -> tuple[Any, ...]:
+    """Tensor parallelism first, then the most sharded."""
+    return -setup.mp, -setup.zero, setup.recompute, setup.accumulation
+
+
+def _pair(runs: list[PublishedRecord], fastest: bool = False) -> Pair:
+    """The runs of both sides, the fastest ones where there are several."""
+    ranked = sorted(runs, key=lambda run: -(run.effective_tokens_per_second or 0.0)) if fastest else runs
+    paddle, torch = (next((r for r in ranked if r.framework == side), None) for side in ("paddle", "torch"))
+    return Pair(paddle, torch)
+
+
+def _tried_several(runs: list[PublishedRecord]) -> bool:
+    """Whether a side ran the same work in more than one setup."""
+    setups = defaultdict(set)
+    for run in runs:
+        setups[run.work, run.framework].add(_split(run.setup))
+    return any(len(found) > 1 for found in setups.values())
+
+
+def _sides(records: list[Record]) -> dict[tuple[Any, ...], list[Row]]:
+    """The rows here by what they may be set beside and framework, each side's figure once, like for like first."""
+    likes = {(*_like(record)[:4], setup_of(record)): _like(record) for record in records}
+    rows = sorted(join(records), key=lambda row: row.compared == BEST_OF_EACH)
+    found, seen = defaultdict(list), set()
+    for row, side in itertools.product(rows, ("paddle", "torch")):
+        text, rate = getattr(row, f"{side}_setup"), getattr(row, f"{side}_effective_tokens_per_second")
+        work = row.model, row.method, row.num_gpus, row.batch_size
+        if text is not None and (side, *work, text, rate) not in seen:
+            seen.add((side, *work, text, rate))
+            found[likes[*work, text], side].append(row)
+    return found
+
+
+def _like(record: Record) -> tuple[Any, ...]:
+    """`PublishedRecord.like` of a record here."""
+    return model_of(record)[1], record.method, record.devices, record.setup.bsz, *_split(record.setup)
+
+
+def _words(run: PublishedRecord) -> str:
+    setup = run.setup
+    parts = [f"MP {setup.mp}"] * (setup.mp > 1) + [f"ZeRO {setup.zero}"] * (setup.zero > 0)
+    parts += [f"{run.bsz // setup.accumulation}*{setup.accumulation}"] * (setup.accumulation > 1)
+    return ", ".join(parts + ["recompute"] * setup.recompute)
+
+
+def _figure(rate: float | None, status: str | None) -> str:
+    if rate is not None:
+        return f"{rate:.2f}"
+    return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
+
+
+def _result(run: PublishedRecord | None) -> str:
+    return run.result if run else NOT_AVAILABLE
+
+
+def _percent(speedup: float | None, sign: str = "+") -> str:
+    return NOT_AVAILABLE if speedup is None else f"{speedup:{sign}.0%}"
+
+
+def _headline_texts(table: Table, pair: Pair) -> list[str]:
+    run = pair.either
+    sides = [text for side in (pair.paddle, pair.torch) for text in (table.setup(side) or "", _result(side))]
+    return [
+        run.named(table.kind).model,
+        METHODS[run.method],
+        str(run.num_gpus),
+        str(run.bsz),
+        *sides,
+        _percent(pair.speedup),
+    ]
+
+
+def _multi_gpu_texts(table: Table, pair: Pair) -> list[str]:
+    paddle = f"**{_result(pair.paddle)}**" if table.is_best(pair) else _result(pair.paddle)
+    run = pair.either
+    setup = f"bsz {run.bsz} {table.setup(run)}"
+    return [run.named(table.kind).model, setup, paddle, _result(pair.torch), _percent(pair.speedup, sign="-")]
+
+
+def _fields(table: Table, pair: Pair) -> dict[str, Any]:
+    """A row as the tables of ordinary records name it."""
+    run = pair.either
+    fields: dict[str, Any] = {
+        "table": f"published {table.name}",
+        "family": run.family,
+        "model": run.model,
+        "method": run.method,
+        "num_gpus": run.num_gpus,
+        "batch_size": run.bsz,
+    }
+    for side, member in (("paddle", pair.paddle), ("torch", pair.torch)):
+        fields[f"{side}_setup"] = table.setup(member)
+        fields[f"{side}_status"] = member and (member.reason or member.status)
+        fields[f"{side}_effective_tokens_per_second"] = member and member.effective_tokens_per_second
+    compared = BEST_OF_EACH if table.kind == "headline" else LIKE_FOR_LIKE
+    return fields | {"speedup": pair.speedup, "compared": compared, "best": table.is_best(pair)}
+
+
+def _against_texts(row: Against) -> list[str]:
+    speedup = _percent(row.here_speedup)
+    if row.here_interval and row.here_interval[0] <= 0 <= row.here_interval[1]:
+        speedup = "no difference"
+    return [
+        row.model,
+        METHODS[row.method],
+        str(row.num_gpus),
+        str(row.batch_size),
+        row.setup,
+        row.framework,
+        _figure(row.published_effective_tokens_per_second, row.published_status),
+        row.here_setup or NOT_AVAILABLE,
+        _figure(row.here_effective_tokens_per_second, row.here_status),
+        NOT_AVAILABLE if row.ratio is None else f"{row.ratio:.2f}",
+        _percent(row.published_speedup),
+        speedup,
+    ]
+
+
+def _hardware(published: list[PublishedRecord]) -> str:
+    return " or ".join(sorted({run.hardware for run in published}))
+
+
+def _precision(published: list[PublishedRecord]) -> str:
+    """What each side computed in."""
+    words = sorted({(run.framework, run.precision) for run in published})
+    return "; ".join(f"{framework}: {precision}" for framework, precision in words)
+
+
+def _ran_on(records: list[Record], published: list[PublishedRecord]) -> str:
+    """What the records here that have a published counterpart ran on, and the data that they trained on."""
+    likes = {run.like for run in published}
+    compared = [record for record in records if record.aa is None and _like(record) in likes]
+    machines = set()
+    for record in compared:
+        device, cpu = record.hardware.device, f"{record.hardware.cpu} with {record.hardware.cores} cores"
+        if device is not None:  # or it ended before it knew
+            machines.add(f"no GPU, {cpu}" if device == "cpu" else f"one {device} per process, {cpu}")
+    data = {record.plan.data for record in compared if record.plan}
+    return (
+        f"Here on {'; '.join(sorted(machines)) or 'what no record tells'}; data: {', '.join(sorted(data)) or 'none'}."
+    )
+
+
+def _markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
+    table = [list(columns), *lines]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
+    texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(texts)
+
+
+def _csv(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *lines])
+    return text.getvalue().rstrip("\n")
