@@ -157,6 +157,11 @@ class Pair:
         assert run is not None
         return run
 
+    def model(self, kind: Literal["headline", "multi_gpu"]) -> str:
+        """What tables of a kind call the model; the fastest run may have been in none of these."""
+        runs = [run for run in (self.paddle, self.torch) if run]
+        return next((run for run in runs if kind in run.names), runs[0]).named(kind).model
+
     @property
     def speedup(self) -> float | None:
         """Paddle ÷ Torch − 1; None unless both have a figure."""
@@ -326,7 +331,7 @@ def render_against(records: list[Record], published: list[PublishedRecord], form
             "batch size and setup (try suites/a100x4.toml on four GPUs)."
         )
     return (
-        f"{heading}{_ran_on(records, published)} Published on {_hardware(published)}, with {_precision(published)}.\n\n"
+        f"{heading}{_ran_on(records, published)} Published on {_hardware(published)} ({_precision(published)}).\n\n"
         f"{_markdown(AGAINST_COLUMNS, map(_against_texts, rows))}\n\n"
         "Here ÷ Published compares machines and years of software as much as frameworks, and not the same work: "
         "precision differs (see Here Setup), the published timing has warm-up and start-up inside, and its padding and "
@@ -436,7 +441,7 @@ def _headline_texts(table: Table, pair: Pair) -> list[str]:
     run = pair.either
     sides = [text for side in (pair.paddle, pair.torch) for text in (table.setup(side) or "", _result(side))]
     return [
-        run.named(table.kind).model,
+        pair.model(table.kind),
         METHODS[run.method],
         str(run.num_gpus),
         str(run.bsz),
@@ -449,7 +454,7 @@ def _multi_gpu_texts(table: Table, pair: Pair) -> list[str]:
     paddle = f"**{_result(pair.paddle)}**" if table.is_best(pair) else _result(pair.paddle)
     run = pair.either
     setup = f"bsz {run.bsz} {table.setup(run)}"
-    return [run.named(table.kind).model, setup, paddle, _result(pair.torch), _percent(pair.speedup, sign="-")]
+    return [pair.model(table.kind), setup, paddle, _result(pair.torch), _percent(pair.speedup, sign="-")]
 
 
 def _fields(table: Table, pair: Pair) -> dict[str, Any]:
