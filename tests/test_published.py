@@ -12,6 +12,7 @@ from tunebench.flags import parse_flags
 from tunebench.published import FOLDER, PublishedRecord, against, load, render_against, render_published, tables
 from tunebench.record import Record
 from tunebench.run import describe_run
+from tunebench.suite_file import find_suite, plan_runs, read_suite
 
 FILES = sorted(FOLDER.glob("*.json"))
 MP4, ZERO2, ZERO3 = {"mp": 4, "zero": 0}, {"mp": 1, "zero": 2}, {"mp": 1, "zero": 3}
@@ -214,6 +215,18 @@ def test_a_figure_stands_beside_that_of_the_same_setup_and_framework(runs):
     (alone,) = found["torch", "ZeRO 3", 8]
     assert (alone.here_speedup, alone.published_speedup) == (None, pytest.approx(1256.82 / 1142.07 - 1))
     assert len(against(records, runs)) == len(runs)
+
+
+def test_the_suite_a100x4_has_a_counterpart_of_every_run_but_those_of_chatglm(runs):
+    suite, unknown = find_suite("a100x4"), {"model": None, "plan": None, "steps": None, "setup_seconds": None}
+    unknown |= {"status": "failed", "reason": "unknown", "peak_memory_bytes": [], "log": []}
+    records = [
+        Record(**describe_run(run.framework, run.method, run.flags, run.argv) | unknown)
+        for run in plan_runs(suite, read_suite(suite), Path("results"), 1, None)
+    ]
+    found = [row for row in against(records, runs) if row.here_status == "failed"]
+    assert len(found) == len(runs) - 6
+    assert {row.model for row in found} == {"llama-7b", "llama-13b", "bloomz-7b1-mt"}
 
 
 def test_another_model_batch_recompute_or_accumulation_is_no_counterpart(runs):
