@@ -1,12 +1,14 @@
 """The flags: one parser for all four scripts, so that a setup is spelled the same on both sides."""
 
 import argparse
+import contextlib
+import math
 import os
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
@@ -87,8 +89,16 @@ class Flags(BaseModel):
 class Parser(argparse.ArgumentParser):
     """argparse, with a refusal of one line and no usage text."""
 
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """As argparse has it; refuses what no record could hold."""
+        words = sys.argv[1:] if args is None else list(args)
+        for word in words:
+            if any("\ud800" <= character <= "\udfff" or character == "\0" for character in word):
+                self.error(f"{word!a} is not valid UTF-8; rename the file, or mend the argument")
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}; see --help", file=sys.stderr)
+        print(f"{self.prog}: {' '.join(message.split())}; see --help", file=sys.stderr)
         sys.exit(2)
 
 
@@ -265,15 +275,16 @@ def resolve_plan_flags(options: dict) -> dict:
     options["weights"] = options["weights"] or ("random" if model in PRESETS else "pretrained")
     if options["weights"] == "random" and model not in PRESETS:
         raise BadInput(f"--weights random is for presets; --model {model} is none of {', '.join(PRESETS)}")
+    folder = _path("model", model)
     if options["weights"] == "pretrained" and model in PRESETS and not Path(model).is_dir():
         raise BadInput(f"--weights pretrained needs a checkpoint: {model} is a preset; name a folder or owner/name")
-    if options["weights"] == "pretrained" and not Path(model).expanduser().is_dir() and model.count("/") != 1:
+    if options["weights"] == "pretrained" and not folder.is_dir() and model.count("/") != 1:
         raise BadInput(
             f"--model {model}: no such preset or folder; use one of {', '.join(PRESETS)}, a checkpoint folder, "
             "or a hub name of the form owner/name"
         )
     if options["data"] not in DATA_NAMES:
-        path = Path(options["data"]).expanduser()
+        path = _path("data", options["data"])
         if path.suffix not in (".json", ".jsonl", ".parquet"):
             raise BadInput(
                 f"--data {options['data']}: use {', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file"
@@ -287,10 +298,10 @@ def resolve_plan_flags(options: dict) -> dict:
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
+    """An integer of at least 1 that any framework can count to."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; use 1 or more")
+    if not 1 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; use 1 {'or more' if value < 1 else 'to 2147483647'}")
     return value
 
 
@@ -312,7 +323,7 @@ def positive_float(text: str) -> float:
 
 def _check_out(path: Path) -> None:
     """Refuses, before a run, a record file that could not be written after it."""
-    if path.is_dir():
+    if _path("out", str(path)).is_dir():
         raise BadInput(f"--out {path} is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,5 +333,17 @@ def _check_out(path: Path) -> None:
         raise BadInput(f"--out {path}: {path.parent} is not writable")
 
 
+def _path(flag: str, text: str) -> Path:
+    """The path that `text` names, whether it is there or not. Raises `BadInput` where it can name none."""
+    try:
+        path = Path(text).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            path.stat()
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"--{flag} {text[:80]}: no such path: {getattr(error, 'strerror', None) or error}") from None
+    return path
+
+
 def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return ", ".join(map(str, sorted({*small, *(number // d for d in small)})))

@@ -165,7 +165,7 @@ class Record(Strict):
     def write(self, path: Path) -> None:
         """Writes the record whole or not at all, with a digest of it. Raises OSError where there is no room."""
         content = json.loads(self.model_dump_json(by_alias=True))
-        write_atomically(path, (json.dumps(content | {"sha256": _digest(content)}, indent=1) + "\n").encode())
+        write_atomically(path, (json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n").encode())
 
 
 def read_record(path: Path) -> Record:
@@ -195,8 +195,8 @@ def parse_record(text: bytes) -> Record:
         raise ValueError(f"{where + ': ' if where else ''}{first['msg']}") from None
     if kept is None:
         raise ValueError("sha256: Field required")
-    if kept != _digest(content):
-        raise ValueError(f"edited since it was written: sha256 is {kept}, that of its content {_digest(content)}")
+    if kept != digest_of(content):
+        raise ValueError(f"edited since it was written: sha256 is {kept}, that of its content {digest_of(content)}")
     return record
 
 
@@ -209,7 +209,8 @@ def json_schema() -> str:
     return json.dumps(schema, indent=2) + "\n"
 
 
-def _digest(content: dict[str, Any]) -> str:
+def digest_of(content: dict[str, Any]) -> str:
+    """The record's `sha256` of its other fields."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

@@ -84,7 +84,8 @@ def check_tensor_parallel(framework: Framework, flags: Flags, checkpoint: Checkp
     needed = {name: width for name, width in widths.items() if framework == "paddle" or "heads" in name}
     for name, width in needed.items():
         if width % flags.mp:
-            works = [str(mp) for mp in range(1, flags.mp) if not any(width % mp for width in needed.values())]
+            smaller = range(1, min(flags.mp, width + 1))
+            works = [str(mp) for mp in smaller if not any(width % mp for width in needed.values())]
             raise BadInput(f"--mp {flags.mp} does not divide the model's {width} ({name}); use {' or '.join(works)}")
 
 
