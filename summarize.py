@@ -45,7 +45,7 @@ def main() -> None:
         parts.append(render_published(published, options.format))
     if options.against:
         parts.append(render_against(records, reference, options.format))
-    print(combine(parts, options.format))
+    print(combine(parts, options.format), flush=True)
     if broken and options.strict:
         sys.exit(1)
 

@@ -40,7 +40,6 @@ script = "finetune_full.py"
 flags = { nproc = 2 }
 """
 RUNS = 6
-LONGEST = 9.0  # seconds between two kills at most, longer than most runs take here
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -89,9 +88,12 @@ class Stress:
 
     def under_fire(self, kills: int) -> None:
         """Kills until there were `kills`."""
+        started = time.monotonic()
         running = self.start()
+        assert running.wait(600) == 0, f"exit code {running.returncode}"
+        mean = (time.monotonic() - started) / RUNS  # so that a third of the runs comes to its end
         while self.kills.total() < kills:
-            time.sleep(self.random.uniform(0.1, LONGEST))
+            time.sleep(self.random.expovariate(1 / mean))
             self.look()
             if running.poll() is not None:
                 if running.returncode == 0:  # all done: from the start

@@ -270,9 +270,9 @@ def test_each_side_against_itself(mini):
     records = sorted(map(read_record, files), key=lambda record: record.started_at)
     assert [record.aa for record in records] == ["a", "b", "b", "a"]
     a, b = (statistics.geometric_mean(r.effective_tokens_per_second for r in records if r.aa == s) for s in "ab")
-    line = next(line for line in printed.splitlines() if line.startswith("| llama-tiny | Finetune | 1 "))
+    *_, line = (line for line in printed.splitlines() if line.startswith("| llama-tiny | Finetune | 1 "))
     assert f"| torch, fp32 | {b / a - 1:+.1%} " in " ".join(line.split())
-    floor = next(line for line in printed.splitlines() if line.startswith("Noise floor: "))
+    *_, floor = (line for line in printed.splitlines() if line.startswith("Noise floor: "))
     assert f"a side differed from itself by up to {abs(b / a - 1):.1%}" in floor
     assert "Speedup |" not in printed  # they are no rounds of a pair
     printed = finish(start(mini, "--aa", "--repeats=2", "--only=full/torch"), 0)

@@ -1,6 +1,7 @@
 """How bad input is refused: one clear line, exit code 2, never a traceback."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,18 @@ class BadInput(Exception):
 
 @contextlib.contextmanager
 def one_line_refusals(program: str) -> Iterator[None]:
-    """Ends the process with exit code 2 and the message alone when the body raises `BadInput`."""
+    """Ends the process with exit code 2 and the message alone when the body raises `BadInput`.
+
+    The body prints; where nobody reads that any more, the process ends with 130, silently.
+    """
     try:
         yield
     except BadInput as refusal:
         print(f"{program}: {refusal}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # who read this is gone, as in `summarize.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(130)
 
 
 @contextlib.contextmanager

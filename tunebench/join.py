@@ -198,8 +198,7 @@ def model_of(record: Record) -> tuple[str, str]:
     """Family and name; of a run whose checkpoint was never read, by its flags."""
     if record.model is not None:
         return record.model.family, record.model.name
-    arguments = itertools.chain.from_iterable(argument.split("=", 1) for argument in record.argv)
-    name = next((value for flag, value in itertools.pairwise(arguments) if flag == "--model"), "unknown")
+    name = _flags(record).get("--model", "unknown")
     return (PRESETS[name].config["model_type"] if name in PRESETS else "other"), Path(name).name
 
 
@@ -359,7 +358,14 @@ def _remarks(cell: Cell) -> list[str]:
 
 
 def _out(record: Record) -> str:
-    return next((word.removeprefix("--out=") for word in record.argv if word.startswith("--out=")), record.started_at)
+    """Which file it was, by its flags, which need not name one."""
+    return _flags(record).get("--out", record.started_at)
+
+
+def _flags(record: Record) -> dict[str, str]:
+    """The flags that were given a value."""
+    words = list(itertools.chain.from_iterable(word.split("=", 1) for word in record.argv))
+    return {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
 
 
 def _on_what(record: Record) -> str:
