@@ -17,7 +17,8 @@ from pyarrow import parquet
 
 from tunebench.errors import BadInput
 from tunebench.flags import Flags, parse_flags
-from tunebench.join import against_itself, join, load_records
+from tunebench.join import against_itself, join
+from tunebench.published import FOLDER, load, render_against, render_published
 from tunebench.record import digest_of, parse_record
 from tunebench.tables import render
 
@@ -195,6 +196,12 @@ def measured() -> list[dict]:
     return rounds
 
 
+@pytest.fixture(scope="module")
+def published() -> dict:
+    """A record of a published run, which is found in any folder but one called so."""
+    return json.loads((FOLDER / "llama-7b-full-bsz8-mp4-paddle.json").read_text())
+
+
 def edited(content: dict, edits: list) -> dict:
     """A copy with some places set to other values or taken out."""
     content = json.loads(json.dumps(content))
@@ -220,7 +227,7 @@ EDITS = st.lists(st.tuples(st.integers(0, 5000), ODD), max_size=4)
 
 @FUZZ
 @given(st.data())
-def test_record_files(measured, data):
+def test_record_files(measured, published, data):
     """Any file in the results: those that are no record are named, and the others make tables."""
     folder = Path("results").resolve()
     folder.mkdir(exist_ok=True)
@@ -235,8 +242,9 @@ def test_record_files(measured, data):
             cut = data.draw(st.integers(0, len(text)))
             text = text[:cut] + data.draw(st.binary(max_size=4)) + text[cut + data.draw(st.integers(0, 4)) :]
         (folder / f"r{i}.json").write_bytes(text)
-    records, broken = load_records([folder])
-    assert len(records) + len(broken) == len(measured)
+    (folder / "p.json").write_text(json.dumps(edited(published, data.draw(EDITS))))
+    records, published_ones, broken = load([folder])
+    assert len(records) + len(published_ones) + len(broken) == len(measured) + 1
     for line in broken:
         one_line(line)
         assert line.startswith(str(folder))
@@ -244,6 +252,8 @@ def test_record_files(measured, data):
     against_itself(records)
     for form in ("md", "csv", "json"):
         assert isinstance(render(rows, form, records, parity=True), str)
+        assert isinstance(render_published(published_ones, form), str)
+        assert isinstance(render_against(records, published_ones, form), str)
 
 
 def test_arguments_that_are_no_text(tmp_path):

@@ -28,11 +28,11 @@ from tunebench.join import (
 )
 from tunebench.record import Record
 from tunebench.record import Strict as Part
+from tunebench.tables import NOT_AVAILABLE, figure, markdown
 
 FOLDER = ROOT / "results" / "published"
 FAMILIES = {"bloom": "Bloom", "llama": "Llama", "chatglm": "ChatGLM"}
 WORK = {"full": "fine-tuning", "lora": "LoRA"}
-NOT_AVAILABLE = "N/A"
 COLUMNS = (
     "Model",
     "Method",
@@ -136,7 +136,7 @@ class PublishedRecord(Strict):
     @property
     def result(self) -> str:
         """The figure as tables print it."""
-        return _figure(self.effective_tokens_per_second, self.reason)
+        return figure(self.effective_tokens_per_second, self.reason)
 
     def named(self, kind: Literal["headline", "multi_gpu"]) -> Names:
         """What tables of a kind call it, or the other kind where the run was in none of these."""
@@ -306,7 +306,7 @@ def render_published(published: list[PublishedRecord], form: str) -> str:
         columns, texts = (
             (COLUMNS, _headline_texts) if table.kind == "headline" else (MULTI_GPU_COLUMNS, _multi_gpu_texts)
         )
-        parts.append(f"### {table.heading}\n\n{_markdown(columns, [texts(table, pair) for pair in table.pairs])}")
+        parts.append(f"### {table.heading}\n\n{markdown(columns, [texts(table, pair) for pair in table.pairs])}")
     sources = {f"{run.source.document} at {run.source.commit[:10]}" for run in published}
     parts.append(
         f"Published, not measured here ({'; '.join(sorted(sources))}), on {_hardware(published)}; speedups computed "
@@ -332,7 +332,7 @@ def render_against(records: list[Record], published: list[PublishedRecord], form
         )
     return (
         f"{heading}{_ran_on(records, published)} Published on {_hardware(published)} ({_precision(published)}).\n\n"
-        f"{_markdown(AGAINST_COLUMNS, map(_against_texts, rows))}\n\n"
+        f"{markdown(AGAINST_COLUMNS, map(_against_texts, rows))}\n\n"
         "Here ÷ Published compares machines and years of software as much as frameworks, and not the same work: "
         "precision differs (see Here Setup), the published timing has warm-up and start-up inside, and its padding and "
         "LoRA layers are others. Speedups are like for like on both sides. N/A: no such run. The suite a100x4 runs "
@@ -361,7 +361,8 @@ def _read(file: Path) -> PublishedRecord | None:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise BadInput(f"{file}: not a record: {where + ': ' if where else ''}{first['msg']}") from None
+        fault = f"{where + ': ' if where else ''}{first['msg']}"
+        raise BadInput(f"{file}: not a record: {' '.join(fault.split())}") from None
 
 
 def _grouped(runs: Iterable[PublishedRecord], key: Callable[[PublishedRecord], Any]) -> list[tuple[Any, list[Any]]]:
@@ -423,12 +424,6 @@ def _words(run: PublishedRecord) -> str:
     return ", ".join(parts + ["recompute"] * setup.recompute)
 
 
-def _figure(rate: float | None, status: str | None) -> str:
-    if rate is not None:
-        return f"{rate:.2f}"
-    return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
-
-
 def _result(run: PublishedRecord | None) -> str:
     return run.result if run else NOT_AVAILABLE
 
@@ -487,9 +482,9 @@ def _against_texts(row: Against) -> list[str]:
         str(row.batch_size),
         row.setup,
         row.framework,
-        _figure(row.published_effective_tokens_per_second, row.published_status),
+        figure(row.published_effective_tokens_per_second, row.published_status),
         row.here_setup or NOT_AVAILABLE,
-        _figure(row.here_effective_tokens_per_second, row.here_status),
+        figure(row.here_effective_tokens_per_second, row.here_status),
         NOT_AVAILABLE if row.ratio is None else f"{row.ratio:.2f}",
         _percent(row.published_speedup),
         speedup,
@@ -519,14 +514,6 @@ def _ran_on(records: list[Record], published: list[PublishedRecord]) -> str:
     return (
         f"Here on {'; '.join(sorted(machines)) or 'what no record tells'}; data: {', '.join(sorted(data)) or 'none'}."
     )
-
-
-def _markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
-    table = [list(columns), *lines]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
-    texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(texts)
 
 
 def _csv(columns: Sequence[str], lines: Iterable[list[str]]) -> str:

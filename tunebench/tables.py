@@ -6,7 +6,7 @@ import itertools
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def render(rows: list[Row], form: str, records: list[Record], parity: bool = Fal
         members, texts = zip(*group, strict=True)
         parts.append(f"### {FAMILIES.get(family, family)}\n")
         parts.append(_measured_on([r for r in records if model_of(r)[0] == family and r.aa is None]) + "\n")
-        parts.append(_markdown(columns, texts) + "\n")
+        parts.append(markdown(columns, texts) + "\n")
         parts.extend(_notes(members))
     parts.extend(_setup_tables(rows))
     parts.extend(_noise(records))
@@ -89,7 +89,7 @@ def _noise(records: list[Record]) -> list[str]:
     return [
         "### Each side against itself (A/A)\n",
         _measured_on([record for record in records if record.aa is not None]) + "\n",
-        _markdown(ITSELF_COLUMNS, list(map(_itself_texts, comparisons))) + "\n",
+        markdown(ITSELF_COLUMNS, list(map(_itself_texts, comparisons))) + "\n",
         f"Noise floor: a side differed from itself by up to {max(sizes):.1%}, by {statistics.median(sizes):.1%} in the "
         f"median, and {claims} of {len(comparisons)} comparisons claimed a difference where there is none. On this "
         f"machine a speedup within ±{max(sizes):.1%} is no result.\n",
@@ -131,7 +131,7 @@ def _setup_tables(rows: list[Row]) -> list[str]:
                 texts = [f"**{t}**" if r and r == best else t for t, r in zip(_figures(row), _rates(row), strict=True)]
                 lines.append([row.model, f"bsz {row.batch_size} {setup}", *texts, _verdict(row)])
         parts.append(f"### {METHODS[method]} with {devices} GPUs (or processes, where there are none), by setup\n")
-        parts.append(_markdown(SETUP_COLUMNS, lines) + "\n")
+        parts.append(markdown(SETUP_COLUMNS, lines) + "\n")
         parts.append("Bold: the fastest of its model and batch size.\n")
         parts.extend(_notes(members))
     return parts
@@ -181,14 +181,15 @@ def _rates(row: Row) -> tuple[float | None, float | None]:
 
 def _figures(row: Row) -> tuple[str, str]:
     """Both sides' rates, or what became of them."""
-
-    def figure(rate: float | None, status: str | None) -> str:
-        if rate is not None:
-            return f"{rate:.2f}"
-        return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
-
     paddle, torch = _rates(row)
     return figure(paddle, row.paddle_status), figure(torch, row.torch_status)
+
+
+def figure(rate: float | None, status: str | None) -> str:
+    """A rate as tables print it, or what became of the run; N/A where there was none."""
+    if rate is not None:
+        return f"{rate:.2f}"
+    return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
 
 
 def _verdict(row: Row) -> str:
@@ -217,7 +218,8 @@ def _parity(row: Row) -> str:
     return NOT_AVAILABLE if row.parity is None else f"{row.parity:.1e}"
 
 
-def _markdown(columns: Sequence[str], lines: Sequence[list[str]]) -> str:
+def markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table, its columns aligned."""
     table = [list(columns), *lines]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
