@@ -3,15 +3,20 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tunebench.cache import write_atomically
 from tunebench.errors import BadInput
 from tunebench.hardware import Hardware
 
 LOG_LINES = 40
+# Bounds that nothing real reaches, so that what is derived stays a number.
+Seconds = Annotated[float, Field(gt=1e-9, lt=1e9)]
+Count = Annotated[int, Field(gt=0, lt=2**53)]
+Amount = Annotated[int, Field(ge=0, lt=2**63)]
+Curve = Annotated[float, Field(ge=0, lt=1e39)]  # float32 ends there
 
 
 class Strict(BaseModel):
@@ -32,8 +37,8 @@ class Model(Strict):
 
     name: str
     family: str
-    parameters: int = Field(gt=0)
-    trainable_parameters: int | None
+    parameters: Count
+    trainable_parameters: Count | None
     config_sha256: str
     weights_sha256: str
 
@@ -41,19 +46,19 @@ class Model(Strict):
 class Setup(Strict):
     """How the run was split and computed. Batch sizes in samples."""
 
-    nproc: int = Field(gt=0)
-    nnodes: int = Field(gt=0)
-    zero: int
-    mp: int = Field(gt=0)
-    bsz: int = Field(gt=0)
-    micro_bsz: int = Field(gt=0)
-    accumulation: int = Field(gt=0)
-    dtype: str
-    amp: str | None
+    nproc: Count
+    nnodes: Count
+    zero: Literal[0, 1, 2, 3]
+    mp: Count
+    bsz: Count
+    micro_bsz: Count
+    accumulation: Count
+    dtype: Literal["fp32", "bf16", "fp16"]
+    amp: Literal["O1", "O2"] | None
     recompute: bool
-    attention: str
-    packing: int
-    order: str
+    attention: Literal["eager", "sdpa", "flash"]
+    packing: Amount
+    order: Literal["plan", "grouped"]
     tuned: bool
 
 
@@ -74,11 +79,11 @@ class PlanInfo(Strict):
 
     data: str
     sha256: str
-    samples: int
-    skipped: int
-    effective_tokens: int
-    padded_tokens: int
-    label_tokens: int
+    samples: Amount
+    skipped: Amount
+    effective_tokens: Amount
+    padded_tokens: Amount
+    label_tokens: Amount
 
 
 class Steps(Strict):
@@ -87,12 +92,12 @@ class Steps(Strict):
     The gradient norm of a step is None where the gradients overflowed float16, so that the optimizer skipped it.
     """
 
-    seconds: list[PositiveFloat]
-    effective_tokens: list[PositiveInt]
-    padded_tokens: list[PositiveInt]
-    label_tokens: list[PositiveInt]
-    loss: list[PositiveFloat]
-    grad_norm: list[float | None]
+    seconds: list[Seconds]
+    effective_tokens: list[Count]
+    padded_tokens: list[Count]
+    label_tokens: list[Count]
+    loss: list[Curve]
+    grad_norm: list[Curve | None]
 
     @model_validator(mode="after")
     def _equally_long(self) -> Self:
@@ -123,9 +128,9 @@ class Record(Strict):
     kernels: Kernels | None
     plan: PlanInfo | None
     steps: Steps | None
-    timed_from: int
-    setup_seconds: float | None
-    peak_memory_bytes: list[int]
+    timed_from: Amount
+    setup_seconds: Seconds | None
+    peak_memory_bytes: list[Amount]
     log: list[str]
 
     @model_validator(mode="after")
@@ -133,7 +138,7 @@ class Record(Strict):
         if self.status == "ok":
             if self.model is None or self.plan is None or self.steps is None or self.setup_seconds is None:
                 raise ValueError("a run that ended ok has model, plan, steps and setup_seconds")
-            if not 0 <= self.timed_from < len(self.steps.seconds):
+            if not self.timed_from < len(self.steps.seconds):
                 raise ValueError(f"timed_from {self.timed_from} is not one of {len(self.steps.seconds)} steps")
             if self.model.trainable_parameters is None or self.hardware.device is None:
                 raise ValueError("a run that ended ok has trainable_parameters and a device")
