@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
 # Sets up what is missing, runs a suite and prints its tables. Ctrl-C keeps what is done; the same command goes on.
 #
-#   bash run_all.sh [--cpu] [--suite NAME] [--only GLOB] [--repeats N] [--fresh] [--dry-run]
+#   bash run_all.sh [--cpu] [--suite NAME] [--only GLOB] [--repeats N] [--aa] [--fresh] [--dry-run]
 #
 # --cpu          set up CPU builds on any machine (see setup.sh)
 # --suite NAME   which of suites/NAME.toml, or a .toml file of your own (default: cpu; quick: a few minutes, intervals)
 # --only GLOB    only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle' or '*lora*'
 # --repeats N    rounds (default: the suite's, mostly 1); the order of the two sides alternates
+# --aa           each side against itself: what a difference is worth here (records in results/SUITE/aa/)
 # --fresh        from the start; earlier results move to results/.previous/
 # --dry-run      print the runs, start none
 #
-# Records go to results/SUITE/PAIR/FRAMEWORK-rROUND.json. Exit code: 0, 1 where a run failed, 2 for bad input, 130 when
-# interrupted. TUNEBENCH_RESULTS and TUNEBENCH_CACHE move the two folders that it writes to.
+# Records go to results/SUITE/PAIR/FRAMEWORK-rROUND.json; one run_all.sh at a time works on a results folder.
+# TUNEBENCH_RESULTS and TUNEBENCH_CACHE move the two folders that it writes to. Exit code: 0, 1 where a run failed,
+# 2 for bad input, 130 when interrupted.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
