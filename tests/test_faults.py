@@ -71,12 +71,14 @@ def test_a_record_that_has_no_room_is_named_and_the_old_one_stays(tmp_path, fram
         tmp_path,
         f"""
         echo old >"$0/r.json"; fill
-        {script} {flags} "--out=$0/r.json" 2>&1; echo "ended: $?"; empty
+        {script} {flags} "--out=$0/r.json" 2>&1; echo "ended: $?"
+        TMPDIR=$0 {script} {flags} "--out=$0/r.json" 2>&1; echo "all full: $?"; empty
         """,
         {},
     )
-    *_, last, code = printed.splitlines()
-    assert code == "ended: 1"
+    assert "Traceback" not in printed
+    assert printed.splitlines()[-1] in ("all full: 1", "all full: 2")
+    *_, last = printed.split("ended: 1\n")[0].splitlines()
     out = tmp_path / "disk" / "r.json"
     assert (
         f"failed: {'' if nproc == 1 else 'rank 0: '}{out} cannot be written: No space left on device; make room" in last
@@ -138,5 +140,5 @@ def test_a_process_that_the_kernel_ends_for_want_of_memory_is_oom(tmp_path, cgro
 
 def test_random_kills_lose_no_finished_record():
     """tests/stress.py, of which a long run is for a person to start: --kills 200."""
-    done = run_program("tests/stress.py", "--kills=8", check=True)
+    done = run_program("tests/stress.py", "--kills=6", check=True)
     assert "none lost or broken" in done.stdout

@@ -11,8 +11,8 @@ from tunebench.launch import expand, read_world, share_threads
 from tunebench.record import read_record
 
 SETUPS = [
-    *(["--zero=1"], ["--zero=1", "--nproc=4"], ["--zero=2"], ["--zero=2", "--nproc=4"], ["--zero=3"]),
-    *(["--zero=3", "--nproc=4"], ["--mp=2"], ["--mp=4"], ["--mp=2", "--nproc=4"], ["--micro-bsz=4"], ["--micro-bsz=2"]),
+    *(["--zero=1"], ["--zero=2"], ["--zero=2", "--nproc=4"], ["--zero=3"], ["--zero=3", "--nproc=4"]),
+    *(["--mp=2"], ["--mp=4"], ["--mp=2", "--nproc=4"], ["--micro-bsz=2"]),
 ]
 # A few of these and of their combinations, so that each way of splitting, each method and each family is among them.
 CORE = [

@@ -256,6 +256,7 @@ class TestTables:
             ("hardware", {"governor": "powersave"}, "hardware.governor: powersave ≠ "),
             ("hardware", {"kernel": "1.0"}, "hardware.kernel: 1.0 ≠ "),
             ("git", {"revision": "abc"}, "git.revision: abc ≠ "),
+            ("git", {"changes": "abc"}, "git.changes: abc ≠ "),
             ("model", {"parameters": 7}, "model.parameters: 7 ≠ "),
             ("model", {"trainable_parameters": 7}, "model.trainable_parameters: 7 ≠ "),
             ("model", {"weights_sha256": "1" * 64}, "model.weights_sha256: 111111111111 ≠ "),
@@ -375,6 +376,17 @@ class TestTables:
         assert row.torch_spread == pytest.approx(statistics.stdev([0, math.log(1.1), 0]))
         assert f"{row.interval[0]:+.1%} to {row.interval[1]:+.1%} | 3 " in render([row], "md", [torch, paddle])
 
+    def test_a_round_that_was_run_again_keeps_its_place(self, records):
+        """Paddle's first round ended last: by the file's name it is still the first."""
+        torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
+        rounds = []
+        for number, (factor, minute) in enumerate(((1.0, "09"), (2.0, "02"), (3.0, "03")), 1):
+            for side, when in ((paddle, minute), (torch, f"0{number}")):
+                argv, started_at = [*side.argv[:1], f"--out=x/{side.framework}-r{number}.json"], f"2026-01-01T00:{when}"
+                rounds.append(slower(side, factor).model_copy(update={"argv": argv, "started_at": started_at}))
+        (row,) = join(sorted(rounds, key=lambda record: record.started_at))
+        assert row.interval == pytest.approx((row.speedup, row.speedup))  # each round has the same ratio
+
     def test_an_interval_across_zero_is_no_difference(self, records):
         torch = records["llama", "full", "torch"]
         paddle = torch.model_copy(update={"framework": "paddle"})
@@ -440,6 +452,7 @@ class TestEnds:
         assert done.returncode == 1
         assert record.status == "failed"
         assert f"of step {len(record.steps.loss) + 1} is not a finite number" in record.reason
+        assert "Traceback" not in done.stderr
         assert 1 <= len(record.steps.loss) < 6
 
     def test_timeout_ends_a_run_and_says_so(self, tmp_path):

@@ -64,6 +64,9 @@ def maths_settings() -> dict:
     would multiply in TF32 by default, torch not.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(_usable_cores())
+    if not threads.split(",")[0].strip().isdecimal():
+        print(f"OMP_NUM_THREADS={threads} is no number of threads; unset it, or give one", file=sys.stderr)
+        sys.exit(2)
     settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NVIDIA_TF32_OVERRIDE": "0"}
     if "OMP_NUM_THREADS" not in os.environ:
         settings[THREADS_LEFT_TO_US] = threads

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tunebench.bootstrap import ROOT
-from tunebench.errors import cannot_write
+from tunebench.errors import BadInput, cannot_write
 
 
 def cache_folder() -> Path:
     """`.cache` in the repository, or where TUNEBENCH_CACHE says; made when missing."""
-    folder = Path(os.environ.get("TUNEBENCH_CACHE") or ROOT / ".cache").expanduser().resolve()
+    folder = _folder("TUNEBENCH_CACHE", ".cache")
     with cannot_write(folder, "TUNEBENCH_CACHE names another folder"):
         folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -21,7 +21,15 @@ def cache_folder() -> Path:
 
 def results_folder() -> Path:
     """`results` in the repository, or where TUNEBENCH_RESULTS says; made by the first record."""
-    return Path(os.environ.get("TUNEBENCH_RESULTS") or ROOT / "results").expanduser().resolve()
+    return _folder("TUNEBENCH_RESULTS", "results")
+
+
+def _folder(variable: str, name: str) -> Path:
+    given = os.environ.get(variable)
+    try:
+        return Path(given or ROOT / name).expanduser().resolve()
+    except (OSError, RuntimeError) as error:
+        raise BadInput(f"{variable}={given}: no such folder: {error}") from None
 
 
 def write_atomically(path: Path, content: bytes) -> None:

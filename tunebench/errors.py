@@ -1,10 +1,13 @@
 """How bad input is refused: one clear line, exit code 2, never a traceback."""
 
 import contextlib
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class BadInput(Exception):
@@ -15,16 +18,28 @@ class BadInput(Exception):
 def one_line_refusals(program: str) -> Iterator[None]:
     """Ends the process with exit code 2 and the message alone when the body raises `BadInput`.
 
-    The body prints; where nobody reads that any more, the process ends with 130, silently.
+    The body prints: where nobody reads that any more, the process ends with 130, silently; where there is no room for
+    it, with 2 and one line.
     """
     try:
         yield
     except BadInput as refusal:
         print(f"{program}: {refusal}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # who read this is gone, as in `summarize.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # as in `summarize.py | head`
+        forget_stdout()
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        forget_stdout()
+        print(f"{program}: {error.filename or 'what it prints'}: {error.strerror}; make room there", file=sys.stderr)
+        sys.exit(2)
+
+
+def forget_stdout() -> None:
+    """Sends what is still to be printed to nowhere, so that the interpreter does not fail over it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager

@@ -275,7 +275,7 @@ def resolve_plan_flags(options: dict) -> dict:
     options["weights"] = options["weights"] or ("random" if model in PRESETS else "pretrained")
     if options["weights"] == "random" and model not in PRESETS:
         raise BadInput(f"--weights random is for presets; --model {model} is none of {', '.join(PRESETS)}")
-    folder = _path("model", model)
+    folder = path_of("model", model)
     if options["weights"] == "pretrained" and model in PRESETS and not Path(model).is_dir():
         raise BadInput(f"--weights pretrained needs a checkpoint: {model} is a preset; name a folder or owner/name")
     if options["weights"] == "pretrained" and not folder.is_dir() and model.count("/") != 1:
@@ -284,7 +284,7 @@ def resolve_plan_flags(options: dict) -> dict:
             "or a hub name of the form owner/name"
         )
     if options["data"] not in DATA_NAMES:
-        path = _path("data", options["data"])
+        path = path_of("data", options["data"])
         if path.suffix not in (".json", ".jsonl", ".parquet"):
             raise BadInput(
                 f"--data {options['data']}: use {', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file"
@@ -323,7 +323,7 @@ def positive_float(text: str) -> float:
 
 def _check_out(path: Path) -> None:
     """Refuses, before a run, a record file that could not be written after it."""
-    if _path("out", str(path)).is_dir():
+    if path_of("out", str(path)).is_dir():
         raise BadInput(f"--out {path} is a folder; name a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -333,7 +333,7 @@ def _check_out(path: Path) -> None:
         raise BadInput(f"--out {path}: {path.parent} is not writable")
 
 
-def _path(flag: str, text: str) -> Path:
+def path_of(flag: str, text: str) -> Path:
     """The path that `text` names, whether it is there or not. Raises `BadInput` where it can name none."""
     try:
         path = Path(text).expanduser()

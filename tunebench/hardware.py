@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 import pynvml
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from tunebench.bootstrap import cpuinfo
 
@@ -42,6 +42,8 @@ PACKAGES = {
 class Accelerator(BaseModel):
     """A GPU as NVIDIA's library describes it; None where it does not say. `sm_clock_mhz` is that of the moment."""
 
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     name: str
     memory_bytes: int | None
     power_limit_watts: float | None
@@ -56,8 +58,11 @@ class Hardware(BaseModel):
 
     `machine` is a digest of its name and id, so that two of a kind are told apart. `governor` is that of the cores'
     clocks. `device` is what the framework trained on, None before it said so; `accelerators` are those that were
-    visible, `links` what joins each to each, in the words of `nvidia-smi topo -m`; `cuda` is the driver's newest.
+    visible, `links` what joins each to each, as `nvidia-smi topo -m` abbreviates it (without the number of NVLinks);
+    `cuda` is the newest that the driver supports.
     """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     machine: str
     cpu: str
@@ -72,6 +77,13 @@ class Hardware(BaseModel):
     links: list[list[str]]
     driver: str | None
     cuda: str | None
+
+    def lasting(self) -> dict[str, Any]:
+        """What does not change from run to run, by field; a GPU's fields are `accelerators.INDEX.FIELD`."""
+        fields = {name: value for name, value in self if name not in ("device", "accelerators")}
+        for i, accelerator in enumerate(self.accelerators):
+            fields |= {f"accelerators.{i}.{name}": value for name, value in accelerator if name != "sm_clock_mhz"}
+        return fields
 
 
 def read_hardware() -> Hardware:
@@ -107,7 +119,7 @@ def peak_resident_bytes() -> int:
 def visible_accelerators() -> list[str]:
     """The names of the NVIDIA GPUs that this process may use; empty without a driver."""
     with _visible_gpus() as gpus:
-        return [pynvml.nvmlDeviceGetName(gpu) for gpu in gpus]
+        return list(map(_name, gpus))
 
 
 def read_versions(framework: str) -> dict[str, str]:
@@ -140,7 +152,8 @@ def _visible_gpus() -> Iterator[list[Any]]:
         yield []
         return
     try:
-        yield _chosen([pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())])
+        handles = (_ask(pynvml.nvmlDeviceGetHandleByIndex, i) for i in range(_ask(pynvml.nvmlDeviceGetCount) or 0))
+        yield _chosen([handle for handle in handles if handle is not None])
     finally:
         pynvml.nvmlShutdown()
 
@@ -154,17 +167,21 @@ def _chosen(gpus: list[Any]) -> list[Any]:
         fits = (
             gpu
             for i, gpu in enumerate(gpus)
-            if entry and (entry == str(i) or pynvml.nvmlDeviceGetUUID(gpu).startswith(entry))
+            if entry and (entry == str(i) or (_ask(pynvml.nvmlDeviceGetUUID, gpu) or "").startswith(entry))
         )
         visible.extend(itertools.islice(fits, 1))
     return visible
+
+
+def _name(gpu: Any) -> str:
+    return _ask(pynvml.nvmlDeviceGetName, gpu) or "unknown GPU"
 
 
 def _describe(gpu: Any) -> Accelerator:
     memory, milliwatts = _ask(pynvml.nvmlDeviceGetMemoryInfo, gpu), _ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu)
     ecc = _ask(pynvml.nvmlDeviceGetCurrentEccMode, gpu)
     return Accelerator(
-        name=pynvml.nvmlDeviceGetName(gpu),
+        name=_name(gpu),
         memory_bytes=memory and memory.total,
         power_limit_watts=milliwatts and milliwatts / 1000,
         sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_SM),

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ class Cell:
 
     @property
     def rates(self) -> list[float]:
-        """The runs in effective tokens/s, by when they started; none when they did not end ok."""
+        """The runs in effective tokens/s, by round; none when they did not end ok."""
         return [record.effective_tokens_per_second for record in self.records if record.status == "ok"]
 
     @property
@@ -141,15 +142,15 @@ def against_itself(records: list[Record]) -> list[Itself]:
     """Each side's A/A comparisons; work of which either half is missing is left out."""
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
-        if record.aa is not None and record.status == "ok":
+        if record.aa is not None:
             groups[(*_group(record), record.framework)].append(record)
     found = []
     for group in sorted(groups, key=_place):
         for cell in _cells(groups[group]):
-            a, b = (Cell([r for r in cell.records if r.aa == side]) for side in ("a", "b"))
-            if a.rate and b.rate:
-                runs, interval = (len(a.rates), len(b.rates)), ratio_interval(b.rates, a.rates)
-                found.append(Itself(*group, setup_of(cell.first), runs, b.rate / a.rate - 1, interval))
+            a, b = (Cell([r for r in cell.records if r.aa == side], cell.whole) for side in ("a", "b"))
+            if a.records and b.records and a.rate and b.rate:
+                runs = len(a.rates), len(b.rates)
+                found.append(Itself(*group, setup_of(cell.first), runs, b.rate / a.rate - 1, _interval(b, a)))
     return found
 
 
@@ -210,9 +211,13 @@ def rank_of(model: str) -> tuple[int, str]:
 
 def record_files(path: Path) -> list[Path]:
     """The record file that `path` is, or those in the folder; the folder of results need not be there yet."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    try:
+        if path.is_file():
+            return [path]
+        is_folder = path.is_dir()
+    except OSError as error:
+        raise BadInput(f"{str(path)[:80]}: {error.strerror}; name record files or folders of them") from None
+    if not is_folder:
         if path == results_folder():
             return []
         raise BadInput(f"{path}: no such file or folder; name record files or folders of them")
@@ -253,11 +258,21 @@ def _cells(records: list[Record]) -> list[Cell]:
         if _attempt(record) not in done:
             ended[(*_attempt(record), record.status)].append(record)
     failed = set(map(_attempt, bad))
+    for runs in by_key.values():
+        runs.sort(key=_turn)
     return [Cell(runs, _attempt(runs[0]) not in failed) for runs in (*by_key.values(), *ended.values())]
 
 
-def _attempt(record: Record) -> tuple[str, str | None]:
-    return setup_of(record), record.git.revision
+def _turn(record: Record) -> tuple[int, str]:
+    """The round that a suite gave a run, by its file's name, and when it started: a round may have been run again."""
+    number = re.search(r"-r(\d+)\.json$", _out(record))
+    return int(number[1]) if number else 0, record.started_at
+
+
+def _attempt(record: Record) -> tuple[Any, ...]:
+    """What was tried: the setup, the commit and the command but for its --out."""
+    out = _out(record)
+    return setup_of(record), record.git.revision, *(w for w in record.argv if w not in ("--out", out, f"--out={out}"))
 
 
 def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[str | None, Cell | None, Cell | None]]:
@@ -310,8 +325,7 @@ def _row(
                 refusal = "losses differ"
             else:
                 speedup = paddle.rate / torch.rate - 1
-                if paddle.whole and torch.whole:  # or it is not known which runs make a round
-                    interval = ratio_interval(paddle.rates, torch.rates)
+                interval = _interval(paddle, torch)
     sides = [cell for cell in (paddle, torch) if cell]
     notes = [f"{cell.first.framework} {remark}" for cell in sides for remark in _remarks(cell)]
     what = [_on_what(cell.first) for cell in sides if cell.rate and told_apart][:1]
@@ -330,6 +344,13 @@ def _row(
         parity=agreement,
         note="; ".join(filter(None, [note, *notes, *what])) or None,
     )
+
+
+def _interval(ours: Cell, theirs: Cell) -> tuple[float, float] | None:
+    """The 95% interval of ours ÷ theirs − 1; None where a round has one side alone."""
+    rounds = [[_turn(record)[0] for record in cell.records] for cell in (ours, theirs)]
+    whole = ours.whole and theirs.whole and rounds[0] == rounds[1]
+    return ratio_interval(ours.rates, theirs.rates) if whole else None
 
 
 def _remarks(cell: Cell) -> list[str]:
@@ -363,7 +384,7 @@ def _out(record: Record) -> str:
 
 
 def _flags(record: Record) -> dict[str, str]:
-    """The flags that were given a value."""
+    """The value of each flag that was given one (of a bare flag, the word after it)."""
     words = list(itertools.chain.from_iterable(word.split("=", 1) for word in record.argv))
     return {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
 
@@ -409,19 +430,15 @@ def _work(record: Record) -> dict[str, Any]:
         "model.trainable_parameters": model and model.trainable_parameters,
         "model.config_sha256": model and model.config_sha256,
         "model.weights_sha256": model and model.weights_sha256,
+        "setup.nnodes": record.setup.nnodes,
         "setup.dtype": record.setup.dtype,
         "setup.amp": record.setup.amp,
         "steps": steps and len(steps.seconds),
         "timed_from": record.timed_from,
         "git.revision": record.git.revision,
-        "git.dirty": record.git.dirty,
-        **{f"hardware.{name}": value for name, value in hardware if name != "accelerators"},
-        **{
-            f"hardware.accelerators.{i}.{name}": value
-            for i, accelerator in enumerate(hardware.accelerators)
-            for name, value in accelerator
-            if name != "sm_clock_mhz"  # that of the moment
-        },
+        "git.changes": record.git.changes,
+        "hardware.device": hardware.device,
+        **{f"hardware.{name}": value for name, value in hardware.lasting().items()},
     }
 
 

@@ -26,9 +26,9 @@ from tunebench.join import (
     record_files,
     setup_of,
 )
-from tunebench.record import Record
+from tunebench.record import Record, first_fault
 from tunebench.record import Strict as Part
-from tunebench.tables import NOT_AVAILABLE, figure, markdown
+from tunebench.tables import NOT_AVAILABLE, SETUP_COLUMNS, figure, markdown
 
 FOLDER = ROOT / "results" / "published"
 FAMILIES = {"bloom": "Bloom", "llama": "Llama", "chatglm": "ChatGLM"}
@@ -44,7 +44,6 @@ COLUMNS = (
     "Torch Effective Tokens/s",
     "Speedup",
 )
-MULTI_GPU_COLUMNS = ("Model", "Setup", "Paddle Effective Tokens/s", "Torch Effective Tokens/s", "Speedup")
 AGAINST_COLUMNS = (
     "Model",
     "Method",
@@ -303,9 +302,7 @@ def render_published(published: list[PublishedRecord], form: str) -> str:
         return _csv(("Table", *COLUMNS), lines)
     parts = []
     for table in printed:
-        columns, texts = (
-            (COLUMNS, _headline_texts) if table.kind == "headline" else (MULTI_GPU_COLUMNS, _multi_gpu_texts)
-        )
+        columns, texts = (COLUMNS, _headline_texts) if table.kind == "headline" else (SETUP_COLUMNS, _multi_gpu_texts)
         parts.append(f"### {table.heading}\n\n{markdown(columns, [texts(table, pair) for pair in table.pairs])}")
     sources = {f"{run.source.document} at {run.source.commit[:10]}" for run in published}
     parts.append(
@@ -359,10 +356,7 @@ def _read(file: Path) -> PublishedRecord | None:
     try:
         return PublishedRecord.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        fault = f"{where + ': ' if where else ''}{first['msg']}"
-        raise BadInput(f"{file}: not a record: {' '.join(fault.split())}") from None
+        raise BadInput(f"{file}: not a record: {' '.join(first_fault(error).split())}") from None
 
 
 def _grouped(runs: Iterable[PublishedRecord], key: Callable[[PublishedRecord], Any]) -> list[tuple[Any, list[Any]]]:

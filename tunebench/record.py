@@ -26,10 +26,11 @@ class Strict(BaseModel):
 
 
 class Git(Strict):
-    """The commit that ran; None outside a git checkout."""
+    """The commit that ran; None outside a git checkout. `changes` is a digest of what was not committed."""
 
     revision: str | None
     dirty: bool | None
+    changes: str | None
 
 
 class Model(Strict):
@@ -168,7 +169,7 @@ class Record(Strict):
         return self.steps.grad_norm.count(None) if self.steps else 0
 
     def write(self, path: Path) -> None:
-        """Writes the record whole or not at all, with a digest of it. Raises OSError where there is no room."""
+        """Writes the record whole or not at all, with a digest of it. Raises `BadInput` where there is no room."""
         content = json.loads(self.model_dump_json(by_alias=True))
         write_atomically(path, (json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n").encode())
 
@@ -195,14 +196,19 @@ def parse_record(text: bytes) -> Record:
     try:
         record = Record.model_validate_json(json.dumps(content))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{where + ': ' if where else ''}{first['msg']}") from None
+        raise ValueError(first_fault(error)) from None
     if kept is None:
         raise ValueError("sha256: Field required")
     if kept != digest_of(content):
         raise ValueError(f"edited since it was written: sha256 is {kept}, that of its content {digest_of(content)}")
     return record
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong: the field and what is."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    return f"{where + ': ' if where else ''}{first['msg']}"
 
 
 def json_schema() -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from tunebench import processes
 from tunebench.bootstrap import ROOT
 from tunebench.cache import results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
-from tunebench.errors import BadInput, one_line_refusals
+from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Flags, parse_flags
 from tunebench.hardware import read_hardware, read_versions, visible_accelerators
 from tunebench.launch import ALONE, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, World, export, read_world, share_threads
@@ -149,6 +150,7 @@ class Run:
         self.losses: list[Any] = []
         self.losses_are_whole = self.flags.replicas == 1  # or each process knows only those of its share
         self.grad_norms: list[Any] = []
+        self.written = False
 
     def describe(self, device: str, parameters: int, trainable: int) -> None:
         """Keeps what the framework trains on and its counts; RuntimeError if those contradict the config.
@@ -220,16 +222,18 @@ class Run:
         if self.world.rank:
             return
         record = self.record("ok", None, steps, peak_memory_bytes=peak_memory_bytes)
+        from tunebench.stats import drift_of  # slow to import
+
+        change = drift_of(record)
         record.write(self.out)
+        self.written = True
         if self.folder:
             (self.folder / "done").touch()
         self.say(
             f"loss {steps.loss[0]:.4f} -> {steps.loss[-1]:.4f}, {record.effective_tokens_per_second:.1f} effective "
             f"tokens/s over {len(steps.seconds) - record.timed_from} timed steps, record: {self.out}"
         )
-        from tunebench.stats import drift_of  # slow to import
-
-        if change := drift_of(record):
+        if change:
             self.say(
                 f"warning: not warm: a token took {change:+.0%} in the second half of the timed steps; "
                 f"raise --warmup-steps {self.flags.warmup_steps}, or see what else runs here"
@@ -282,7 +286,12 @@ class Run:
         if self.folder:
             about = {"rank": self.world.rank, "status": status, "reason": reason, "log": list(log)}
             about["steps"] = steps and steps.model_dump()
-            write_atomically(self.folder / f"failure-{self.world.rank}", json.dumps(about).encode())
+            try:
+                write_atomically(self.folder / f"failure-{self.world.rank}", json.dumps(about).encode())
+            except BadInput as fault:
+                print(
+                    f"{self.argv[0]}: rank {self.world.rank}: {status}: {reason}; {fault}", file=sys.stderr, flush=True
+                )
         elif self.world.rank:
             print(f"{self.argv[0]}: rank {self.world.rank}: {status}: {reason}", file=sys.stderr, flush=True)
         else:
@@ -296,6 +305,10 @@ class Run:
 
 def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[str]) -> dict[str, Any]:
     """The part of a record that is known before anything runs."""
+    hardware, shared = read_hardware(), share_threads(flags.nproc)
+    if shared:  # what its workers have, whoever writes the record
+        update = {"environment": hardware.environment | shared, "threads": int(shared["OMP_NUM_THREADS"])}
+        hardware = hardware.model_copy(update=update)
     return {
         "schema": 1,
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -305,7 +318,7 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
         "argv": argv,
         "versions": read_versions(framework),
         "git": read_git(),
-        "hardware": read_hardware(),
+        "hardware": hardware,
         "setup": Setup(
             nproc=flags.nproc,
             nnodes=flags.nnodes,
@@ -342,12 +355,20 @@ def recorded(framework: Framework, method: Method, job: Job) -> Iterator[Run]:
         yield run
         _leave(run, 0)
     except KeyboardInterrupt:
-        print(f"{run.argv[0]}: interrupted, no record written", file=sys.stderr)
+        print(
+            f"{run.argv[0]}: interrupted, {'record written' if run.written else 'no record written'}", file=sys.stderr
+        )
+        sys.exit(130)
+    except BrokenPipeError:  # who read this is gone
+        forget_stdout()
+        _leave(run, 130)
         sys.exit(130)
     except Exception as error:
         _end_with(run, error)
     finally:
         run.watchdog.cancel()
+        if run.folder is None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is cleared away now may end at once
 
 
 def new_record_path(framework: str, method: str, flags: Flags) -> Path:
@@ -359,26 +380,38 @@ def new_record_path(framework: str, method: str, flags: Flags) -> Path:
 
 
 def read_git() -> Git:
-    """The commit of this checkout, and whether it was changed."""
+    """The commit of this checkout, and what was changed since."""
 
-    def git(*arguments: str) -> str | None:
+    def git(*arguments: str, given: bytes = b"") -> bytes | None:
         try:
-            done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=False)
+            done = subprocess.run(["git", "-C", ROOT, *arguments], input=given, capture_output=True, check=False)
         except FileNotFoundError:
             return None
-        return done.stdout.strip() if done.returncode == 0 else None
+        return done.stdout if done.returncode == 0 else None
 
     revision, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
-    return Git(revision=revision, dirty=None if status is None else bool(status))
+    if revision is None or status is None:
+        return Git(revision=None, dirty=None, changes=None)
+    changes = hashlib.sha256(status + (git("diff", "HEAD", "--binary") or b""))
+    names = git("ls-files", "--others", "--exclude-standard", "--full-name") or b""
+    changes.update(git("hash-object", "--stdin-paths", given=names) or b"")
+    return Git(
+        revision=revision.decode().strip(), dirty=bool(status), changes=changes.hexdigest()[:12] if status else None
+    )
 
 
 def _end_with(run: Run, error: Exception) -> NoReturn:
+    if run.written:
+        print(f"{run.argv[0]}: after its record was written: {type(error).__name__}: {error}", file=sys.stderr)
+        _leave(run, 1)
+        sys.exit(1)
     text = str(error).strip() or type(error).__name__
     # torch raises OutOfMemoryError or a RuntimeError that says so, Paddle MemoryError or the same in words.
     out_of_memory = isinstance(error, MemoryError) or any(
         sign in text.lower() for sign in ("out of memory", "can't allocate memory", "resourceexhausted")
     )
-    expected = out_of_memory or isinstance(error, BadInput)  # the latter: the record could not be written
+    # A record that could not be written, a loss that is no number.
+    expected = out_of_memory or isinstance(error, BadInput | FloatingPointError)
     log = traceback.format_exc().splitlines()
     if not expected:
         print("\n".join(log), file=sys.stderr)

@@ -33,14 +33,15 @@ def spread(rates: Sequence[float]) -> float | None:
 
 
 def outlying(rates: Sequence[float]) -> list[int]:
-    """Which rates stand apart, by index: those whose distance to the median is over 14.826 times the median distance.
+    """Which rates stand apart, by index: whose logarithm is over 14.826 times as far from the median as the median one.
 
     Empty with fewer than four, which do not tell.
     """
     if len(rates) < FEWEST:
         return []
-    middle = statistics.median(rates)
-    distances = [abs(rate - middle) for rate in rates]
+    logs = [math.log(rate) for rate in rates]
+    middle = statistics.median(logs)
+    distances = [abs(log - middle) for log in logs]
     typical = statistics.median(distances)
     return [i for i, distance in enumerate(distances) if distance > OUTLYING * typical]
 

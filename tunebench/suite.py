@@ -218,9 +218,12 @@ def _before(run: Planned) -> tuple[Record | None, str]:
     git, hardware = _here()
     if record.git != git:
         return None, "the code is of another commit, or was changed since"
-    environment = hardware.environment | share_threads(run.flags.nproc)
-    if record.hardware.environment != environment or record.hardware.machine != hardware.machine:
-        return None, "the machine or its threads changed"
+    shared = share_threads(run.flags.nproc)
+    now = hardware.lasting() | {"environment": hardware.environment | shared}
+    now["threads"] = int(shared.get("OMP_NUM_THREADS", hardware.threads))
+    changed = [name for name, value in record.hardware.lasting().items() if now.get(name) != value]
+    if changed:
+        return None, f"the machine changed ({', '.join(changed)})"
     return record, ""
 
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from tunebench.bootstrap import ROOT
 from tunebench.errors import BadInput
-from tunebench.flags import Flags, parse_flags
+from tunebench.flags import Flags, parse_flags, path_of
 from tunebench.record import Strict
 from tunebench.run import Framework, Method
 
@@ -96,7 +96,7 @@ class Planned:
 def find_suite(name: str) -> Path:
     """The file of a suite: suites/NAME.toml, or `name` itself where it is a path."""
     suites = ROOT / "suites"
-    path = Path(name).expanduser().resolve() if name.endswith(".toml") else suites / f"{name}.toml"
+    path = path_of("suite", name).resolve() if name.endswith(".toml") else suites / f"{name}.toml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in suites.glob("*.toml")))
         raise BadInput(f"--suite {name}: no such suite; use {known}, or a .toml file")
@@ -120,6 +120,8 @@ def read_suite(path: Path) -> Suite:
             where[:2] = [f"pair {pair.get('name', number) if isinstance(pair, dict) else number}"]
         message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise BadInput(": ".join(map(str, [path, *where, message]))) from None
+    except (OSError, ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
+        raise BadInput(f"{path}: not readable: {error}") from None
 
 
 def plan_runs(

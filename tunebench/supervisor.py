@@ -60,21 +60,23 @@ def run_workers(run: Run) -> int:
     """
     flags = run.flags
     with _own_folder() as folder, _interruptible():
-        process = processes.start(
-            launcher(run.framework, flags, folder),
-            env=_environment(run, folder),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
         printed: deque[str] = deque(maxlen=LOG_LINES)
-        oom_kills = processes.oom_kills()
+        oom_kills, process = processes.oom_kills(), None
         try:
+            process = processes.start(
+                launcher(run.framework, flags, folder),
+                env=_environment(run, folder),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
             timely = _watch(process, folder, printed, time.monotonic() + flags.timeout)
         except (KeyboardInterrupt, SystemExit) as interruption:
             print(f"{run.argv[0]}: interrupted, no record written", file=sys.stderr)
             return 130 if isinstance(interruption, KeyboardInterrupt) else 143
         finally:
-            processes.end(process, ASK)
+            _ignore_interruptions()  # it ends now in any case
+            if process is not None:
+                processes.end(process, ASK)
         if (folder / "done").exists() or (process.returncode == 0 and flags.node_rank):
             return 0
         if not timely:
@@ -214,10 +216,14 @@ def _interruptible() -> Iterator[None]:
     """SIGINT and SIGTERM unwind the body, once: what clears up is not broken into."""
 
     def interrupt(number: int, _: object) -> NoReturn:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+        _ignore_interruptions()
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(143)
 
     for each in (signal.SIGINT, signal.SIGTERM):
         signal.signal(each, interrupt)
     yield
+
+
+def _ignore_interruptions() -> None:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)

@@ -84,15 +84,18 @@ def _noise(records: list[Record]) -> list[str]:
     comparisons = against_itself(records)
     if not comparisons:
         return ["Noise floor: not measured; `bash run_all.sh --aa` runs each side against itself.\n"]
-    claims = sum(_claim(each) == "a difference" for each in comparisons)
+    sure = [each for each in comparisons if each.interval]
+    claims = sum(_claim(each) == "a difference" for each in sure)
+    said = "single rounds claim nothing, repeat with --repeats N"
+    if sure:
+        said = f"{claims} of {len(sure)} comparisons claimed a difference where there is none"
     sizes = [abs(each.difference) for each in comparisons]
     return [
         "### Each side against itself (A/A)\n",
         _measured_on([record for record in records if record.aa is not None]) + "\n",
         markdown(ITSELF_COLUMNS, list(map(_itself_texts, comparisons))) + "\n",
         f"Noise floor: a side differed from itself by up to {max(sizes):.1%}, by {statistics.median(sizes):.1%} in the "
-        f"median, and {claims} of {len(comparisons)} comparisons claimed a difference where there is none. On this "
-        f"machine a speedup within ±{max(sizes):.1%} is no result.\n",
+        f"median; {said}. On that machine a speedup within ±{max(sizes):.1%} is no result.\n",
     ]
 
 

@@ -14,6 +14,7 @@ import psutil
 
 from tunebench import processes
 from tunebench.cache import write_atomically
+from tunebench.errors import BadInput
 from tunebench.launch import HIDDEN_DEVICES, RUN_FOLDER, RUN_SUPERVISOR
 
 
@@ -31,7 +32,10 @@ def main() -> int:
     code = worker.wait()
     if code:
         rank = os.environ.get("RANK") or os.environ["PADDLE_TRAINER_ID"]
-        write_atomically(Path(os.environ[RUN_FOLDER]) / f"exit-{rank}", str(code).encode())
+        try:
+            write_atomically(Path(os.environ[RUN_FOLDER]) / f"exit-{rank}", str(code).encode())
+        except BadInput as fault:
+            print(f"rank {rank} ended with {code}; {fault}", file=sys.stderr)
     return code if code >= 0 else 128 - code
 
 
