@@ -363,11 +363,9 @@ def _remarks(cell: Cell) -> list[str]:
         remarks.append(f"skipped {skipped} steps (float16 overflowed)")
     if first.kernels and first.setup.attention != "eager":
         remarks.append(f"ran {' and '.join(first.kernels.attention)}")
-    if changes := [change for change in map(drift_of, cell.records) if change]:
-        furthest = max(changes, key=abs)
+    if change := drift_of(cell.records):
         remarks.append(
-            f"was not warm in {len(changes)} of {runs} runs (a token took {furthest:+.0%} in the second half of the "
-            "timed steps): raise --warmup-steps"
+            f"was not warm: steps took {change:+.0%} in the second half of the timed ones: raise --warmup-steps"
         )
     for i in outlying(cell.rates):
         remarks.append(

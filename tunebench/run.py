@@ -224,7 +224,7 @@ class Run:
         record = self.record("ok", None, steps, peak_memory_bytes=peak_memory_bytes)
         from tunebench.stats import drift_of  # slow to import
 
-        change = drift_of(record)
+        change = drift_of([record])
         record.write(self.out)
         self.written = True
         if self.folder:
@@ -235,7 +235,7 @@ class Run:
         )
         if change:
             self.say(
-                f"warning: not warm: a token took {change:+.0%} in the second half of the timed steps; "
+                f"warning: not warm: steps took {change:+.0%} in the second half of the timed ones; "
                 f"raise --warmup-steps {self.flags.warmup_steps}, or see what else runs here"
             )
 

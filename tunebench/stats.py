@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
 from scipy import stats
 
 from tunebench.record import Record
@@ -46,26 +47,41 @@ def outlying(rates: Sequence[float]) -> list[int]:
     return [i for i, distance in enumerate(distances) if distance > OUTLYING * typical]
 
 
-def drift(seconds: Sequence[float], tokens: Sequence[int]) -> float | None:
-    """How much longer a token took in the second half of the steps than in the first, as a share of it.
+def drift(runs: Sequence[tuple[Sequence[float], Sequence[int]]]) -> float | None:
+    """How much longer a step took in the second half of the steps than in the first, as a share; from runs alike.
 
-    None where that is less than 5%, or where Welch's t-test of the steps' logarithms gives it to chance (p ≥ 0.01).
+    A run is its steps' seconds and padded tokens. The half's effect on the logarithm of the seconds is estimated by least
+    squares, beside one of the logarithm of the tokens (a wide batch costs more for each) and each run's own level.
+    None where it is less than 5%, where chance explains it (t-test, p ≥ 0.01), or where there are too few steps.
     """
-    costs = [math.log(second) - math.log(count) for second, count in zip(seconds, tokens, strict=True)]
-    first, second = costs[: len(costs) // 2], costs[len(costs) // 2 :]
-    if len(first) < 2 or min(len(set(first)), len(set(second))) < 2:
+    columns: list[list[float]] = []
+    costs: list[float] = []
+    for number, (seconds, tokens) in enumerate(runs):
+        levels = [float(number == other) for other in range(len(runs))]
+        for step, (second, count) in enumerate(zip(seconds, tokens, strict=True)):
+            columns.append([float(step >= len(seconds) // 2), math.log(count), *levels])
+            costs.append(math.log(second))
+    x, y = np.array(columns), np.array(costs)
+    if np.ptp(x[:, 1]) == 0:
+        x = np.delete(x, 1, axis=1)
+    free = len(y) - x.shape[1]
+    if free < 2 or np.linalg.matrix_rank(x) < x.shape[1]:
         return None
-    change = _expm1(statistics.mean(second) - statistics.mean(first))
-    about = [(statistics.mean(half), statistics.stdev(half), len(half)) for half in (first, second)]
-    p = stats.ttest_ind_from_stats(*about[0], *about[1], equal_var=False).pvalue
+    effects, *_ = np.linalg.lstsq(x, y, rcond=None)
+    variance = float(np.sum((y - x @ effects) ** 2)) / free * float(np.linalg.inv(x.T @ x)[0, 0])
+    change = _expm1(float(effects[0]))
+    p = 2 * float(stats.t.sf(abs(float(effects[0])) / math.sqrt(variance), free)) if variance > 0 else 0.0
     return change if abs(change) >= DRIFT and p < DRIFT_P else None
 
 
-def drift_of(record: Record) -> float | None:
-    """The drift of a run's timed steps, per token of their padded batches."""
-    assert record.steps is not None
-    timed = slice(record.timed_from, None)
-    return drift(record.steps.seconds[timed], record.steps.padded_tokens[timed])
+def drift_of(records: Sequence[Record]) -> float | None:
+    """The drift of the timed steps of runs of the same work."""
+    runs = []
+    for record in records:
+        assert record.steps is not None
+        timed = slice(record.timed_from, None)
+        runs.append((record.steps.seconds[timed], record.steps.padded_tokens[timed]))
+    return drift(runs)
 
 
 def _expm1(value: float) -> float:
