@@ -50,7 +50,7 @@ def outlying(rates: Sequence[float]) -> list[int]:
 def drift(runs: Sequence[tuple[Sequence[float], Sequence[int]]]) -> float | None:
     """How much longer a step took in the second half of the steps than in the first, as a share; from runs alike.
 
-    A run is its steps' seconds and padded tokens. The half's effect on the logarithm of the seconds is estimated by least
+    A run is its steps' seconds and padded tokens. The half's effect on the seconds' logarithm is estimated by least
     squares, beside one of the logarithm of the tokens (a wide batch costs more for each) and each run's own level.
     None where it is less than 5%, where chance explains it (t-test, p ≥ 0.01), or where there are too few steps.
     """
