@@ -97,25 +97,25 @@ def test_what_stands_apart():
 def test_drift_is_beside_the_width_of_batches_and_no_noise():
     tokens = [100, 200, 150, 300, 120, 240, 110, 220]
     steady = [count**1.3 * 0.01 * (1 + 0.01 * (-1) ** (i // 2)) for i, count in enumerate(tokens)]
-    assert drift([(steady, tokens)]) is None
+    assert drift([steady], tokens) is None
     warming = [second * (1.3 if i < 4 else 1.0) for i, second in enumerate(steady)]
-    assert drift([(warming, tokens)]) == pytest.approx(1 / 1.3 - 1, abs=0.02)
+    assert drift([warming], tokens) == pytest.approx(1 / 1.3 - 1, abs=0.02)
     slowing = [second * (1.0 if i < 4 else 1.3) for i, second in enumerate(steady)]
-    assert drift([(slowing, tokens)]) == pytest.approx(0.3, abs=0.02)
+    assert drift([slowing], tokens) == pytest.approx(0.3, abs=0.02)
     noisy = [count * 0.01 * factor for count, factor in zip(tokens, [1, 2, 1, 2, 1.1, 2.5, 1.2, 2.4], strict=True)]
-    assert drift([(noisy, tokens)]) is None
-    assert drift([([1.0, 1.0], [1, 1])]) is None
-    assert drift([([1.0] * 8, [1, 1, 1, 1, 2, 2, 2, 2])]) is None  # the widths may be the reason
+    assert drift([noisy], tokens) is None
+    assert drift([[1.0, 1.0]], [1, 1]) is None
+    assert drift([[1.0] * 8], [1, 1, 1, 1, 2, 2, 2, 2]) is None  # the widths may be the reason
 
 
 def test_several_runs_tell_of_a_drift_that_one_cannot():
-    tokens = [100] * 6
-    runs = [([level * s for s in (1.1, 1.0, 1.2, 1.0, 0.9, 0.95)], tokens) for level in (1.0, 2.0, 0.5, 1.1)]
-    assert drift(runs[:1]) is None
-    assert drift(runs) == pytest.approx(0.95 / 1.1 - 1, abs=0.01)
+    noise = stats.norm(0, 0.1).rvs(size=(40, 8), random_state=3)
+    runs = [[math.exp(value) * (1.0 if i < 4 else 0.85) for i, value in enumerate(steps)] for steps in noise]
+    assert sum(drift([run], [100] * 8) is not None for run in runs) < 20
+    assert drift(runs, [100] * 8) == pytest.approx(-0.15, abs=0.03)
 
 
 def test_chance_is_seldom_called_a_drift():
     noise = stats.norm(0, 0.1).rvs(size=(1000, 10), random_state=2)
-    called = [drift([([math.exp(value) for value in steps], list(range(100, 110)))]) for steps in noise]
+    called = [drift([[math.exp(value) for value in steps]], list(range(100, 110))) for steps in noise]
     assert sum(change is not None for change in called) <= 20

@@ -13,7 +13,7 @@ from tunebench.cache import results_folder
 from tunebench.errors import BadInput
 from tunebench.presets import PRESETS
 from tunebench.record import Record, read_record
-from tunebench.stats import drift_of, outlying, ratio_interval, spread
+from tunebench.stats import drift_in_words, drift_of, outlying, ratio_interval, spread
 
 
 class Tolerance(NamedTuple):
@@ -364,9 +364,7 @@ def _remarks(cell: Cell) -> list[str]:
     if first.kernels and first.setup.attention != "eager":
         remarks.append(f"ran {' and '.join(first.kernels.attention)}")
     if change := drift_of(cell.records):
-        remarks.append(
-            f"was not warm: steps took {change:+.0%} in the second half of the timed ones: raise --warmup-steps"
-        )
+        remarks.append(drift_in_words(change))
     for i in outlying(cell.rates):
         remarks.append(
             f"run {i + 1} of {runs} stands apart ({cell.rates[i]:.0f} for a median of "

@@ -222,7 +222,7 @@ class Run:
         if self.world.rank:
             return
         record = self.record("ok", None, steps, peak_memory_bytes=peak_memory_bytes)
-        from tunebench.stats import drift_of  # slow to import
+        from tunebench.stats import drift_in_words, drift_of  # slow to import
 
         change = drift_of([record])
         record.write(self.out)
@@ -234,10 +234,7 @@ class Run:
             f"tokens/s over {len(steps.seconds) - record.timed_from} timed steps, record: {self.out}"
         )
         if change:
-            self.say(
-                f"warning: not warm: steps took {change:+.0%} in the second half of the timed ones; "
-                f"raise --warmup-steps {self.flags.warmup_steps}, or see what else runs here"
-            )
+            self.say(f"warning: the run {drift_in_words(change)} (--warmup-steps is {self.flags.warmup_steps})")
 
     def say(self, line: str) -> None:
         """Prints a line, once for all processes."""

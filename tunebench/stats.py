@@ -47,28 +47,21 @@ def outlying(rates: Sequence[float]) -> list[int]:
     return [i for i, distance in enumerate(distances) if distance > OUTLYING * typical]
 
 
-def drift(runs: Sequence[tuple[Sequence[float], Sequence[int]]]) -> float | None:
+def drift(runs: Sequence[Sequence[float]], tokens: Sequence[int]) -> float | None:
     """How much longer a step took in the second half of the steps than in the first, as a share; from runs alike.
 
-    A run is its steps' seconds and padded tokens. The half's effect on the seconds' logarithm is estimated by least
-    squares, beside one of the logarithm of the tokens (a wide batch costs more for each) and each run's own level.
+    `runs` has each run's seconds, `tokens` the padded tokens of the steps. The half's effect on the mean logarithm of a
+    step's seconds is estimated by least squares, beside one of the tokens' logarithm: a wide batch costs more for each.
     None where it is less than 5%, where chance explains it (t-test, p ≥ 0.01), or where there are too few steps.
     """
-    columns: list[list[float]] = []
-    costs: list[float] = []
-    for number, (seconds, tokens) in enumerate(runs):
-        levels = [float(number == other) for other in range(len(runs))]
-        for step, (second, count) in enumerate(zip(seconds, tokens, strict=True)):
-            columns.append([float(step >= len(seconds) // 2), math.log(count), *levels])
-            costs.append(math.log(second))
-    x, y = np.array(columns), np.array(costs)
-    if np.ptp(x[:, 1]) == 0:
-        x = np.delete(x, 1, axis=1)
-    free = len(y) - x.shape[1]
-    if free < 2 or np.linalg.matrix_rank(x) < x.shape[1]:
+    logs = np.log(np.array(runs)).mean(axis=0)
+    later = (np.arange(len(tokens)) >= len(tokens) // 2).astype(float)
+    columns = [later, np.ones(len(tokens))] + [np.log(np.array(tokens, dtype=float))] * (len(set(tokens)) > 1)
+    x, free = np.stack(columns, axis=1), len(tokens) - len(columns)
+    if free < 2 or np.linalg.matrix_rank(x) < len(columns):
         return None
-    effects, *_ = np.linalg.lstsq(x, y, rcond=None)
-    variance = float(np.sum((y - x @ effects) ** 2)) / free * float(np.linalg.inv(x.T @ x)[0, 0])
+    effects, *_ = np.linalg.lstsq(x, logs, rcond=None)
+    variance = float(np.sum((logs - x @ effects) ** 2)) / free * float(np.linalg.inv(x.T @ x)[0, 0])
     change = _expm1(float(effects[0]))
     p = 2 * float(stats.t.sf(abs(float(effects[0])) / math.sqrt(variance), free)) if variance > 0 else 0.0
     return change if abs(change) >= DRIFT and p < DRIFT_P else None
@@ -76,12 +69,17 @@ def drift(runs: Sequence[tuple[Sequence[float], Sequence[int]]]) -> float | None
 
 def drift_of(records: Sequence[Record]) -> float | None:
     """The drift of the timed steps of runs of the same work."""
-    runs = []
-    for record in records:
-        assert record.steps is not None
-        timed = slice(record.timed_from, None)
-        runs.append((record.steps.seconds[timed], record.steps.padded_tokens[timed]))
-    return drift(runs)
+    steps = [record.steps for record in records if record.steps]
+    timed = slice(records[0].timed_from, None)
+    return drift([each.seconds[timed] for each in steps], steps[0].padded_tokens[timed])
+
+
+def drift_in_words(change: float) -> str:
+    """What it may be, and what to do next."""
+    what, advice = "was not warm", "raise --warmup-steps"
+    if change > 0:
+        what, advice = "slowed down", "see what else runs here, and the clocks"
+    return f"{what}: steps took {change:+.0%} in the second half of the timed ones; {advice}"
 
 
 def _expm1(value: float) -> float:
