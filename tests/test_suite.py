@@ -48,6 +48,7 @@ def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen
         text=True,
         cwd="/",
         env=os.environ | own | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
     )
 
 
