@@ -11,7 +11,7 @@ from tunebench.launch import expand, read_world, share_threads
 from tunebench.record import read_record
 
 SETUPS = [
-    *(["--zero=1"], ["--zero=2"], ["--zero=2", "--nproc=4"], ["--zero=3"], ["--zero=3", "--nproc=4"]),
+    *(["--zero=1"], ["--zero=2"], ["--zero=3"], ["--zero=3", "--nproc=4"]),
     *(["--mp=2"], ["--mp=4"], ["--mp=2", "--nproc=4"], ["--micro-bsz=2"]),
 ]
 # A few of these and of their combinations, so that each way of splitting, each method and each family is among them.
@@ -26,7 +26,7 @@ CORE = [
 # Accumulation, where each way of splitting tells the last pass of a step from the others; and plain replicas.
 MORE = [
     *(["--nproc=2", "--micro-bsz=2"], ["--mp=2", "--nproc=4", "--micro-bsz=2"], ["--zero=1", "--micro-bsz=2"]),
-    *(["--zero=3", "--micro-bsz=2"], ["--nproc=4"]),
+    *(["--zero=3", "--micro-bsz=2"], ["--zero=2", "--nproc=4"], ["--nproc=4"]),
 ]
 MATRIX = [case for case in itertools.product(("llama", "bloom"), ("full", "lora"), SETUPS) if case not in CORE]
 MATRIX += [(*which, setup) for which in (("llama", "full"), ("bloom", "lora")) for setup in MORE]
