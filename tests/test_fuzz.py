@@ -24,7 +24,7 @@ from tunebench.tables import render
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning would reach the user too
 FUZZ = settings(
-    max_examples=300,
+    max_examples=200,
     deadline=None,
     derandomize=True,  # the same inputs in every run
     database=None,

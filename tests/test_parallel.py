@@ -28,7 +28,9 @@ MORE = [
     *(["--nproc=2", "--micro-bsz=2"], ["--mp=2", "--nproc=4", "--micro-bsz=2"], ["--zero=1", "--micro-bsz=2"]),
     *(["--zero=3", "--micro-bsz=2"], ["--zero=2", "--nproc=4"], ["--nproc=4"]),
 ]
-MATRIX = [case for case in itertools.product(("llama", "bloom"), ("full", "lora"), SETUPS) if case not in CORE]
+EVERY = [*itertools.product(("llama", "bloom"), ("full",), SETUPS)]
+EVERY += [(family, "lora", setup) for family, setup in zip(itertools.cycle(("llama", "bloom")), SETUPS, strict=False)]
+MATRIX = [case for case in EVERY if case not in CORE]
 MATRIX += [(*which, setup) for which in (("llama", "full"), ("bloom", "lora")) for setup in MORE]
 MATRIX += [
     *(("qwen2", "full", ["--mp=4"]), ("qwen2", "lora", ["--zero=3"]), ("qwen2", "lora", ["--mp=2"])),
