@@ -148,7 +148,7 @@ def against_itself(records: list[Record]) -> list[Itself]:
     for group in sorted(groups, key=_place):
         for cell in _cells(groups[group]):
             a, b = (Cell([r for r in cell.records if r.aa == side], cell.whole) for side in ("a", "b"))
-            if a.records and b.records and a.rate and b.rate:
+            if a.rate and b.rate:
                 runs = len(a.rates), len(b.rates)
                 found.append(Itself(*group, setup_of(cell.first), runs, b.rate / a.rate - 1, _interval(b, a)))
     return found

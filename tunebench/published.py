@@ -28,6 +28,7 @@ from tunebench.join import (
 )
 from tunebench.record import Record, first_fault
 from tunebench.record import Strict as Part
+from tunebench.stats import is_across_zero
 from tunebench.tables import NOT_AVAILABLE, SETUP_COLUMNS, figure, markdown
 
 FOLDER = ROOT / "results" / "published"
@@ -467,7 +468,7 @@ def _fields(table: Table, pair: Pair) -> dict[str, Any]:
 
 def _against_texts(row: Against) -> list[str]:
     speedup = _percent(row.here_speedup)
-    if row.here_interval and row.here_interval[0] <= 0 <= row.here_interval[1]:
+    if row.here_interval and is_across_zero(row.here_interval):
         speedup = "no difference"
     return [
         row.model,

@@ -24,7 +24,7 @@ from tunebench.cache import results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Flags, parse_flags
-from tunebench.hardware import read_hardware, read_versions, visible_accelerators
+from tunebench.hardware import Hardware, read_hardware, read_versions, visible_accelerators
 from tunebench.launch import ALONE, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, World, export, read_world, share_threads
 from tunebench.plan import Plan, load_plan
 from tunebench.record import LOG_LINES, Git, Kernels, Model, Record, Setup, Steps
@@ -300,12 +300,17 @@ class Run:
             print(f"{self.argv[0]}: {status}: {reason} ({where})", file=sys.stderr, flush=True)
 
 
+def as_workers_have_it(hardware: Hardware, nproc: int) -> Hardware:
+    """The hardware with the threads that each of `nproc` workers gets, whoever asks."""
+    shared = share_threads(nproc)
+    if not shared:
+        return hardware
+    update = {"environment": hardware.environment | shared, "threads": int(shared["OMP_NUM_THREADS"])}
+    return hardware.model_copy(update=update)
+
+
 def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[str]) -> dict[str, Any]:
     """The part of a record that is known before anything runs."""
-    hardware, shared = read_hardware(), share_threads(flags.nproc)
-    if shared:  # what its workers have, whoever writes the record
-        update = {"environment": hardware.environment | shared, "threads": int(shared["OMP_NUM_THREADS"])}
-        hardware = hardware.model_copy(update=update)
     return {
         "schema": 1,
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -315,7 +320,7 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
         "argv": argv,
         "versions": read_versions(framework),
         "git": read_git(),
-        "hardware": hardware,
+        "hardware": as_workers_have_it(read_hardware(), flags.nproc),
         "setup": Setup(
             nproc=flags.nproc,
             nnodes=flags.nnodes,

@@ -28,6 +28,11 @@ def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
     return _expm1(low), _expm1(high)
 
 
+def is_across_zero(interval: tuple[float, float]) -> bool:
+    """Whether the interval of a difference claims none."""
+    return interval[0] <= 0 <= interval[1]
+
+
 def spread(rates: Sequence[float]) -> float | None:
     """The standard deviation of the rates' logarithms, which is their relative one; None with fewer than two."""
     return statistics.stdev(map(math.log, rates)) if len(rates) > 1 else None

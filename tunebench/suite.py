@@ -31,12 +31,11 @@ from rich.text import Text
 from tunebench import processes
 from tunebench.bootstrap import is_complete, maths_settings
 from tunebench.cache import results_folder
-from tunebench.errors import BadInput, one_line_refusals
+from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Parser, positive
 from tunebench.hardware import Hardware, read_hardware
-from tunebench.launch import share_threads
 from tunebench.record import LOG_LINES, Git, Record, read_record
-from tunebench.run import describe_run, read_git
+from tunebench.run import as_workers_have_it, describe_run, read_git
 from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
 
 PROGRAM = "run_all.sh"
@@ -218,9 +217,7 @@ def _before(run: Planned) -> tuple[Record | None, str]:
     git, hardware = _here()
     if record.git != git:
         return None, "the code is of another commit, or was changed since"
-    shared = share_threads(run.flags.nproc)
-    now = hardware.lasting() | {"environment": hardware.environment | shared}
-    now["threads"] = int(shared.get("OMP_NUM_THREADS", hardware.threads))
+    now = as_workers_have_it(hardware, run.flags.nproc).lasting()
     changed = [name for name, value in record.hardware.lasting().items() if now.get(name) != value]
     if changed:
         return None, f"the machine changed ({', '.join(changed)})"
@@ -307,5 +304,5 @@ if __name__ == "__main__":
             if error.filename is not None or error.errno not in (errno.EPIPE, errno.EIO):
                 where = error.filename or results_folder()
                 raise BadInput(f"{where}: {error.strerror}; the records before it are kept") from None
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # who read this is gone
+            forget_stdout()  # who read this is gone
             sys.exit(130)

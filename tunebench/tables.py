@@ -23,6 +23,7 @@ from tunebench.join import (
     rank_of,
 )
 from tunebench.record import Record
+from tunebench.stats import is_across_zero
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "glm": "ChatGLM2", "bloom": "Bloom"}
 NOT_AVAILABLE = "N/A"
@@ -102,7 +103,7 @@ def _noise(records: list[Record]) -> list[str]:
 def _claim(comparison: Itself) -> str:
     if comparison.interval is None:
         return NOT_AVAILABLE
-    return "no difference" if comparison.interval[0] <= 0 <= comparison.interval[1] else "a difference"
+    return "no difference" if is_across_zero(comparison.interval) else "a difference"
 
 
 def _itself_texts(comparison: Itself) -> list[str]:
@@ -198,7 +199,7 @@ def figure(rate: float | None, status: str | None) -> str:
 def _verdict(row: Row) -> str:
     if row.speedup is None:
         return row.refusal or NOT_AVAILABLE
-    if row.interval and row.interval[0] <= 0 <= row.interval[1]:
+    if row.interval and is_across_zero(row.interval):
         return "no difference"
     return f"{row.speedup:+.0%}" if abs(row.speedup) >= 0.1 else f"{row.speedup:+.1%}"
 
