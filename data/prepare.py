@@ -13,6 +13,7 @@ runpy.run_path(str(BOOTSTRAP))["enter"]("torch", "paddle")
 
 from typing import Any
 
+import batching
 import numpy as np
 import sources
 import tokenizer as tokenizers_of
@@ -25,13 +26,15 @@ from tunebench.flags import DATA_NAMES, Parser, add_plan_flags, resolve_plan_fla
 from tunebench.plan import (
     PROMPT_TOKENS,
     RESPONSE_TOKENS,
-    Row,
+    Rows,
+    Sample,
+    Samples,
     plan_path,
     read_plan,
-    read_rows,
+    read_samples,
     tokens_key,
     write_plan,
-    write_rows,
+    write_samples,
 )
 
 CHUNK = 500  # samples encoded between two moves of the progress bar
@@ -63,39 +66,56 @@ def make_plan(options: dict[str, Any], checkpoint: Checkpoint) -> None:
     samples, skipped, pad_id = tokenized(options, checkpoint)
     if skipped:
         print(f"--skip-bad left {len(skipped)} malformed samples out, the first: {skipped[0]}", flush=True)
-    bsz, steps = options["bsz"], options["steps"]
-    if options["epochs"] is not None:
-        steps, left = divmod(options["epochs"] * len(samples), bsz)
-        if not steps:
-            raise BadInput(f"--bsz {bsz}: {options['epochs']} epoch(s) of {len(samples)} samples fill no batch of it")
-        if left:
-            print(f"--epochs {options['epochs']}: the last {left} samples fill no batch of {bsz}: left out", flush=True)
+    rows = batch(samples.lengths, options)
     data = options["data"] if options["data"] in DATA_NAMES else pathlib.Path(options["data"]).name
-    about = {"data": data, "samples": len(samples), "skipped": len(skipped), "bsz": bsz, "pad_id": pad_id}
-    write_plan(plan_path(options, checkpoint), about, samples, steps)
+    about = {"data": data, "samples": len(samples.lengths), "skipped": len(skipped), "pad_id": pad_id}
+    write_plan(plan_path(options, checkpoint), about | {"bsz": options["bsz"]}, samples, rows)
 
 
-def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[list[Row], list[str], int]:
-    """The samples as rows of tokens, what was skipped, and the padding token; kept in the cache."""
+def batch(lengths: np.ndarray, options: dict[str, Any]) -> Rows:
+    """The rows of all global batches, from the tokens of each sample. Raises `BadInput` where they fill none."""
+    bsz, packing, seed = options["bsz"], options["packing"], options["seed"]
+    epoch, what = batching.single(len(lengths)), "samples"
+    if packing:
+        if packing < lengths.max():
+            raise BadInput(f"--packing {packing}: a sample has {lengths.max()} tokens; use at least {lengths.max()}")
+        epoch, what = batching.pack(lengths, packing), "packed rows"
+        rows = len(epoch.starts) - 1
+        print(f"--packing {packing}: {len(lengths)} samples fill {lengths.sum() / rows / packing:.1%} of {rows} rows")
+    rows = bsz * (options["steps"] or 0)
+    if options["epochs"] is not None:
+        whole, left = divmod(options["epochs"] * (len(epoch.starts) - 1), bsz)
+        rows = whole * bsz
+        if not rows:
+            raise BadInput(f"--bsz {bsz}: {options['epochs']} epoch(s) of {left} {what} fill no batch of it")
+        if left:
+            print(f"--epochs {options['epochs']}: the last {left} {what} fill no batch of {bsz}: left out", flush=True)
+    if packing:
+        return batching.shuffled(epoch, rows, seed)
+    if options["order"] == "grouped":
+        return batching.grouped(epoch, rows, seed, lengths, bsz)
+    return batching.in_turn(epoch, rows)
+
+
+def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[Samples, list[str], int]:
+    """The tokenized samples, what was skipped, and the padding token; kept in the cache."""
     cached = cache_folder() / "tokens" / f"{tokens_key(options, checkpoint)}.safetensors"
     try:
-        about, arrays = read_rows(cached)
-        tokens = np.split(arrays["tokens"], arrays["offsets"][1:-1])
-        rows = list(zip(tokens, arrays["prompt_lengths"].tolist(), strict=True))
+        about, samples = read_samples(cached)
     except (FileNotFoundError, BadInput):
         own = tokenizers_of.of_checkpoint(checkpoint.folder)
         folder = None if own is None else checkpoint.folder
         tokenizer = own or tokenizers_of.embedded(cache_folder())
         loaded = sources.load(options["data"], options["samples"], options["skip_bad"])
-        rows = encode(tokenizer, loaded.samples, tokenizers_of.eos_id(tokenizer, folder))
+        samples = Samples.of(encode(tokenizer, loaded.samples, tokenizers_of.eos_id(tokenizer, folder)))
         about = {"skipped": loaded.skipped, "pad_id": tokenizers_of.pad_id(tokenizer, folder)}
-        write_rows(cached, about, rows)
-    return rows, about["skipped"], about["pad_id"]
+        write_samples(cached, about, samples)
+    return samples, about["skipped"], about["pad_id"]
 
 
-def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> list[Row]:
+def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> list[Sample]:
     """Prompts cut to 256 tokens, responses to 384 and closed by EOS, with a progress bar."""
-    rows: list[Row] = []
+    rows: list[Sample] = []
     for start in track(range(0, len(samples), CHUNK), description=f"tokenizing {len(samples)} samples"):
         chunk = samples[start : start + CHUNK]
         prompts = tokenizer.encode_batch([sample.prompt for sample in chunk], add_special_tokens=False)

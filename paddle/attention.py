@@ -1,18 +1,24 @@
 """Which attention kernel Paddle runs: the separate ones of `eager`, or paddle's scaled_dot_product_attention.
 
 The rows of a batch are padded at their end, so that causal attention alone keeps every token from the padding after it.
-The fused kernels are given no mask but that, as on the other side. `sdpa` and `flash` call the same: on a GPU Paddle
+The fused kernels are given no mask but that, as on the other side. Where samples stand end to end, each of them is
+attended to on its own. `sdpa` and `flash` call the same: on a GPU Paddle
 takes its flash kernel wherever that can run, and a run of `flash` where it did not fails.
 """
 
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import paddle
 import paddle.nn.functional as F
 from paddlenlp import transformers
 
 from tunebench.flags import Flags
+from tunebench.plan import MicroBatch
+
+LENGTHS: list[int] = []  # of the samples that stand end to end in the pass under way
 
 
 def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
@@ -22,17 +28,40 @@ def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
         os.environ["USE_CASUAL_MASK"] = "True"  # PaddleNLP's, spelled so: Llama and Qwen2 then leave their mask out
 
 
+def expect(batch: MicroBatch) -> None:
+    """Names the samples of the pass to come, where they stand end to end."""
+    LENGTHS[:] = batch.lengths or ()
+
+
 def fuse(flags: Flags, model: paddle.nn.Layer) -> None:
-    """Lets ChatGLMv2's attention run as one kernel.
+    """Lets ChatGLMv2's attention run as one kernel, and that of the others sample by sample.
 
     PaddleNLP's own way, `use_flash_attention`, mixes up the rows of a batch: it reshapes a result of (batch, width, …)
     to (width, batch, …) where it should transpose it.
     """
+    if flags.padding_free:
+        for layer in getattr(model, model.base_model_prefix).layers:
+            layer.self_attn.attn_func = functools.partial(attend_by_sample, layer.self_attn.attn_func)
     if flags.attention == "eager" or model.config.model_type != "chatglm_v2":
         return
     for layer in model.chatglm_v2.encoder.layers:
         attention = layer.self_attention.core_attention
         attention.forward = functools.partial(attend, attention)
+
+
+def attend_by_sample(
+    attend: Callable[..., paddle.Tensor],
+    query: paddle.Tensor,
+    config: transformers.PretrainedConfig,
+    key: paddle.Tensor,
+    value: paddle.Tensor,
+    mask: paddle.Tensor | None,
+    *rest: Any,
+    **others: Any,
+) -> paddle.Tensor:
+    """PaddleNLP's attention of each sample, which is causal without a mask: (1, tokens, heads, head size) each."""
+    samples = zip(*(x.split(LENGTHS, axis=1) for x in (query, key, value)), strict=True)
+    return paddle.concat([attend(q, config, k, v, None, *rest, **others) for q, k, v in samples], axis=1)
 
 
 def attend(

@@ -24,6 +24,7 @@ FRAMEWORK, METHOD = "paddle", "lora"
 JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import attention
+import head
 import kernels
 import layer_norm
 import paddle
@@ -45,6 +46,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
     weights.load(model, checkpoint)
     attention.fuse(flags, model)
+    head.fuse(flags, model)
     precision.autocast_forward(flags, model)
     targets = {weights.module_name(t, checkpoint.config): t for t in LORA_TARGETS[checkpoint.config["model_type"]]}
     config = peft.LoRAConfig(
@@ -92,10 +94,13 @@ def wrap(
     return parallel.wrap(flags, model, optimizer, group)
 
 
-def to_device(batch: MicroBatch) -> tuple[paddle.Tensor, paddle.Tensor, paddle.Tensor]:
-    """Input ids, attention mask and shifted labels as tensors, each (micro_bsz, width)."""
-    arrays = (batch.input_ids, batch.attention_mask, batch.labels)
-    return tuple(paddle.to_tensor(array) for array in arrays)
+def to_device(batch: MicroBatch) -> tuple[dict[str, paddle.Tensor], paddle.Tensor]:
+    """What the model is given and the shifted labels, each (micro_bsz, width); without padding (1, tokens)."""
+    attention.expect(batch)
+    head.expect(batch)
+    names = ("input_ids", "position_ids") if batch.lengths else ("input_ids", "attention_mask")
+    inputs = {name: paddle.to_tensor(getattr(batch, name)) for name in names}
+    return inputs, paddle.to_tensor(batch.labels)
 
 
 def synchronize() -> None:
@@ -128,8 +133,8 @@ def main(run: Run) -> None:
         loss = 0.0
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
-            input_ids, attention_mask, labels = to_device(batch)
-            logits = model(input_ids=input_ids, attention_mask=attention_mask)[0]
+            inputs, labels = to_device(batch)
+            logits = model(**inputs)[0]
             micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()

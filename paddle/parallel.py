@@ -213,7 +213,12 @@ def sync_gradients(model: paddle.nn.Layer, last: bool, group: Group) -> None:
 
 
 def sum_of_losses(logits: paddle.Tensor, labels: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """The sum of the token losses, over the positions that have a label."""
+    """The sum of the token losses, over the positions that have a label.
+
+    With --head labels the model has summed already.
+    """
+    if not logits.ndim:
+        return logits
     logits, labels = logits.flatten(0, 1).astype("float32"), labels.flatten()
     if group.mp == 1:
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")

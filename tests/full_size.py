@@ -252,18 +252,20 @@ class Torch:
         run.describe("cpu", facts["parameters"], facts["trainable"])
         trainable = [p for p in model.parameters() if p.requires_grad]
         script["kernels"].watch(model, run.check_kernels)
-        batch = next(run.plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz))[1]
+        batch = run.plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz)[0][1]
         with shapes:
             model, optimizer = script["wrap"](flags, model, trainable, group)
-            input_ids, attention_mask, labels = map(shapes.from_tensor, script["to_device"](batch, group.device))
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            inputs, labels = script["to_device"](batch, group.device)
+            inputs = {name: shapes.from_tensor(tensor) for name, tensor in inputs.items()}
+            labels = shapes.from_tensor(labels)
+            logits = model(**inputs).logits
             parallel.backward(model, parallel.sum_of_losses(logits, labels, group), group)
             facts["gradients"] = sorted({script["kernels"].name_of(p.grad.dtype) for p in trainable})
             # Of fp16 it asks whether the gradients overflowed, which shapes do not tell.
             with contextlib.suppress(*[DataDependentOutputException] * (flags.dtype == "fp16")):
                 parallel.update(model, optimizer, trainable, group)
             optimizer.step()
-        return facts | run.about["kernels"].model_dump() | {"logits": [*logits.shape], "inputs": [*input_ids.shape]}
+        return facts | run.about["kernels"].model_dump() | {"logits": [*logits.shape], "inputs": [*labels.shape]}
 
     def shard(self, script: Script, flags: Flags) -> Facts:
         """What DeepSpeed makes of the flags: its configuration, the model that it loads, and its engine of a tiny one.
@@ -365,7 +367,7 @@ class Paddle:
         flags = flags.model_copy(update={"dtype": "fp32", "amp": None})
         with hollow_checkpoint(flags, layers=2) as checkpoint:
             model = self.lazily(script, flags, checkpoint)
-        arrays = next(script["JOB"].plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz))[1]
+        arrays = script["JOB"].plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz)[0][1]
         inputs = [InputSpec(array.shape, "int64") for array in (arrays.input_ids, arrays.attention_mask)]
 
         def call(input_ids: Any, attention_mask: Any) -> Any:

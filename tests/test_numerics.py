@@ -85,8 +85,8 @@ def test_lora_with_recompute_runs_every_layer_twice(model, monkeypatch):
     for name, layer in built.named_modules() if HERE == "torch" else built.named_sublayers():
         if name in forwards:
             layer.register_forward_pre_hook(lambda *_, name=name: forwards.update({name: forwards[name] + 1}))
-    input_ids, attention_mask, labels = script["to_device"](next(plan.micro_batches(0, 1))[1], *on_device)
-    output = built(input_ids=input_ids, attention_mask=attention_mask)
+    inputs, labels = script["to_device"](plan.micro_batches(0, 1)[0][1], *on_device)
+    output = built(**inputs)
     script["parallel"].sum_of_losses(output.logits if HERE == "torch" else output[0], labels, group).backward()
     assert list(forwards.values()) == [2, 2, 2, 2]
 

@@ -1,24 +1,39 @@
 """The batch plan: the same file from the same inputs, and arrays that say what was planned."""
 
 import json
+import sys
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import run_program
+from conftest import ROOT, run_program
+
+sys.path.insert(0, str(ROOT / "data"))
+import batching
 
 from tunebench.checkpoint import find_checkpoint
 from tunebench.errors import BadInput
 from tunebench.flags import parse_flags
-from tunebench.plan import IGNORED, load_plan, plan_path, read_plan, write_plan
+from tunebench.plan import IGNORED, Rows, Samples, load_plan, plan_path, read_plan, write_plan
 
 SAMPLES = [(np.array([11, 12, 13, 21, 2]), 3), (np.array([14, 22, 23, 2]), 1), (np.array([15, 2]), 1)]
 ABOUT = {"data": "hand-made", "samples": 3, "skipped": 0, "bsz": 2, "pad_id": 0}
+TWO_STEPS = Rows(np.array([0, 1, 2, 0]), np.arange(5))
 
 
 @pytest.fixture
 def plan(tmp_path):
-    write_plan(tmp_path / "plan.safetensors", ABOUT, SAMPLES, steps=2)
+    write_plan(tmp_path / "plan.safetensors", ABOUT, Samples.of(SAMPLES), TWO_STEPS)
     return read_plan(tmp_path / "plan.safetensors")
+
+
+@pytest.fixture
+def packed(tmp_path):
+    """One step of two rows: the first two samples in one, the third alone."""
+    rows = Rows(np.array([0, 1, 2]), np.array([0, 2, 3]))
+    write_plan(tmp_path / "packed.safetensors", ABOUT, Samples.of(SAMPLES), rows)
+    return replace(read_plan(tmp_path / "packed.safetensors"), padding_free=True)
 
 
 def test_counts(plan):
@@ -47,13 +62,88 @@ def test_padding_mask_and_shifted_labels(plan):
 def test_replicas_and_passes_cut_the_global_batch_without_changing_its_padding(plan):
     ((last, whole),) = plan.micro_batches(0, micro_bsz=2)
     for cut in (
-        [next(plan.micro_batches(0, 1, replica, replicas=2)) for replica in (0, 1)],
-        list(plan.micro_batches(0, micro_bsz=1)),
+        [plan.micro_batches(0, 1, replica, replicas=2)[0] for replica in (0, 1)],
+        plan.micro_batches(0, micro_bsz=1),
     ):
         assert np.array_equal(np.concatenate([part.labels for _, part in cut]), whole.labels)
         assert np.array_equal(np.concatenate([part.input_ids for _, part in cut]), whole.input_ids)
     assert last
     assert [last for last, _ in plan.micro_batches(0, micro_bsz=1)] == [False, True]
+
+
+def test_what_is_made_ahead_is_what_is_made_when_asked(plan):
+    plan.micro_batches(0, micro_bsz=2)
+    ahead, anew = plan.micro_batches(1, micro_bsz=2), replace(plan, _ahead={}).micro_batches(1, micro_bsz=2)
+    assert np.array_equal(ahead[0][1].input_ids, anew[0][1].input_ids)
+
+
+def test_packed_samples_stand_end_to_end(packed):
+    assert (packed.steps, packed.samples(0)) == (1, 3)
+    assert (packed.effective_tokens(0), packed.padded_tokens(0), packed.label_tokens(0)) == (11, 11, 6)
+    ((_, batch),) = packed.micro_batches(0, micro_bsz=2)
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 2, 14, 22, 23, 2, 15, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1]]
+    assert batch.labels.tolist() == [[-100, -100, 21, 2, -100, 22, 23, 2, -100, 2, -100]]
+    assert batch.labelled.tolist() == [2, 3, 5, 6, 7, 9]
+    assert batch.lengths == [5, 4, 2]
+    assert [part.lengths for _, part in packed.micro_batches(0, micro_bsz=1)] == [[5, 4], [2]]
+
+
+LENGTHS = np.random.default_rng(0).integers(2, 642, 3000)
+
+
+def test_packing_is_first_fit_decreasing():
+    room, rows = [], []  # one sample at a time
+    for i in sorted(range(len(LENGTHS)), key=lambda i: -LENGTHS[i]):
+        row = next((row for row, left in enumerate(room) if left >= LENGTHS[i]), len(room))
+        if row == len(room):
+            room.append(1024)
+            rows.append([])
+        room[row] -= LENGTHS[i]
+        rows[row].append(i)
+    order, starts = batching.pack(LENGTHS, 1024)
+    assert [part.tolist() for part in np.split(order, starts[1:-1])] == [sorted(row) for row in rows]
+
+
+def test_grouped_batches_hold_each_sample_once_an_epoch_and_depend_on_the_seed_alone():
+    epoch = batching.single(len(LENGTHS))
+    order = batching.grouped(epoch, 3000, 1, LENGTHS, 8).order
+    assert sorted(order) == list(range(3000))
+    assert np.array_equal(order, batching.grouped(epoch, 3000, 1, LENGTHS, 8).order)
+    assert not np.array_equal(order, batching.grouped(epoch, 3000, 2, LENGTHS, 8).order)
+    assert np.array_equal(order[:80], batching.grouped(epoch, 2960, 1, LENGTHS, 8).order[:80]), (
+        "a shorter run starts so"
+    )
+    batches = LENGTHS[order].reshape(-1, 8)
+    assert batches.sum() / (8 * batches.max(axis=1)).sum() > 0.95
+    assert np.corrcoef(batches.mean(axis=1), np.arange(len(batches)))[0, 1] < 0.2, "batches are in no order of length"
+
+
+@pytest.mark.parametrize("data", ["synthetic-en", "synthetic-zh"])
+def test_shares_of_real_tokens_on_the_embedded_data(data):
+    """And how long it takes to plan its 10,000 samples, which are tokenized first."""
+    arguments = ["--model=llama-tiny", f"--data={data}", "--bsz=8", "--epochs=1"]
+    run_program("data/prepare.py", *arguments, check=True)
+    shares, seconds = {}, {}
+    for extra in (["--order=grouped"], ["--packing=1024"], ["--packing=2048"]):
+        started = time.perf_counter()
+        run_program("data/prepare.py", *arguments, *extra, check=True)
+        seconds[extra[0]] = time.perf_counter() - started
+        flags = parse_flags("full", [*arguments, *extra])
+        plan = load_plan(flags, find_checkpoint(flags.model, flags.weights, flags.seed))
+        used = [plan.bsz * (flags.packing or plan.row_lengths(step).max()) for step in range(plan.steps)]
+        shares[extra[0]] = plan.info().effective_tokens / sum(used)
+        assert len(plan.prompt_lengths) == plan.info().samples or flags.packing, "each sample once"
+    assert shares["--order=grouped"] >= 0.95
+    assert shares["--packing=1024"] >= 0.98
+    assert shares["--packing=2048"] >= 0.98
+    print(shares, seconds)
+
+
+def test_rows_too_short_for_a_sample_are_refused():
+    done = run_program("data/prepare.py", "--model=llama-tiny", "--samples=50", "--packing=100")
+    assert done.returncode == 2
+    assert "--packing 100: a sample has" in done.stderr
 
 
 def test_damage_is_named(plan):
@@ -86,9 +176,12 @@ def test_each_input_has_a_plan_of_its_own():
     checkpoint = find_checkpoint("llama-tiny", "random", 0)
     paths = {
         plan_path(parse_flags("full", ["--model=llama-tiny", *extra]).model_dump(), checkpoint)
-        for extra in ([], ["--bsz=8"], ["--steps=31"], ["--samples=99"], ["--data=synthetic-zh"], ["--epochs=1"])
+        for extra in (
+            *([], ["--bsz=8"], ["--steps=31"], ["--samples=99"], ["--data=synthetic-zh"], ["--epochs=1"]),
+            *(["--order=grouped"], ["--order=grouped", "--seed=1"], ["--packing=999"], ["--packing=999", "--seed=1"]),
+        )
     }
-    assert len(paths) == 6
+    assert len(paths) == 10
 
 
 def test_epochs_say_what_they_leave_out():

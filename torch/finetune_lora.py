@@ -24,6 +24,7 @@ FRAMEWORK, METHOD = "torch", "lora"
 JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import attention
+import head
 import kernels
 import parallel
 import peft
@@ -45,6 +46,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     )
     parallel.take_heads(model, group)
     attention.fuse(flags, model)
+    head.fuse(flags, model)
     precision.autocast_forward(flags, model, group.device)
     targets = LORA_TARGETS[checkpoint.config["model_type"]]
     config = peft.LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, lora_dropout=0.0, target_modules=targets)
@@ -68,10 +70,13 @@ def wrap(
     return parallel.wrap(flags, model, optimizer, group)
 
 
-def to_device(batch: MicroBatch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Input ids, attention mask and shifted labels as tensors, each (micro_bsz, width)."""
-    arrays = (batch.input_ids, batch.attention_mask, batch.labels)
-    return tuple(torch.from_numpy(array).to(device) for array in arrays)
+def to_device(batch: MicroBatch, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What the model is given and the shifted labels, each (micro_bsz, width); without padding (1, tokens)."""
+    attention.expect(batch, device)
+    head.expect(batch, device)
+    names = ("input_ids", "position_ids") if batch.lengths else ("input_ids", "attention_mask")
+    inputs = {name: torch.from_numpy(getattr(batch, name)).to(device) for name in names}
+    return inputs, torch.from_numpy(batch.labels).to(device)
 
 
 def synchronize() -> None:
@@ -104,8 +109,8 @@ def main(run: Run) -> None:
         loss = 0.0
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
-            input_ids, attention_mask, labels = to_device(batch, group.device)
-            logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+            inputs, labels = to_device(batch, group.device)
+            logits = model(**inputs).logits
             micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()

@@ -197,7 +197,12 @@ def sync_gradients(model: torch.nn.Module, last: bool, group: Group) -> None:
 
 
 def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum of the token losses, over the positions that have a label; the logits are whole in every setup."""
+    """The sum of the token losses, over the positions that have a label; the logits are whole in every setup.
+
+    With --head labels the model has summed already.
+    """
+    if not logits.ndim:
+        return logits
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 

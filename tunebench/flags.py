@@ -19,6 +19,8 @@ from tunebench.presets import PRESETS
 
 DATA_NAMES = ("synthetic-en", "synthetic-zh", "alpaca", "guanaco")
 DEFAULT_SAMPLES = 10_000
+# What --tuned stands for: what is fastest without changing the result. A flag beside it goes before it.
+TUNED = {"order": "grouped", "padding_free": True, "attention": "sdpa", "head": "labels"}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -33,6 +35,8 @@ class Flags(BaseModel):
     samples: int | None
     skip_bad: bool
     bsz: int
+    order: str
+    packing: int
     micro_bsz: int
     nproc: int
     nnodes: int
@@ -44,6 +48,9 @@ class Flags(BaseModel):
     amp: str | None
     recompute: bool
     attention: str
+    padding_free: bool
+    head: str
+    tuned: bool
     steps: int | None
     epochs: int | None
     warmup_steps: int
@@ -112,7 +119,8 @@ def parse_flags(
     parser = Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_plan_flags(parser)
     add = parser.add_argument
-    add("--micro-bsz", type=positive, help="samples per replica and pass (default: all of its share of --bsz)")
+    add("--tuned", action="store_true", help="the fast flags, those given beside it first: " + in_words(TUNED))
+    add("--micro-bsz", type=positive, help="rows per replica and pass (default: all of its share of --bsz)")
     add(
         "--nproc",
         type=positive,
@@ -143,6 +151,18 @@ def parse_flags(
         default="eager",
         help="eager: separate kernels; sdpa: the fused one that the framework picks; flash: its flash kernel",
     )
+    add(
+        "--padding-free",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="compute the samples of a pass end to end, without padding; implied by --packing",
+    )
+    add(
+        "--head",
+        choices=["all", "labels"],
+        default="all",
+        help="labels: logits and loss only where there is a label, some at a time, with their gradients at once",
+    )
     add("--warmup-steps", type=not_negative, default=5, help="first steps, recorded but not timed")
     add("--lr", type=positive_float, default=1e-4, help="learning rate, constant")
     add("--timeout", type=positive_float, default=3600.0, help="seconds after which the run ends as `timeout`")
@@ -152,6 +172,12 @@ def parse_flags(
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")
         add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
     options = vars(parser.parse_args(argv))
+    if options["tuned"]:
+        parser.set_defaults(**tuned(options))
+        options = vars(parser.parse_args(argv))
+    options["padding_free"] |= options["packing"] > 0
+    if options["head"] == "labels" and options["mp"] > 1:
+        raise BadInput("--head labels with --mp: not combined here; use --head all, or --mp 1")
     gpus = len(visible_accelerators())
     if world is None:
         place(options, gpus)
@@ -192,6 +218,19 @@ def parse_flags(
     if flags.out is not None:
         _check_out(flags.out)
     return flags
+
+
+def tuned(options: dict) -> dict:
+    """What --tuned stands for beside these flags: without what they do not go with."""
+    left_out = {"order"} if options["packing"] else set()
+    left_out |= {"head"} if options["mp"] > 1 else set()
+    return {name: value for name, value in TUNED.items() if name not in left_out}
+
+
+def in_words(options: dict) -> str:
+    """Flags as on a command line."""
+    flags = {name.replace("_", "-"): value for name, value in options.items()}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items())
 
 
 def place(options: dict, gpus: int) -> None:
@@ -257,7 +296,14 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--data", default="synthetic-en", help=f"{', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file")
     add("--samples", type=positive, help=f"how many of the data (default: {DEFAULT_SAMPLES:,}; of a file, all)")
     add("--skip-bad", action="store_true", help="leave malformed samples out and count them, instead of refusing them")
-    add("--bsz", type=positive, default=4, help="global batch size")
+    add("--bsz", type=positive, default=4, help="global batch size: samples, or rows with --packing")
+    add(
+        "--order",
+        choices=["plan", "grouped"],
+        default="plan",
+        help="plan: batches in the order of the data; grouped: shuffled, with samples of about the same length in each",
+    )
+    add("--packing", type=not_negative, default=0, help="pack samples into rows of so many tokens (0: do not)")
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, help="optimizer steps (default: 30)")
     length.add_argument("--epochs", type=positive, help="passes over the samples, instead of --steps")
@@ -292,6 +338,8 @@ def resolve_plan_flags(options: dict) -> dict:
         if not path.is_file() or not os.access(path, os.R_OK):
             raise BadInput(f"--data {options['data']}: no such file, or not readable")
         options["data"] = str(path.resolve())
+    if options["packing"] and options["order"] == "grouped":
+        raise BadInput("--order grouped is for rows of one sample, and --packing fills rows with more; leave one out")
     if options["steps"] is None and options["epochs"] is None:
         options["steps"] = 30
     return options

@@ -8,9 +8,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -24,83 +25,114 @@ from tunebench.flags import DATA_NAMES, Flags
 from tunebench.processes import dying_with_parent
 from tunebench.record import PlanInfo
 
-PLAN_VERSION = 1  # part of the cache key: raise it when the same inputs would give another plan
+PLAN_VERSION = 2  # part of the cache key: raise it when the same inputs would give another plan
 PROMPT_TOKENS, RESPONSE_TOKENS = 256, 384  # the published record's limits; the response's EOS comes on top
 IGNORED = -100  # the label of a position that is not trained on
 
 
-Row = tuple[np.ndarray, int]  # a sample's tokens, int32, and how many of them are its prompt
+Sample = tuple[np.ndarray, int]  # its tokens, int32, and how many of them are the prompt
+Passes = list[tuple[bool, "MicroBatch"]]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One replica's share of a pass; each array is (micro_bsz, width), int64, padded to the global batch's longest.
+    """One replica's share of a pass, each array int64.
 
+    Padded: (micro_bsz, width), to the global batch's longest. Padding-free: (1, tokens), all samples end to end, and
+    `lengths` has how many tokens each of them has. Positions count from 0 in each sample.
     `labels` are shifted already: position t is trained to give the token at t + 1, or nothing where it is -100.
+    `labelled` are the positions in their flattened array that have one.
     """
 
     input_ids: np.ndarray
+    position_ids: np.ndarray
     attention_mask: np.ndarray
     labels: np.ndarray
+    labelled: np.ndarray
+    lengths: list[int] | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The global batches of a run. Row r of the plan is sample r % bsz of step r // bsz."""
+    """The global batches of a run. Row r of the plan is row r % bsz of step r // bsz: one sample, or several packed."""
 
     path: Path
     sha256: str
     about: dict[str, Any]
-    tokens: np.ndarray  # all rows' tokens, one after the other, int32
-    offsets: np.ndarray  # where row r starts (and the end, last), int64, (steps × bsz + 1,)
-    prompt_lengths: np.ndarray  # int32, (steps × bsz,)
+    tokens: np.ndarray  # all samples' tokens, one after the other, int32
+    offsets: np.ndarray  # where each sample starts (and the end, last), int64, (samples + 1,)
+    prompt_lengths: np.ndarray  # int32, (samples,)
+    rows: np.ndarray  # the sample that each row starts with (and their number, last), int64, (steps × bsz + 1,)
+    padding_free: bool = False  # how the run is to compute them
+    _ahead: dict[tuple, "Future[Passes]"] = field(default_factory=dict, repr=False)
+    _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "batches"), repr=False)
 
     @property
     def bsz(self) -> int:
-        """Samples in a global batch."""
+        """Rows of a global batch: samples, where they are not packed."""
         return self.about["bsz"]
 
     @property
     def steps(self) -> int:
         """Global batches in the plan."""
-        return len(self.prompt_lengths) // self.bsz
+        return (len(self.rows) - 1) // self.bsz
 
-    def lengths(self, step: int) -> np.ndarray:
-        """Tokens of each sample of a step (prompt, response and EOS), shape (bsz,)."""
-        return np.diff(self.offsets[step * self.bsz : (step + 1) * self.bsz + 1])
+    def row_lengths(self, step: int) -> np.ndarray:
+        """Tokens of each row of a step, shape (bsz,)."""
+        return np.diff(self.offsets[self.rows[step * self.bsz : (step + 1) * self.bsz + 1]])
+
+    def samples(self, step: int) -> int:
+        """Samples of a step."""
+        return int(self.rows[(step + 1) * self.bsz] - self.rows[step * self.bsz])
 
     def effective_tokens(self, step: int) -> int:
         """Non-padding input tokens of a step."""
-        return int(self.lengths(step).sum())
+        return int(self.row_lengths(step).sum())
 
     def padded_tokens(self, step: int) -> int:
         """Input tokens of a step, padding included."""
-        return int(self.lengths(step).max()) * self.bsz
+        if self.padding_free:
+            return self.effective_tokens(step)
+        return int(self.row_lengths(step).max()) * self.bsz
 
     def label_tokens(self, step: int) -> int:
         """Positions of a step that are trained on: responses and their EOS."""
-        return self.effective_tokens(step) - int(self.prompt_lengths[step * self.bsz : (step + 1) * self.bsz].sum())
+        first, end = self.rows[step * self.bsz], self.rows[(step + 1) * self.bsz]
+        return self.effective_tokens(step) - int(self.prompt_lengths[first:end].sum())
 
-    def micro_batches(
-        self, step: int, micro_bsz: int, replica: int = 0, replicas: int = 1
-    ) -> Iterator[tuple[bool, MicroBatch]]:
+    def micro_batches(self, step: int, micro_bsz: int, replica: int = 0, replicas: int = 1) -> Passes:
         """The passes of one replica in a step, in order: its contiguous slice of the global batch, cut up.
 
-        Each comes with whether it is the last one.
+        Each comes with whether it is the last one. A thread makes those of the next step while this one runs.
         """
-        width, share = int(self.lengths(step).max()), self.bsz // replicas
+        how = micro_bsz, replica, replicas
+        made = self._ahead.pop((step, *how), None)
+        passes = made.result() if made else list(self._passes(step, *how))
+        if step + 1 < self.steps:
+            self._ahead[(step + 1, *how)] = self._worker.submit(lambda: list(self._passes(step + 1, *how)))
+        return passes
+
+    def _passes(self, step: int, micro_bsz: int, replica: int, replicas: int) -> Iterator[tuple[bool, MicroBatch]]:
+        width, share = int(self.row_lengths(step).max()), self.bsz // replicas
         first = step * self.bsz + replica * share
         for start in range(first, first + share, micro_bsz):
-            input_ids = np.full((micro_bsz, width), self.about["pad_id"], dtype=np.int64)
-            attention_mask = np.zeros((micro_bsz, width), dtype=np.int64)
-            labels = np.full((micro_bsz, width), IGNORED, dtype=np.int64)
-            for row in range(micro_bsz):
-                tokens = self.tokens[self.offsets[start + row] : self.offsets[start + row + 1]]
-                prompt = self.prompt_lengths[start + row]
-                input_ids[row, : len(tokens)] = tokens
-                attention_mask[row, : len(tokens)] = 1
-                labels[row, prompt - 1 : len(tokens) - 1] = tokens[prompt:]
-            yield start + micro_bsz == first + share, MicroBatch(input_ids, attention_mask, labels)
+            samples = range(self.rows[start], self.rows[start + micro_bsz])
+            lengths = [int(self.offsets[i + 1] - self.offsets[i]) for i in samples]
+            shape = (1, sum(lengths)) if self.padding_free else (micro_bsz, width)
+            arrays = {name: np.zeros(shape, dtype=np.int64) for name in ("position_ids", "attention_mask")}
+            arrays["input_ids"] = np.full(shape, self.about["pad_id"], dtype=np.int64)
+            arrays["labels"] = np.full(shape, IGNORED, dtype=np.int64)
+            row, at = 0, 0
+            for i, length in zip(samples, lengths, strict=True):
+                tokens, prompt = self.tokens[self.offsets[i] : self.offsets[i + 1]], self.prompt_lengths[i]
+                arrays["input_ids"][row, at : at + length] = tokens
+                arrays["attention_mask"][row, at : at + length] = 1
+                arrays["position_ids"][row, at : at + length] = np.arange(length)
+                arrays["labels"][row, at + prompt - 1 : at + length - 1] = tokens[prompt:]
+                row, at = (row, at + length) if self.padding_free else (row + 1, 0)
+            arrays["labelled"] = np.flatnonzero(arrays["labels"] != IGNORED)
+            last = start + micro_bsz == first + share
+            yield last, MicroBatch(**arrays, lengths=lengths if self.padding_free else None)
 
     def info(self) -> PlanInfo:
         """What the record says of the plan."""
@@ -116,6 +148,37 @@ class Plan:
         )
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Tokenized samples, one after the other: the arrays are those of `Plan`."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    prompt_lengths: np.ndarray
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each, prompt, response and EOS."""
+        return np.diff(self.offsets)
+
+    @classmethod
+    def of(cls, samples: list[Sample]) -> Self:
+        """From one by one."""
+        return cls(
+            np.concatenate([tokens for tokens, _ in samples]).astype(np.int32),
+            np.cumsum([0, *(len(tokens) for tokens, _ in samples)], dtype=np.int64),
+            np.array([prompt for _, prompt in samples], dtype=np.int32),
+        )
+
+
+class Rows(NamedTuple):
+    """Which samples a plan's rows hold: `order` has their indices, row after row, `starts` where each row starts in it
+    (and its length, last)."""
+
+    order: np.ndarray
+    starts: np.ndarray
+
+
 def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
     """The plan of these flags; made first, by data/prepare.py in a process of its own, when it is missing.
 
@@ -127,6 +190,7 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
     except (FileNotFoundError, BadInput):
         _prepare(flags)
         plan = read_plan(path)
+    plan = replace(plan, padding_free=flags.padding_free)
     vocabulary, positions = checkpoint.config["vocab_size"], checkpoint.config.get("max_position_embeddings")
     for token in (int(plan.tokens.min()), int(plan.tokens.max()), plan.about["pad_id"]):
         if not 0 <= token < vocabulary:
@@ -139,43 +203,40 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
 
 def read_plan(path: Path) -> Plan:
     """Reads a plan file. Raises FileNotFoundError, or `BadInput` where it is damaged."""
-    sha256 = _file_key(path)
-    about, arrays = read_rows(path)
-    return Plan(path, sha256, about, **arrays)
+    about, arrays = _read(path, "batch plan", ("tokens", "offsets", "prompt_lengths", "rows"))
+    return Plan(path, _file_key(path), about, **arrays)
 
 
-def write_plan(path: Path, about: dict[str, Any], samples: list[Row], steps: int) -> None:
-    """Writes the plan whose rows go through `samples` in order, and again from the start."""
-    write_rows(path, about, [samples[row % len(samples)] for row in range(steps * about["bsz"])])
-
-
-def read_rows(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What `write_rows` wrote: the description, and the arrays that `Plan` documents.
-
-    Raises FileNotFoundError, or `BadInput` where the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            about = json.loads(file.metadata()["about"])
-            return about, {name: file.get_tensor(name) for name in ("tokens", "offsets", "prompt_lengths")}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{path}: not a whole batch plan ({error}); remove it and it is made again") from None
-
-
-def write_rows(path: Path, about: dict[str, Any], rows: list[Row]) -> None:
-    """Writes rows of tokens, one after the other, with a description."""
+def write_plan(path: Path, about: dict[str, Any], samples: Samples, rows: Rows) -> None:
+    """Writes the plan of these rows of `samples`."""
+    order, starts = rows
+    lengths = np.diff(samples.offsets)[order]
     arrays = {
-        "tokens": np.concatenate([tokens for tokens, _ in rows]).astype(np.int32),
-        "offsets": np.cumsum([0, *(len(tokens) for tokens, _ in rows)], dtype=np.int64),
-        "prompt_lengths": np.array([prompt for _, prompt in rows], dtype=np.int32),
+        "tokens": samples.tokens[ranges(samples.offsets[order], lengths)],
+        "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        "prompt_lengths": samples.prompt_lengths[order],
+        "rows": starts,
     }
     write_atomically(path, save(arrays, metadata={"about": json.dumps(about, sort_keys=True)}))
+
+
+def read_samples(path: Path) -> tuple[dict[str, Any], Samples]:
+    """What `write_samples` wrote. Raises FileNotFoundError, or `BadInput` where the file is damaged."""
+    about, arrays = _read(path, "file of tokens", ("tokens", "offsets", "prompt_lengths"))
+    return about, Samples(**arrays)
+
+
+def write_samples(path: Path, about: dict[str, Any], samples: Samples) -> None:
+    """Writes tokenized samples, with a description."""
+    write_atomically(path, save(vars(samples), metadata={"about": json.dumps(about, sort_keys=True)}))
 
 
 def plan_path(options: dict[str, Any], checkpoint: Checkpoint) -> Path:
     """Where the plan of these flags lies: a name made of everything that the plan depends on."""
     data = options["data"]
-    parts = [tokens_key(options, checkpoint), options["bsz"], options["steps"], options["epochs"]]
+    parts = [tokens_key(options, checkpoint), _file_key(ROOT / "data" / "batching.py")]
+    parts += [options[name] for name in ("bsz", "steps", "epochs", "order", "packing")]
+    parts += [options["seed"]] * (options["order"] == "grouped" or options["packing"] > 0)
     name = data if data in DATA_NAMES else Path(data).stem
     return cache_folder() / "plans" / f"{name}-bsz{options['bsz']}-{_key(parts)}.safetensors"
 
@@ -196,6 +257,7 @@ def tokens_key(options: dict[str, Any], checkpoint: Checkpoint) -> str:
 def _prepare(flags: Flags) -> None:
     arguments = [f"--model={flags.model}", f"--weights={flags.weights}", f"--data={flags.data}", f"--bsz={flags.bsz}"]
     arguments += [f"--samples={flags.samples}"] * (flags.samples is not None) + ["--skip-bad"] * flags.skip_bad
+    arguments += [f"--order={flags.order}", f"--packing={flags.packing}"]
     arguments += [f"--epochs={flags.epochs}"] if flags.epochs else [f"--steps={flags.steps}"]
     command = [sys.executable, ROOT / "data" / "prepare.py", *arguments, f"--seed={flags.seed}"]
     done = subprocess.run(command, check=False, preexec_fn=dying_with_parent())
@@ -209,3 +271,17 @@ def _key(parts: Any) -> str:
 
 def _file_key(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read(path: Path, what: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in names}
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"{path}: not a whole {what} ({error}); remove it and it is made again") from None
+
+
+def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The indices of all elements of slices, slice after slice."""
+    before = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

@@ -45,7 +45,7 @@ class Model(Strict):
 
 
 class Setup(Strict):
-    """How the run was split and computed. Batch sizes in samples."""
+    """How the run was split and computed. Batch sizes in samples, with packing in rows of so many tokens."""
 
     nproc: Count
     nnodes: Count
@@ -58,6 +58,8 @@ class Setup(Strict):
     amp: Literal["O1", "O2"] | None
     recompute: bool
     attention: Literal["eager", "sdpa", "flash"]
+    padding_free: bool = False
+    head: Literal["all", "labels"] = "all"
     packing: Amount
     order: Literal["plan", "grouped"]
     tuned: bool

@@ -97,6 +97,13 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
             "peft 0.21.2 and transformers 5.23.0 each slice LoRA's A of a layer that tensor parallelism cuts by its "
             "inputs, so that it no longer fits"
         )
+    family = checkpoint.config["model_type"]
+    if framework == "torch" and family == "bloom" and flags.padding_free and flags.attention == "eager":
+        return "transformers 5.23.0 has no positions in Bloom's eager attention to tell samples apart by"
+    if framework == "paddle" and family in ("bloom", "glm") and flags.padding_free:
+        return "PaddleNLP 3.0.0b4 has no function for attention alone in this model, to call for each sample"
+    if framework == "paddle" and family == "glm" and flags.head == "labels":
+        return "PaddleNLP 3.0.0b4 has no layer for the logits alone in ChatGLMv2"
     if visible_accelerators():
         # Of the fused kernels, those for float32. The flash kernels of both take grouped queries, Paddle's a bias too.
         if flags.attention == "sdpa" and flags.dtype == "fp32":
@@ -333,9 +340,11 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
             amp=flags.amp,
             recompute=flags.recompute,
             attention=flags.attention,
-            packing=0,
-            order="plan",
-            tuned=False,
+            padding_free=flags.padding_free,
+            head=flags.head,
+            packing=flags.packing,
+            order=flags.order,
+            tuned=flags.tuned,
         ),
         "kernels": None,
         "timed_from": flags.warmup_steps,
