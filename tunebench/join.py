@@ -1,10 +1,15 @@
 """Joins records into pairs: which runs did the same work, how fast each side was, and what that makes of a speedup."""
 
+import bisect
+import functools
+import gc
 import itertools
 import json
+import operator
 import re
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,6 +73,7 @@ class Row:
     compared: str | None
     parity: float | None
     note: str | None
+    tuned: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,27 @@ class Cell:
         """The run that stands for the others where they must agree."""
         return self.records[0]
 
-    @property
+    @functools.cached_property
+    def work(self) -> str:
+        """What was done: equal where `differences` finds none."""
+        return _as_key(_work(self.first))
+
+    @functools.cached_property
+    def setup(self) -> str:
+        """How it was split and computed."""
+        return setup_of(self.first)
+
+    @functools.cached_property
+    def split(self) -> tuple[str, ...]:
+        """The same but for the precision."""
+        return tuple(_split(self.first))
+
+    @functools.cached_property
     def rates(self) -> list[float]:
         """The runs in effective tokens/s, by round; none when they did not end ok."""
         return [record.effective_tokens_per_second for record in self.records if record.status == "ok"]
 
-    @property
+    @functools.cached_property
     def rate(self) -> float | None:
         """The geometric mean of the runs, in effective tokens/s; None when they did not end ok."""
         return statistics.geometric_mean(self.rates) if self.rates else None
@@ -112,11 +133,15 @@ class Cell:
 def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
     """The records of files and folders (searched through, but for hidden and `published` ones), and what was broken."""
     records, broken = [], []
-    for file in itertools.chain.from_iterable(record_files(path) for path in paths):
-        try:
-            records.append(read_record(file))
-        except BadInput as fault:
-            broken.append(str(fault))
+    gc.disable()  # it would look through all that was read so far again and again, and records hold no cycles
+    try:
+        for file in itertools.chain.from_iterable(record_files(path) for path in paths):
+            try:
+                records.append(read_record(file))
+            except BadInput as fault:
+                broken.append(str(fault))
+    finally:
+        gc.enable()
     return sorted(records, key=lambda record: record.started_at), broken
 
 
@@ -124,16 +149,16 @@ def join(records: list[Record]) -> list[Row]:
     """The rows: like for like first, then the best of each side, then what is left of either. A/A runs are left out."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for record in records:
-        if record.aa is None:
+        if record.aa is None and record.peer is None:
             groups.setdefault(_group(record), {"paddle": [], "torch": []})[record.framework].append(record)
     rows = []
     for group in sorted(groups, key=_place):
         cells = {framework: _cells(members) for framework, members in groups[group].items()}
         pairs = _pairs(**cells)
-        headings = [(compared == BEST_OF_EACH, setup_of((paddle or torch).first)) for compared, paddle, torch in pairs]
+        headings = [(compared == BEST_OF_EACH, (paddle or torch).setup) for compared, paddle, torch in pairs]
+        counts = Counter(headings)
         rows.extend(
-            _row(group, *pair, told_apart=headings.count(heading) > 1)
-            for pair, heading in zip(pairs, headings, strict=True)
+            _row(group, *pair, told_apart=counts[heading] > 1) for pair, heading in zip(pairs, headings, strict=True)
         )
     return rows
 
@@ -150,7 +175,7 @@ def against_itself(records: list[Record]) -> list[Itself]:
             a, b = (Cell([r for r in cell.records if r.aa == side], cell.whole) for side in ("a", "b"))
             if a.rate and b.rate:
                 runs = len(a.rates), len(b.rates)
-                found.append(Itself(*group, setup_of(cell.first), runs, b.rate / a.rate - 1, _interval(b, a)))
+                found.append(Itself(*group, cell.setup, runs, b.rate / a.rate - 1, _interval(b, a)))
     return found
 
 
@@ -167,21 +192,15 @@ def differences(paddle: Record, torch: Record) -> list[str]:
 
 def parity(paddle: Record, torch: Record) -> float:
     """The largest relative difference of two loss curves at any step."""
-    return max(_relative("loss", paddle, torch))
+    return max(_relative("loss", [paddle], [torch]))
 
 
 def disagreement(paddle: Record, torch: Record) -> str | None:
     """Why two curves are not those of one training: field, step and both values; None when they are."""
-    skipped = [[i for i, norm in enumerate(r.steps.grad_norm, 1) if norm is None] for r in (paddle, torch)]
-    if skipped[0] != skipped[1]:
-        return f"steps.grad_norm: the skipped steps differ: {skipped[0] or 'none'} ≠ {skipped[1] or 'none'}"
-    loss, gradients = _relative("loss", paddle, torch), _relative("grad_norm", paddle, torch)
-    tolerance = TOLERANCES[paddle.setup.dtype]
-    for curve, found, limit in (
-        ("loss", loss[:1], tolerance.first_loss),
-        ("loss", loss, tolerance.loss),
-        ("grad_norm", gradients, tolerance.gradient),
-    ):
+    ours, theirs = _skipped(paddle), _skipped(torch)
+    if ours != theirs:
+        return f"steps.grad_norm: the skipped steps differ: {ours or 'none'} ≠ {theirs or 'none'}"
+    for curve, found, limit in _limited([paddle], [torch]):
         worst = max(range(len(found)), key=found.__getitem__)
         if not found[worst] <= limit:
             values = [getattr(record.steps, curve)[worst] for record in (paddle, torch)]
@@ -237,10 +256,43 @@ def _place(group: tuple[Any, ...]) -> tuple[Any, ...]:
     return group[0], rank_of(group[1]), list(METHODS).index(group[2]), group[3:]
 
 
-def _relative(curve: str, paddle: Record, torch: Record) -> list[float]:
-    """The relative differences at each step; 0 at steps that a side skipped."""
-    pairs = zip(getattr(paddle.steps, curve), getattr(torch.steps, curve), strict=True)
-    return [0.0 if None in (a, b) else abs(a - b) / max(abs(b), 1e-12) for a, b in pairs]
+def _first_disagreement(paddle: list[Record], torch: list[Record]) -> str | None:
+    """The first `disagreement` of each run with each of the other side, without looking at each pair."""
+    if not _disagree(paddle, torch):
+        return None
+    first = bisect.bisect_left(range(len(paddle)), True, key=lambda i: _disagree(paddle[: i + 1], torch))
+    return next(filter(None, (disagreement(paddle[first], other) for other in torch)))
+
+
+def _disagree(paddle: list[Record], torch: list[Record]) -> bool:
+    """Whether any run disagrees with any of the other side."""
+    skipped = {tuple(_skipped(record)) for record in (*paddle, *torch)}
+    return len(skipped) > 1 or any(not max(found) <= limit for _, found, limit in _limited(paddle, torch))
+
+
+def _skipped(record: Record) -> list[int]:
+    return [i for i, norm in enumerate(record.steps.grad_norm, 1) if norm is None]
+
+
+def _limited(paddle: list[Record], torch: list[Record]) -> Iterator[tuple[str, list[float], float]]:
+    """Each curve, its largest relative differences by step, and what is allowed of them."""
+    tolerance = TOLERANCES[paddle[0].setup.dtype]
+    loss = _relative("loss", paddle, torch)
+    yield "loss", loss[:1], tolerance.first_loss
+    yield "loss", loss, tolerance.loss
+    yield "grad_norm", _relative("grad_norm", paddle, torch), tolerance.gradient
+
+
+def _relative(curve: str, paddle: list[Record], torch: list[Record]) -> list[float]:
+    """The largest relative difference of any two runs at each step; 0 at steps that a side skipped."""
+    found = []
+    by_step = [zip(*(getattr(record.steps, curve) for record in runs), strict=True) for runs in (paddle, torch)]
+    for ours, theirs in zip(*by_step, strict=True):
+        known = [a for a in ours if a is not None]
+        ends = {min(known), max(known)} if known else ()  # nothing between them is further from any b
+        apart = (abs(a - b) / max(abs(b), 1e-12) for b in theirs if b is not None for a in ends)
+        found.append(max(apart, default=0.0))
+    return found
 
 
 def _cells(records: list[Record]) -> list[Cell]:
@@ -249,8 +301,7 @@ def _cells(records: list[Record]) -> list[Cell]:
     for record in records:
         if record.status == "ok":
             # Runs of other versions are no repeats of each other, though each may have its pair.
-            key = [record.setup.model_dump(), record.versions, _work(record)]
-            by_key[json.dumps(key, sort_keys=True, default=str)].append(record)
+            by_key[_as_key([record.setup.model_dump(), record.versions, _work(record)])].append(record)
     done = {_attempt(runs[0]) for runs in by_key.values()}
     bad = [record for record in records if record.status != "ok"]
     ended: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
@@ -259,11 +310,11 @@ def _cells(records: list[Record]) -> list[Cell]:
             ended[(*_attempt(record), record.status)].append(record)
     failed = set(map(_attempt, bad))
     for runs in by_key.values():
-        runs.sort(key=_turn)
+        runs.sort(key=turn)
     return [Cell(runs, _attempt(runs[0]) not in failed) for runs in (*by_key.values(), *ended.values())]
 
 
-def _turn(record: Record) -> tuple[int, str]:
+def turn(record: Record) -> tuple[int, str]:
     """The round that a suite gave a run, by its file's name, and when it started: a round may have been run again."""
     number = re.search(r"-r(\d+)\.json$", _out(record))
     return int(number[1]) if number else 0, record.started_at
@@ -282,25 +333,45 @@ def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[str | None, Cell
     """
     ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
     pairs: list[tuple[str | None, Cell | None, Cell | None]] = []
-    ok = [(a, b) for a in ours for b in theirs if a.rate and b.rate and not differences(a.first, b.first)]
-    same = [(a, b) for a, b in ok if not disagreement(a.first, b.first)]
+    timed = [cell for cell in theirs if cell.rate]
+    same_work, alike = _by(timed, "work"), _by(timed, "work", "setup")
     like: list[tuple[Cell, Cell]] = []
-    for a, b in ok:
-        if setup_of(a.first) == setup_of(b.first) and not any(a is c or b is d for c, d in like):
-            like.append((a, b))
+    best: dict[str, tuple[Cell, Cell]] = {}
+    for a in (cell for cell in ours if cell.rate):
+        if waiting := alike[a.work, a.setup]:
+            like.append((a, waiting.popleft()))
+        if a.work not in best:
+            # Fastest first, so the first two of the same work are its best.
+            b = next((b for b in same_work[a.work] if not disagreement(a.first, b.first)), None)
+            if b:
+                best[a.work] = a, b
     pairs += [(LIKE_FOR_LIKE, a, b) for a, b in sorted(like, key=lambda pair: _order(pair[0].first))]
-    best: list[tuple[Cell, Cell]] = []
-    for a, b in same:  # fastest first, so the first one of each work is it
-        if all(differences(a.first, other.first) for _, other in best):
-            best.append((a, b))
-    pairs += [(BEST_OF_EACH, a, b) for a, b in best if setup_of(a.first) != setup_of(b.first)]
-    shown = [id(cell) for _, *pair in pairs for cell in pair]
-    ours, theirs = ([cell for cell in cells if id(cell) not in shown] for cells in (ours, theirs))
+    pairs += [(BEST_OF_EACH, a, b) for a, b in best.values() if a.setup != b.setup]
+    shown = {id(cell) for _, *pair in pairs for cell in pair}
+    same_setup, same_split = _by(theirs, "setup"), _by(theirs, "split")
     for a in ours:
-        b = next((b for how in (setup_of, _split) for b in theirs if how(a.first) == how(b.first)), None)
-        theirs = [cell for cell in theirs if cell is not b]
-        pairs.append((LIKE_FOR_LIKE if b and setup_of(a.first) == setup_of(b.first) else None, a, b))
-    return pairs + [(None, None, b) for b in theirs]
+        if id(a) not in shown:
+            b = _take(same_setup[a.setup], shown) or _take(same_split[a.split], shown)
+            pairs.append((LIKE_FOR_LIKE if b and a.setup == b.setup else None, a, b))
+    return pairs + [(None, None, b) for b in theirs if id(b) not in shown]
+
+
+def _by(cells: list[Cell], *fields: str) -> dict[Any, deque[Cell]]:
+    """The cells by one or more of their fields, in their order."""
+    found: dict[Any, deque[Cell]] = defaultdict(deque)
+    for cell in cells:
+        found[operator.attrgetter(*fields)(cell)].append(cell)
+    return found
+
+
+def _take(waiting: deque[Cell], shown: set[int]) -> Cell | None:
+    """The first that is not shown, which it then is."""
+    while waiting:
+        cell = waiting.popleft()
+        if id(cell) not in shown:
+            shown.add(id(cell))
+            return cell
+    return None
 
 
 def _order(record: Record) -> tuple[int, ...]:
@@ -314,13 +385,12 @@ def _row(
     family, model, method, devices, bsz = group
     speedup = interval = refusal = agreement = note = None
     if paddle and torch and paddle.rate and torch.rate:
-        different = differences(paddle.first, torch.first)
-        if different:
+        if paddle.work != torch.work:
+            different = differences(paddle.first, torch.first)
             refusal, note = "not the same work", f"not the same work: {'; '.join(different)}"
         else:
-            runs = list(itertools.product(paddle.records, torch.records))
-            agreement = max(itertools.starmap(parity, runs))
-            note = next(filter(None, itertools.starmap(disagreement, runs)), None)
+            agreement = max(_relative("loss", paddle.records, torch.records))
+            note = _first_disagreement(paddle.records, torch.records)
             if note:
                 refusal = "losses differ"
             else:
@@ -343,12 +413,13 @@ def _row(
         compared=compared,
         parity=agreement,
         note="; ".join(filter(None, [note, *notes, *what])) or None,
+        tuned=all(cell.first.setup.tuned for cell in sides),
     )
 
 
 def _interval(ours: Cell, theirs: Cell) -> tuple[float, float] | None:
     """The 95% interval of ours ÷ theirs − 1; None where a round has one side alone."""
-    rounds = [[_turn(record)[0] for record in cell.records] for cell in (ours, theirs)]
+    rounds = [[turn(record)[0] for record in cell.records] for cell in (ours, theirs)]
     whole = ours.whole and theirs.whole and rounds[0] == rounds[1]
     return ratio_interval(ours.rates, theirs.rates) if whole else None
 
@@ -398,7 +469,7 @@ def _on_what(record: Record) -> str:
 
 def _side(framework: str, cell: Cell | None) -> dict[str, Any]:
     return {
-        f"{framework}_setup": setup_of(cell.first) if cell else None,
+        f"{framework}_setup": cell.setup if cell else None,
         f"{framework}_status": cell.first.status if cell else None,
         f"{framework}_effective_tokens_per_second": cell.rate if cell else None,
         f"{framework}_spread": spread(cell.rates) if cell else None,
@@ -413,7 +484,12 @@ def _split(record: Record) -> list[str]:
     parts = [f"MP {setup.mp}"] * (setup.mp > 1) + [f"ZeRO {setup.zero}"] * (setup.zero > 0)
     parts += [f"DP {replicas}"] * (replicas > 1 and not setup.zero)
     parts += [f"{setup.micro_bsz * replicas}*{setup.accumulation}"] * (setup.accumulation > 1)
-    parts += ["recompute"] * setup.recompute + ["tuned"] * setup.tuned
+    parts += ["recompute"] * setup.recompute
+    parts += [f"packed {setup.packing}"] * (setup.packing > 0) + ["grouped"] * (setup.order == "grouped")
+    if setup.tuned:
+        return [*parts, "tuned"]
+    parts += ["padding-free"] * (setup.padding_free and not setup.packing)
+    parts += ["labels only"] * (setup.head == "labels") + ["lean"] * setup.lean + ["memory kept"] * setup.keep_memory
     return parts + [f"{setup.attention} attention"] * (setup.attention != "eager")
 
 
@@ -436,6 +512,10 @@ def _work(record: Record) -> dict[str, Any]:
         "hardware.device": hardware.device,
         **{f"hardware.{name}": value for name, value in hardware.lasting().items()},
     }
+
+
+def _as_key(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
 
 
 def _short(value: Any) -> str:

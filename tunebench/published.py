@@ -349,7 +349,7 @@ def _read(file: Path) -> PublishedRecord | None:
     """A published run's record; None for any other file, good or not. Raises `BadInput` with the first fault."""
     try:
         text = file.read_bytes()
-        content = json.loads(text)
+        content = json.loads(text) if b"published" in text else None
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or not str(content.get("schema")).startswith("published"):

@@ -1,0 +1,332 @@
+"""How cost grows: with the model, the length of samples, processes, the number of samples, and that of records.
+
+python benchmarks/growth.py [--only model|length|processes|samples|records] [--rounds 3] [--samples 1000000] [--quick]
+
+Prints a Markdown table for each, on the CPU: × is the ratio to the first line of a series. A series ends with its
+exponent, by least squares of the logarithms: 1 is linear.
+"""
+
+import pathlib
+import runpy
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter"]("torch", "paddle")
+sys.path.insert(0, str(ROOT / "data"))
+
+import itertools
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import sources
+import tokenizer as tokenizers_of
+
+from tunebench import processes
+from tunebench.cache import cache_folder
+from tunebench.errors import BadInput, one_line_refusals
+from tunebench.flags import Parser, positive
+from tunebench.record import Record, digest_of, read_record
+from tunebench.stats import ratio_interval
+from tunebench.tables import markdown
+
+FRAMEWORKS = ("torch", "paddle")
+MODELS = ("llama-tiny", "llama-13b-tiny", "llama-30b-tiny", "llama-65b-tiny")
+LENGTHS = (64, 128, 256, 512)  # tokens of a sample; 640 is what prompts and responses are cut to
+SPLITS = {"1": [], "2, ZeRO 2": ["--zero=2"], "2, ZeRO 3": ["--zero=3"], "2, DP": []}
+TARGET = 0.8  # of one process's rate, which two on the same cores should reach
+SETUPS = ({"mp": 4}, {"zero": 3}, {"zero": 2}, {"zero": 1}, {"mp": 2}, {})
+# Shape of a set of records: the rounds of a pair (None: all records in a few pairs).
+SHAPES = {"many rounds": None, "many cells in one group": 2, "many groups": 3}
+MIB = 2**20
+
+# What a child measures of itself, without its imports: one line of JSON, the last one that it prints.
+PREPARE = f"""
+import json, sys, time
+sys.path.insert(0, {str(ROOT / "data")!r})
+import prepare
+from tunebench.hardware import peak_resident_bytes
+start = time.perf_counter()
+prepare.main()
+print(json.dumps([time.perf_counter() - start, peak_resident_bytes()]))
+"""
+JOIN = """
+import json, pathlib, sys, time
+from tunebench.hardware import peak_resident_bytes
+from tunebench.join import join
+from tunebench.published import load
+from tunebench.tables import render
+clock = [time.perf_counter()]
+records, _, broken = load([pathlib.Path(sys.argv[1])])
+assert not broken, broken[0]
+clock.append(time.perf_counter())
+rows = join(records)
+clock.append(time.perf_counter())
+render(rows, "md", records)
+clock.append(time.perf_counter())
+print(json.dumps([*(b - a for a, b in zip(clock, clock[1:])), peak_resident_bytes(), len(rows)]))
+"""
+
+Point = tuple[float, list[float]]  # a size and what it cost
+
+
+def main() -> None:
+    """Runs the series one after the other, in a folder that is gone afterwards."""
+    parser = Parser(prog="growth.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--only", choices=list(SERIES), help="one of them (default: all)")
+    parser.add_argument("--rounds", type=positive, help="of training, in alternating order (default: 3, quick: 1)")
+    parser.add_argument("--samples", type=positive, help="at most so many (default: 100000, quick: 1000)")
+    parser.add_argument(
+        "--quick", action="store_true", help="small sizes, torch alone: whether it works, not what it costs"
+    )
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.samples = options.samples or (1_000 if options.quick else 100_000)
+    # An interrupt is raised, so that the folder is cleared away.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
+    with tempfile.TemporaryDirectory(prefix="growth-") as folder:
+        os.environ |= {"TUNEBENCH_CACHE": f"{folder}/cache", "CUDA_VISIBLE_DEVICES": ""}
+        for name, series in SERIES.items():
+            if options.only in (None, name):
+                series(options, pathlib.Path(folder))
+
+
+def by_model(options: Namespace, folder: pathlib.Path) -> None:
+    """The same batches through larger models."""
+    settings = {model: [f"--model={model}"] for model in MODELS[: 2 if options.quick else None]}
+    records = train(settings, options, folder)
+    show_training(f"Model size: {' to '.join((MODELS[0], list(settings)[-1]))}", "Parameters", records, parameters)
+
+
+def by_length(options: Namespace, folder: pathlib.Path) -> None:
+    """The same model with as many samples that are longer."""
+    tokenizer = tokenizers_of.embedded(cache_folder())
+    texts = [sample.response for sample in sources.load("synthetic-en", 1_000, skip_bad=False).samples]
+    stream = itertools.cycle(token for encoded in tokenizer.encode_batch(texts) for token in encoded.ids)
+    settings = {}
+    for length in LENGTHS[: 2 if options.quick else None]:
+        file = folder / f"{length}.jsonl"
+        with file.open("w") as lines:
+            for _ in range(64):
+                parts = (length // 4, length - length // 4 - 1)  # the response gets its EOS
+                texts = [tokenizer.decode(list(itertools.islice(stream, count))) for count in parts]
+                print(json.dumps(dict(zip(("instruction", "output"), texts, strict=True))), file=lines)
+        settings[str(length)] = [f"--data={file}"]
+    show_training("Length of samples: llama-tiny", "Tokens", train(settings, options, folder), tokens_of_a_sample)
+
+
+def by_processes(options: Namespace, folder: pathlib.Path) -> None:
+    """The same global batches by one process with all threads, and by two that share these."""
+    names = list(SPLITS)[: 2 if options.quick else None]
+    settings = {name: [*SPLITS[name], f"--nproc={name[0]}", f"--bsz={2 if options.quick else 8}"] for name in names}
+    records = train(settings, options, folder)
+    lines, below = [], []
+    for (framework, name), runs in records.items():
+        ours, alone = ([run.effective_tokens_per_second for run in each] for each in (runs, records[framework, "1"]))
+        ratio, interval = (
+            statistics.geometric_mean(ours) / statistics.geometric_mean(alone),
+            ratio_interval(ours, alone),
+        )
+        said = f"{1 + interval[0]:.2f} to {1 + interval[1]:.2f}" if interval else "none: one round"
+        below += [f"{framework} {name} ({ratio:.2f})"] * (ratio < TARGET)
+        threads = str(runs[0].hardware.threads)
+        lines.append([framework, name, threads, *map(number, costs(runs)), f"{ratio:.2f}", said])
+    columns = ("Framework", "Processes", "Threads of Each", *COSTS, "÷ One Process", "95% Interval")
+    print(f"\n### Processes on the same cores: llama-tiny\n\n{markdown(columns, lines)}\n")
+    print(f"Target: at least {TARGET} of one process. Below it: {', '.join(below) or 'none'}.", flush=True)
+
+
+def by_samples(options: Namespace, folder: pathlib.Path) -> None:
+    """Data preparation: tokenizing, then plans of what is tokenized."""
+    prepare("--samples=10", "--epochs=1")  # makes the tokenizer and the checkpoint
+    points: list[Point] = []
+    for count in sizes(options.samples, 100 if options.quick else 1_000):
+        flags = [f"--samples={count}", "--epochs=1"]
+        first, plain, grouped, packed = (
+            prepare(*flags, *more) for more in (["--bsz=4"], ["--bsz=8"], ["--order=grouped"], ["--packing=1024"])
+        )
+        tokenizing = max(first[0] - plain[0], 1e-3)
+        points.append((count, [tokenizing, first[1] / MIB, plain[0], plain[1] / MIB, grouped[0], packed[0]]))
+    measures = ("Tokenizing s", "Peak MiB", "Planning s", "Peak MiB", "Planning, Grouped s", "Planning, Packed s")
+    show("Samples: generated, tokenized, then planned for one epoch", [], "Samples", measures, {(): points})
+
+
+def by_records(options: Namespace, folder: pathlib.Path) -> None:
+    """Joining: what summarize.py does with record files, apart and as one program."""
+    series: dict[tuple[str, ...], list[Point]] = {}
+    for shape in SHAPES:
+        points = series[shape,] = []
+        for count in (100, 400) if options.quick else (100, 1_000, 10_000):
+            files = folder / f"{shape}-{count}"
+            write_records(files, count, shape)
+            read, join, render, peak, rows = json.loads(run("-P", "-c", JOIN, files)[0])
+            _, whole = run(ROOT / "summarize.py", files)
+            points.append((count, [rows, read, join, render, peak / MIB, whole]))
+    measures = ("Rows", "Reading s", "Joining s", "Rendering s", "Peak MiB", "summarize.py s")
+    show("Records", ["Shape"], "Records", measures, series)
+
+
+SERIES: dict[str, Callable[[Namespace, pathlib.Path], None]] = {
+    "model": by_model,
+    "length": by_length,
+    "processes": by_processes,
+    "samples": by_samples,
+    "records": by_records,
+}
+COSTS = ("Tokens/s", "Seconds per Step", "Peak MiB of a Process")
+
+
+def costs(runs: Sequence[Record]) -> list[float]:
+    """What COSTS names, of the rounds of one setting."""
+    seconds = [statistics.mean(run.steps.seconds[run.timed_from :]) for run in runs]
+    rates = [run.effective_tokens_per_second for run in runs]
+    peak = max(itertools.chain.from_iterable(run.peak_memory_bytes for run in runs))
+    return [statistics.geometric_mean(rates), statistics.geometric_mean(seconds), peak / MIB]
+
+
+def parameters(run: Record) -> float:
+    """The size of its model."""
+    return run.model.parameters
+
+
+def tokens_of_a_sample(run: Record) -> float:
+    """Their mean over the run."""
+    return run.plan.effective_tokens / len(run.steps.seconds) / run.setup.bsz
+
+
+def train(
+    settings: dict[str, list[str]], options: Namespace, folder: pathlib.Path
+) -> dict[tuple[str, str], list[Record]]:
+    """Runs each framework's script in each setting, back and forth; the records by framework and setting."""
+    steps = ["--steps=2", "--warmup-steps=1"] if options.quick else ["--steps=14", "--warmup-steps=8"]
+    sides = itertools.product(FRAMEWORKS[: 1 if options.quick else None], settings)
+    found: dict[tuple[str, str], list[Record]] = {side: [] for side in sides}
+    for turn in range(options.rounds):
+        for framework, name in list(found)[:: -1 if turn % 2 else 1]:
+            out = folder / "record.json"
+            flags = ["--model=llama-tiny", "--nproc=1", *steps, *settings[name], f"--out={out}"]
+            run(ROOT / framework / "finetune_full.py", *flags)
+            found[framework, name].append(read_record(out))
+    return found
+
+
+def prepare(*flags: str) -> list[float]:
+    """Seconds and peak memory of data/prepare.py."""
+    return json.loads(run("-P", "-c", PREPARE, "--model=llama-tiny", *flags)[0].splitlines()[-1])
+
+
+def run(*command: object) -> tuple[str, float]:
+    """What a program of this interpreter printed, and its seconds. Raises `BadInput` where it failed."""
+    start = time.perf_counter()
+    process = processes.start(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        printed, errors = process.communicate()
+    except BaseException:
+        processes.end(process)
+        raise
+    if process.returncode:
+        said = [*printed.splitlines(), *errors.splitlines()] or ["nothing was printed"]
+        raise BadInput(f"a program ended with {process.returncode}: {said[-1]}")
+    return printed, time.perf_counter() - start
+
+
+def write_records(folder: pathlib.Path, count: int, shape: str) -> None:
+    """Writes so many record files: measured ones, with other setups, commits, batch sizes and a little noise."""
+    real: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for line in (ROOT / "tests" / "data" / "aa.jsonl").read_text().splitlines():
+        content = json.loads(line)
+        real.setdefault((content["method"], content["model"]["name"], content["framework"]), []).append(content)
+    works = sorted({key[:2] for key in real})
+    rounds, noise = SHAPES[shape] or -(-count // 2 // len(works)), random.Random(count)
+    for i in range(count):
+        framework, turn, pair = ("paddle", "torch")[i % 2], i // 2 % rounds, i // 2 // rounds
+        at, member = (0, pair) if shape == "many cells in one group" else (pair % len(works), pair // len(works))
+        which, group = member % len(SETUPS), member // len(SETUPS)
+        runs = real[(*works[at], framework)]
+        content = dict(runs[turn % len(runs)])
+        # Either side has another fastest setup, so that each piece of work has a row of its best ones too.
+        slow = 1 + 0.5 * (which if framework == "paddle" else len(SETUPS) - 1 - which)
+        steps = content["steps"]
+        content["steps"] = steps | {
+            "seconds": [second * slow * noise.uniform(0.99, 1.01) for second in steps["seconds"]],
+            "loss": [loss * noise.uniform(1, 1 + 1e-6) for loss in steps["loss"]],
+        }
+        if SHAPES[shape]:
+            content["setup"] = content["setup"] | {"nproc": 4} | SETUPS[which]
+        if shape == "many groups":
+            content["setup"] |= {"bsz": 4 * (1 + group), "micro_bsz": 1 + group}
+        elif SHAPES[shape]:
+            content["git"] = content["git"] | {"revision": f"{group:08x}".ljust(40, "0")}
+        file = folder / str(pair) / f"{framework}-r{turn + 1}.json"
+        flags = [word for word in content["argv"] if not word.startswith(("--aa", "--out"))]
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(1_767_225_600 + i))
+        content |= {"aa": None, "started_at": moment, "argv": [*flags, f"--out={file}"]}
+        del content["sha256"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n")
+
+
+def sizes(largest: int, smallest: int) -> list[int]:
+    """Up to the largest, by tens."""
+    found = [smallest * 10**power for power in range(10) if smallest * 10**power < largest]
+    return [*found, largest]
+
+
+def show_training(
+    heading: str, size: str, records: dict[tuple[str, str], list[Record]], of: Callable[[Record], float]
+) -> None:
+    """The table of training runs, a series for each framework."""
+    series: dict[tuple[str, ...], list[Point]] = {}
+    for (framework, _), runs in records.items():
+        series.setdefault((framework,), []).append((of(runs[0]), costs(runs)))
+    show(heading, ["Framework"], size, COSTS, series)
+
+
+def show(
+    heading: str,
+    names: Sequence[str],
+    size: str,
+    measures: Sequence[str],
+    series: dict[tuple[str, ...], list[Point]],
+) -> None:
+    """One table of some series: every point with its ratios to the series' first, then the exponents."""
+    lines = []
+    for labels, points in series.items():
+        columns = list(zip(*(values for _, values in points), strict=True))
+        for i, (x, _) in enumerate(points):
+            pairs = ((number(column[i]), f"{column[i] / column[0]:.2f}") for column in columns)
+            lines.append([*labels, f"{x:,.0f}", *itertools.chain.from_iterable(pairs)])
+        fitted = ((f"{exponent([x for x, _ in points], column):.2f}", "") for column in columns)
+        lines.append([*labels, "exponent", *itertools.chain.from_iterable(fitted)])
+    header = (*names, size, *itertools.chain.from_iterable((measure, "×") for measure in measures))
+    print(f"\n### {heading}\n\n{markdown(header, lines)}", flush=True)
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The slope of log value by log size; no number where there is one size alone."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) if len(set(sizes)) > 1 else float("nan")
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    with one_line_refusals("growth.py"):
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit(130)

@@ -1,0 +1,41 @@
+"""The benchmark of growth at its smallest: tables of numbers, and a join with as many rows as its records make."""
+
+import math
+
+import pytest
+from conftest import refusal, run_program
+
+QUICK = "benchmarks/growth.py", "--quick", "--only"
+
+
+def table(text: str) -> list[dict[str, str]]:
+    """The lines of the only table in a text, by column; of columns with the same name, the last."""
+    header, _, *lines = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line)
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+def test_joins_of_two_sizes_have_the_rows_of_their_records():
+    lines = table(run_program(*QUICK, "records", check=True).stdout)
+    assert [(line["Shape"], line["Records"], line["Rows"]) for line in lines if line["Records"] != "exponent"] == [
+        *(("many rounds", "100", "4"), ("many rounds", "400", "4")),
+        # A row for each pair of two rounds, and one for each commit with several setups: the best of each.
+        *(("many cells in one group", "100", "29"), ("many cells in one group", "400", "117")),
+        # Pairs of three rounds; work is told apart by four kinds of training and by batch size.
+        *(("many groups", "100", "21"), ("many groups", "400", "79")),
+    ]
+    exponents = [line for line in lines if line["Records"] == "exponent"]
+    assert len(exponents) == 3
+    assert all(math.isfinite(float(line[name])) for line in exponents for name in ("Reading s", "Joining s"))
+
+
+def test_data_preparation_by_samples():
+    lines = table(run_program(*QUICK, "samples", "--samples=300", check=True).stdout)
+    assert [line["Samples"] for line in lines] == ["100", "300", "exponent"]
+    for name in ("Tokenizing s", "Planning s", "Planning, Grouped s", "Planning, Packed s"):
+        assert all(math.isfinite(float(line[name])) for line in lines)
+        assert float(lines[0][name]) > 0
+
+
+@pytest.mark.parametrize("arguments", [["--only=speed"], ["--rounds=0"], ["--samples=none"], ["surplus"]])
+def test_bad_arguments_are_refused_in_one_line(arguments):
+    assert refusal(run_program("benchmarks/growth.py", *arguments)).startswith("growth.py: ")
