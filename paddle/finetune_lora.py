@@ -27,6 +27,7 @@ import attention
 import head
 import kernels
 import layer_norm
+import lean
 import paddle
 import parallel
 import precision
@@ -47,6 +48,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     weights.load(model, checkpoint)
     attention.fuse(flags, model)
     head.fuse(flags, model)
+    lean.fuse(flags, model)
     precision.autocast_forward(flags, model)
     targets = {weights.module_name(t, checkpoint.config): t for t in LORA_TARGETS[checkpoint.config["model_type"]]}
     config = peft.LoRAConfig(
@@ -98,6 +100,7 @@ def to_device(batch: MicroBatch) -> tuple[dict[str, paddle.Tensor], paddle.Tenso
     """What the model is given and the shifted labels, each (micro_bsz, width); without padding (1, tokens)."""
     attention.expect(batch)
     head.expect(batch)
+    lean.expect(batch)
     names = ("input_ids", "position_ids") if batch.lengths else ("input_ids", "attention_mask")
     inputs = {name: paddle.to_tensor(getattr(batch, name)) for name in names}
     return inputs, paddle.to_tensor(batch.labels)
@@ -124,6 +127,7 @@ def main(run: Run) -> None:
     model = build_model(flags, checkpoint, group)
     trainable = [p for p in model.parameters() if not p.stop_gradient]
     name = paddle.device.cuda.get_device_name() if GPU else "cpu"
+    matmul_flops = kernels.matmul_flops(flags, synchronize)
     run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
     kernels.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
@@ -140,7 +144,8 @@ def main(run: Run) -> None:
             loss += micro_loss.detach()
         grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
-    run.finish(parallel.sum_over_replicas(run.losses, group), parallel.gather(peak_memory_bytes(), group))
+    measured = (parallel.gather(value, group) for value in (peak_memory_bytes(), matmul_flops))
+    run.finish(parallel.sum_over_replicas(run.losses, group), *measured)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """What Paddle really computes with, seen where it calls its kernels: a flag that is silently ignored is no result."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import paddle
 from paddle.base import core
+
+from tunebench.flags import Flags
 
 # How the names of matrix products have it: of activations with weights, and in most attention. ChatGLMv2's eager one
 # has `bmm`, which autocast leaves in float32.
@@ -35,6 +38,23 @@ def watch(model: paddle.nn.Layer, check: Callable[[set[str], set[str], set[str]]
         check({name_of(p.dtype) for p in model.parameters()}, matmuls, attention)
 
     hooks = [model.register_forward_pre_hook(begin), model.register_forward_post_hook(end)]
+
+
+def matmul_flops(flags: Flags, synchronize: Callable[[], None]) -> int:
+    """Operations per second of the best of five products of square matrices, in the dtype that the run multiplies in.
+
+    On a CPU in float32, the only one that it has products for.
+    """
+    size, dtype = (8192, flags.compute_dtype) if paddle.device.cuda.device_count() else (2048, "float32")
+    a, b = (paddle.rand([size, size]).astype(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(6):  # the first one warms up
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return int(2 * size**3 / min(seconds[1:]))
 
 
 def name_of(dtype: paddle.dtype) -> str:

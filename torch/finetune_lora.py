@@ -100,6 +100,7 @@ def main(run: Run) -> None:
     model = build_model(flags, checkpoint, group)
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = torch.cuda.get_device_name() if GPU else "cpu"
+    matmul_flops = kernels.matmul_flops(flags, synchronize)
     run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
     kernels.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
@@ -116,7 +117,8 @@ def main(run: Run) -> None:
             loss += micro_loss.detach()
         grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
-    run.finish(parallel.sum_over_replicas(run.losses, group), parallel.gather(peak_memory_bytes(), group))
+    measured = (parallel.gather(value, group) for value in (peak_memory_bytes(), matmul_flops))
+    run.finish(parallel.sum_over_replicas(run.losses, group), *measured)
 
 
 if __name__ == "__main__":

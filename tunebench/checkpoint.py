@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from tunebench.cache import cache_folder, only_one
 from tunebench.errors import BadInput
 from tunebench.presets import PRESETS, Preset
+from tunebench.record import Work
 
 WRITER_VERSION = 1  # part of the cache key: raise it when the same seed would give other weights
 SHARD_BYTES = 1 << 30
@@ -111,6 +112,18 @@ class Checkpoint:
     def parameters(self) -> int:
         """Weights of the model; tied weights count once."""
         return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
+
+    @property
+    def work(self) -> Work:
+        """What decides the arithmetic of a token."""
+        shapes, config = tensor_shapes(self.config), self.config
+        products = [math.prod(shape) for shape in shapes.values() if len(shape) == 2]
+        if "lm_head.weight" in shapes:  # else the embedding is the head
+            products.append(-math.prod(shapes["model.embed_tokens.weight"]))
+        heads = config.get("num_attention_heads") or config["n_head"]
+        size = config.get("head_dim") or config["hidden_size"] // heads
+        layers = config.get("num_hidden_layers") or config["n_layer"]
+        return Work(matmul_parameters=sum(products), layers=layers, attention_width=heads * size)
 
     def tensor_parallel_widths(self) -> dict[str, int]:
         """What tensor parallelism cuts up, by what messages call it."""

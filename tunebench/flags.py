@@ -20,7 +20,14 @@ from tunebench.presets import PRESETS
 DATA_NAMES = ("synthetic-en", "synthetic-zh", "alpaca", "guanaco")
 DEFAULT_SAMPLES = 10_000
 # What --tuned stands for: what is fastest without changing the result. A flag beside it goes before it.
-TUNED = {"order": "grouped", "padding_free": True, "attention": "sdpa", "head": "labels"}
+TUNED: dict[str, Any] = {
+    "order": "grouped",
+    "padding_free": True,
+    "attention": "sdpa",
+    "head": "labels",
+    "lean": True,
+    "keep_memory": True,
+}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -50,6 +57,8 @@ class Flags(BaseModel):
     attention: str
     padding_free: bool
     head: str
+    lean: bool
+    keep_memory: bool
     tuned: bool
     steps: int | None
     epochs: int | None
@@ -162,6 +171,18 @@ def parse_flags(
         choices=["all", "labels"],
         default="all",
         help="labels: logits and loss only where there is a label, some at a time, with their gradients at once",
+    )
+    add(
+        "--lean",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="on a CPU, kernels of fewer and cheaper operations where there are some: of Paddle's Llama",
+    )
+    add(
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let the C library keep freed memory, instead of having each page of a new tensor made anew",
     )
     add("--warmup-steps", type=not_negative, default=5, help="first steps, recorded but not timed")
     add("--lr", type=positive_float, default=1e-4, help="learning rate, constant")

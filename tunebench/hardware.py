@@ -1,6 +1,7 @@
 """What the run ran on: read from the system and from NVIDIA's library, without any framework."""
 
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import os
@@ -24,6 +25,8 @@ MATHS_VARIABLES = (
     "NVIDIA_TF32_OVERRIDE",
     "CUDA_VISIBLE_DEVICES",
 )
+# mallopt(3): never map, never trim, grow by 64 MiB, one arena.
+MALLOC = {-4: 0, -1: 2**31 - 1, -2: 2**26, -8: 1}
 LINKS = {
     pynvml.NVML_TOPOLOGY_INTERNAL: "PIX",
     pynvml.NVML_TOPOLOGY_SINGLE: "PIX",
@@ -114,6 +117,17 @@ def peak_resident_bytes() -> int:
     """
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep what is freed in one heap. By default each tensor of over 32 MiB (and at first of over 128 KiB) is
+    memory of its own, given back when it goes, so that every page of the next one is a fault of its own again."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError:  # another C library
+        return
+    for option, value in MALLOC.items():
+        mallopt(option, value)
 
 
 def visible_accelerators() -> list[str]:

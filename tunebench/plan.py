@@ -100,6 +100,11 @@ class Plan:
         first, end = self.rows[step * self.bsz], self.rows[(step + 1) * self.bsz]
         return self.effective_tokens(step) - int(self.prompt_lengths[first:end].sum())
 
+    def squared_lengths(self, step: int) -> int:
+        """The squares of the step's samples' tokens, summed."""
+        first, end = self.rows[step * self.bsz], self.rows[(step + 1) * self.bsz]
+        return int((np.diff(self.offsets[first : end + 1]) ** 2).sum())
+
     def micro_batches(self, step: int, micro_bsz: int, replica: int = 0, replicas: int = 1) -> Passes:
         """The passes of one replica in a step, in order: its contiguous slice of the global batch, cut up.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import from_json
 
 from tunebench.cache import write_atomically
 from tunebench.errors import BadInput
@@ -33,6 +34,17 @@ class Git(Strict):
     changes: str | None
 
 
+class Work(Strict):
+    """What decides the arithmetic of a token.
+
+    `matmul_parameters` are those multiplied with activations: all matrices but an embedding that is no head too.
+    """
+
+    matmul_parameters: Count
+    layers: Count
+    attention_width: Count  # heads × head size
+
+
 class Model(Strict):
     """The model; the framework's count of what it trains is None until it has loaded."""
 
@@ -42,6 +54,7 @@ class Model(Strict):
     trainable_parameters: Count | None
     config_sha256: str
     weights_sha256: str
+    work: Work | None = None
 
 
 class Setup(Strict):
@@ -60,6 +73,8 @@ class Setup(Strict):
     attention: Literal["eager", "sdpa", "flash"]
     padding_free: bool = False
     head: Literal["all", "labels"] = "all"
+    lean: bool = False
+    keep_memory: bool = False
     packing: Amount
     order: Literal["plan", "grouped"]
     tuned: bool
@@ -101,10 +116,12 @@ class Steps(Strict):
     label_tokens: list[Count]
     loss: list[Curve]
     grad_norm: list[Curve | None]
+    squared_lengths: list[Count] | None = None  # of the samples of a step, summed: what attention grows with
 
     @model_validator(mode="after")
     def _equally_long(self) -> Self:
-        lengths = {name: len(getattr(self, name)) for name in type(self).model_fields}
+        lists = {name: getattr(self, name) for name in type(self).model_fields}
+        lengths = {name: len(values) for name, values in lists.items() if values is not None}
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the lists differ in length: {lengths}")
         return self
@@ -121,6 +138,7 @@ class Record(Strict):
     started_at: str
     framework: Literal["torch", "paddle"]
     method: Literal["full", "lora"]
+    peer: str | None = None  # what ran in place of this project's script, by peers/run.sh
     aa: Literal["a", "b"] | None  # which side of a comparison with itself this is, by --aa
     argv: list[str]
     versions: dict[str, str]
@@ -134,18 +152,20 @@ class Record(Strict):
     timed_from: Amount
     setup_seconds: Seconds | None
     peak_memory_bytes: list[Amount]
+    matmul_flops: list[Amount] = []  # per second, of each process: the framework's own matrix product, in this run
     log: list[str]
 
     @model_validator(mode="after")
     def _complete_when_ok(self) -> Self:
         if self.status == "ok":
-            if self.model is None or self.plan is None or self.steps is None or self.setup_seconds is None:
+            started = self.setup_seconds is not None or self.peer
+            if self.model is None or self.plan is None or self.steps is None or not started:
                 raise ValueError("a run that ended ok has model, plan, steps and setup_seconds")
             if not self.timed_from < len(self.steps.seconds):
                 raise ValueError(f"timed_from {self.timed_from} is not one of {len(self.steps.seconds)} steps")
             if self.model.trainable_parameters is None or self.hardware.device is None:
                 raise ValueError("a run that ended ok has trainable_parameters and a device")
-            if self.kernels is None:
+            if self.kernels is None and not self.peer:
                 raise ValueError("a run that ended ok has kernels")
             if self.skipped_steps and self.setup.dtype != "fp16":
                 raise ValueError(f"only fp16 skips steps, and dtype is {self.setup.dtype}")
@@ -164,6 +184,29 @@ class Record(Strict):
         assert self.steps is not None
         timed = slice(self.timed_from, None)
         return sum(self.steps.effective_tokens[timed]) / sum(self.steps.seconds[timed])
+
+    @property
+    def useful_flops(self) -> float | None:
+        """Operations per second that the timed steps needed. None where a part of it is not known.
+
+        Per token 6 operations for each parameter in a product (LoRA: 4, since frozen weights need no gradient), as in
+        PaLM's appendix B but without the embedding, which is looked up; and 12 · layers · width · length / 2 for
+        causal attention. Padding counts as nothing, nor do recomputation and positions without a label as less.
+        """
+        if self.steps is None or self.steps.squared_lengths is None or self.model is None or self.model.work is None:
+            return None
+        work, timed = self.model.work, slice(self.timed_from, None)
+        products = (4 if self.method == "lora" else 6) * work.matmul_parameters
+        attention = 6 * work.layers * work.attention_width
+        done = products * sum(self.steps.effective_tokens[timed]) + attention * sum(self.steps.squared_lengths[timed])
+        return done / sum(self.steps.seconds[timed])
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation: `useful_flops` ÷ the framework's own matrix product's in the same run."""
+        if not self.matmul_flops or self.useful_flops is None:
+            return None
+        return self.useful_flops / sum(self.matmul_flops)
 
     @property
     def skipped_steps(self) -> int:
@@ -189,14 +232,14 @@ def read_record(path: Path) -> Record:
 def parse_record(text: bytes) -> Record:
     """A record from its file's content. Raises ValueError with the first thing wrong in it, in one line."""
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = from_json(text)
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"a record is an object, not {type(content).__name__}")
     kept = content.pop("sha256", None)
     try:
-        record = Record.model_validate_json(json.dumps(content))
+        record = Record.model_validate(content)
     except ValidationError as error:
         raise ValueError(first_fault(error)) from None
     if kept is None:

@@ -24,7 +24,7 @@ from tunebench.cache import results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Flags, parse_flags
-from tunebench.hardware import Hardware, read_hardware, read_versions, visible_accelerators
+from tunebench.hardware import Hardware, keep_freed_memory, read_hardware, read_versions, visible_accelerators
 from tunebench.launch import ALONE, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, World, export, read_world, share_threads
 from tunebench.plan import Plan, load_plan
 from tunebench.record import LOG_LINES, Git, Kernels, Model, Record, Setup, Steps
@@ -59,6 +59,8 @@ def read_job(framework: Framework, method: Method) -> Job:
             plan = load_plan(flags, checkpoint)
         if flags.warmup_steps >= plan.steps:
             raise BadInput(f"--warmup-steps {flags.warmup_steps} leaves none of the {plan.steps} steps to time")
+    if flags.keep_memory:
+        keep_freed_memory()
     job = Job(flags, checkpoint, plan, world or ALONE)
     reason = not_offered(framework, method, flags, checkpoint)
     if reason:
@@ -149,6 +151,7 @@ class Run:
             trainable_parameters=None,
             config_sha256=self.checkpoint.config_sha256,
             weights_sha256=self.checkpoint.weights_sha256,
+            work=self.checkpoint.work,
         )
         self.watchdog = threading.Timer(self.flags.timeout, _end_at_timeout, [self])
         self.watchdog.daemon = True
@@ -216,10 +219,10 @@ class Run:
         rate = self.plan.effective_tokens(done - 1) / self.seconds[-1]
         self.say(f"step {done}/{self.plan.steps}: {self.seconds[-1]:.3f} s, {rate:.0f} effective tokens/s")
 
-    def finish(self, losses: list[float], peak_memory_bytes: list[int]) -> None:
+    def finish(self, losses: list[float], peak_memory_bytes: list[int], matmul_flops: list[int]) -> None:
         """Writes the record of a run whose steps are all done; FloatingPointError on a loss that is not finite.
 
-        `losses` are those of whole global batches, `peak_memory_bytes` has a value for each rank.
+        `losses` are those of whole global batches, the others have a value for each rank.
         """
         self.losses, self.losses_are_whole = list(losses), True
         steps = self.steps()
@@ -228,7 +231,7 @@ class Run:
         self.watchdog.cancel()
         if self.world.rank:
             return
-        record = self.record("ok", None, steps, peak_memory_bytes=peak_memory_bytes)
+        record = self.record("ok", None, steps, peak_memory_bytes=peak_memory_bytes, matmul_flops=matmul_flops)
         from tunebench.stats import drift_in_words, drift_of  # slow to import
 
         change = drift_of([record])
@@ -262,6 +265,7 @@ class Run:
             label_tokens=[self.plan.label_tokens(i) for i in kept],
             loss=[loss[i] for i in kept],
             grad_norm=[grad_norm[i] for i in kept],
+            squared_lengths=[self.plan.squared_lengths(i) for i in kept],
         )
 
     def record(
@@ -271,6 +275,7 @@ class Run:
         steps: Steps | None,
         log: Sequence[str] = (),
         peak_memory_bytes: Sequence[int] = (),
+        matmul_flops: Sequence[int] = (),
     ) -> Record:
         """The record as far as it is known."""
         return Record(
@@ -281,6 +286,7 @@ class Run:
             steps=steps,
             setup_seconds=self.setup_seconds,
             peak_memory_bytes=list(peak_memory_bytes),
+            matmul_flops=list(matmul_flops),
             log=list(log[-LOG_LINES:]),
             **self.about,
         )
@@ -342,6 +348,8 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
             attention=flags.attention,
             padding_free=flags.padding_free,
             head=flags.head,
+            lean=flags.lean,
+            keep_memory=flags.keep_memory,
             packing=flags.packing,
             order=flags.order,
             tuned=flags.tuned,

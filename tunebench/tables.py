@@ -26,6 +26,7 @@ from tunebench.record import Record
 from tunebench.stats import is_across_zero
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "glm": "ChatGLM2", "bloom": "Bloom"}
+TUNED = ", tuned: each side with the fast flags (`--tuned`)"
 NOT_AVAILABLE = "N/A"
 VERSIONS_SHOWN = ("torch", "transformers", "peft", "deepspeed", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp")
 COLUMNS = (
@@ -64,10 +65,11 @@ def render(rows: list[Row], form: str, records: list[Record], parity: bool = Fal
         writer.writerows((row.family, *line, row.note or "") for row, line in zip(rows, lines, strict=True))
         return text.getvalue().rstrip("\n")
     parts = []
-    for family, group in itertools.groupby(zip(rows, lines, strict=True), key=lambda pair: pair[0].family):
+    kinds = sorted(zip(rows, lines, strict=True), key=lambda pair: pair[0].tuned)  # a table of the tuned ones, last
+    for (tuned, family), group in itertools.groupby(kinds, key=lambda pair: (pair[0].tuned, pair[0].family)):
         members, texts = zip(*group, strict=True)
-        parts.append(f"### {FAMILIES.get(family, family)}\n")
-        parts.append(_measured_on([r for r in records if model_of(r)[0] == family and r.aa is None]) + "\n")
+        parts.append(f"### {FAMILIES.get(family, family)}{TUNED * tuned}\n")
+        parts.append(measured_on([r for r in records if model_of(r)[0] == family and r.aa is None]) + "\n")
         parts.append(markdown(columns, texts) + "\n")
         parts.extend(_notes(members))
     parts.extend(_setup_tables(rows))
@@ -93,7 +95,7 @@ def _noise(records: list[Record]) -> list[str]:
     sizes = [abs(each.difference) for each in comparisons]
     return [
         "### Each side against itself (A/A)\n",
-        _measured_on([record for record in records if record.aa is not None]) + "\n",
+        measured_on([record for record in records if record.aa is not None]) + "\n",
         markdown(ITSELF_COLUMNS, list(map(_itself_texts, comparisons))) + "\n",
         f"Noise floor: a side differed from itself by up to {max(sizes):.1%}, by {statistics.median(sizes):.1%} in the "
         f"median; {said}. On that machine a speedup within ±{max(sizes):.1%} is no result.\n",
@@ -156,7 +158,15 @@ def print_tables(paths: list[Path]) -> None:
     for fault in broken:
         print(f"skipped {fault}")
     if records:
-        print(render(join(records), "md", records), flush=True)
+        print(combined(records), flush=True)
+
+
+def combined(records: list[Record], parity: bool = False) -> str:
+    """All tables of these records as Markdown."""
+    from tunebench.peers import render_peers
+
+    ours = [record for record in records if record.peer is None]
+    return "\n\n".join(filter(None, [render(join(ours), "md", ours, parity), render_peers(records)]))
 
 
 def _texts(row: Row) -> list[str]:
@@ -231,7 +241,7 @@ def markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def _measured_on(records: list[Record]) -> str:
+def measured_on(records: list[Record]) -> str:
     """The caveat above a table: machine, versions, steps and runs, read from its records."""
     done = [record for record in records if record.status == "ok"]
     if not done:

@@ -1,0 +1,89 @@
+"""The table of peers: what users would pick instead, beside this project's scripts on the same samples."""
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+
+from tunebench.join import METHODS, Cell, model_of, rank_of, setup_of, turn
+from tunebench.record import Record
+from tunebench.stats import ratio_interval, spread
+from tunebench.tables import NOT_AVAILABLE, figure, markdown, measured_on
+
+BASELINES = {"torch": "hf-trainer", "paddle": "paddlenlp-trainer"}  # each framework's own trainer, as it comes
+COLUMNS = ("What", "Effective Tokens/s", "Spread", "Of Its Input Real", "MFU", "÷ {}", "95% Interval", "Rounds")
+CAVEAT = (
+    "Ratios to the framework's own Trainer, by rounds that alternate. The tokens of every row were counted by us, "
+    "from what the model was given."
+    " MFU: useful operations ÷ what the framework's own product of 2048 × 2048 matrices does, the median of those timed "
+    "in our runs here."
+)
+
+
+def render_peers(records: list[Record]) -> str:
+    """A table for each framework, model and method that a peer ran; empty where none did."""
+    parts = []
+    for (framework, _, model, method), members in sorted(_groups(records), key=lambda group: _place(group[0])):
+        parts.append(f"### {framework.capitalize()}, {model}, {METHODS[method]}: beside other trainers\n")
+        parts.append(measured_on(members) + "\n")
+        baseline = BASELINES[framework]
+        columns = [column.format(baseline) for column in COLUMNS]
+        parts.append(markdown(columns, _lines(members, baseline)) + "\n")
+    return "\n".join([*parts, CAVEAT]) if parts else ""
+
+
+def _groups(records: list[Record]) -> Iterator[tuple[tuple[str, str, str, str], list[Record]]]:
+    """The runs of peers, with those of this project on the same samples, weights, machine and commit."""
+    groups: dict[tuple, list[Record]] = defaultdict(list)
+    for record in records:
+        if record.aa is None:
+            about = record.framework, *model_of(record), record.method
+            groups[(about, record.hardware.machine, record.git.revision, record.plan and record.plan.samples)].append(
+                record
+            )
+    for (about, *_), members in groups.items():
+        if any(record.peer for record in members):
+            yield about, members
+
+
+def _place(about: tuple[str, str, str, str]) -> tuple:
+    framework, _, model, method = about
+    return framework != "torch", rank_of(model), list(METHODS).index(method)
+
+
+def _lines(members: list[Record], baseline: str) -> list[list[str]]:
+    rows: dict[str, list[Record]] = defaultdict(list)
+    for record in members:
+        rows[record.peer or f"ours: {setup_of(record)}"].append(record)
+    cells = {name: Cell(sorted((r for r in runs if r.status == "ok"), key=turn)) for name, runs in rows.items()}
+    peaks = [sum(r.matmul_flops) for r in members if r.matmul_flops]
+    base = cells.get(baseline, Cell([]))
+    lines = []
+    for name, cell in sorted(cells.items(), key=lambda item: item[1].rate or 0.0):
+        if not cell.records:
+            lines.append([name, figure(None, rows[name][0].status), *[NOT_AVAILABLE] * (len(COLUMNS) - 2)])
+            continue
+        by_round = [{turn(record)[0]: record for record in each.records} for each in (cell, base)]
+        shared = sorted(by_round[0].keys() & by_round[1].keys())
+        rates = [[by_round[i][n].effective_tokens_per_second for n in shared] for i in (0, 1)]
+        ratio = statistics.geometric_mean([a / b for a, b in zip(*rates, strict=True)]) if shared else None
+        interval = ratio_interval(*rates)
+        first, spread_of = cell.first.steps, spread(cell.rates)
+        rounds = [record.useful_flops for record in cell.records]
+        mfu = (
+            statistics.median(map(float, filter(None, rounds))) / statistics.median(peaks)
+            if peaks and all(rounds)
+            else None
+        )
+        lines.append(
+            [
+                name,
+                f"{cell.rate:.0f}",
+                NOT_AVAILABLE if spread_of is None else f"{spread_of:.1%}",
+                f"{sum(first.effective_tokens) / sum(first.padded_tokens):.0%}",
+                NOT_AVAILABLE if mfu is None else f"{mfu:.2f}",
+                NOT_AVAILABLE if ratio is None else f"{ratio:.2f}",
+                NOT_AVAILABLE if interval is None else f"{1 + interval[0]:.2f} to {1 + interval[1]:.2f}",
+                str(len(cell.records)),
+            ]
+        )
+    return lines
