@@ -17,7 +17,7 @@ from tunebench.errors import one_line_refusals
 from tunebench.flags import Parser
 from tunebench.join import join
 from tunebench.published import FOLDER, combine, load, render_against, render_published
-from tunebench.tables import render
+from tunebench.tables import combined, render
 
 
 def main() -> None:
@@ -37,7 +37,11 @@ def main() -> None:
         print(f"summarize.py: skipped {fault}", file=sys.stderr)
     if records or not published:
         parts.append(
-            render(join(records), options.format, records, options.parity)
+            (
+                combined(records, options.parity)
+                if options.format == "md"
+                else render(join(records), options.format, records, options.parity)
+            )
             if records or options.format != "md"
             else f"no records in {', '.join(map(str, paths))} yet; make some with: bash run_all.sh"
         )

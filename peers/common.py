@@ -1,0 +1,193 @@
+"""What every peer's script shares: it reads the job, counts each step's tokens, takes its time, and writes the result.
+
+It needs NumPy and safetensors alone: the peers' environments hold other versions than `tunebench` asks for.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+IGNORED = -100  # the label of a position that is not trained on
+BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0  # those of tunebench/optimizer.py
+
+# The repository root on sys.path would offer torch/ and paddle/ as empty namespace packages.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+# The same threads and kernels as the project's own scripts; no GPU, no hub, no reports to anyone.
+os.environ.update(runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["maths_settings"]())
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "WANDB_DISABLED": "true"}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row of the plan: prompt, response and EOS, and how many of them are the prompt."""
+
+    tokens: list[int]
+    prompt: int
+
+    @property
+    def labels(self) -> list[int]:
+        """The tokens, without those of the prompt; not shifted."""
+        return [IGNORED] * self.prompt + self.tokens[self.prompt :]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a peer is to do. `in_order`: the plan's batches as they are, without shuffling, to compare loss curves."""
+
+    peer: str
+    method: str
+    checkpoint: Path
+    samples: list[Sample]
+    pad_id: int
+    bsz: int
+    steps: int
+    lr: float
+    seed: int
+    lora_r: int
+    lora_alpha: int
+    lora_targets: list[str]
+    row_tokens: int
+    in_order: bool
+    out: Path
+
+    @property
+    def lora(self) -> bool:
+        """Whether adapters are trained, or else every parameter."""
+        return self.method == "lora"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The checkpoint's config.json."""
+        return json.loads((self.checkpoint / "config.json").read_text())
+
+
+def refuse(message: str) -> None:
+    """Ends the program with one line on stderr and exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read_job(peers: Sequence[str], environment: str, packages: Sequence[str]) -> Job:
+    """The job of the file named on the command line; one line and exit code 2 where it or the interpreter is wrong.
+
+    `peers` are those of this script; `packages` have to be importable, as they are in `.venv/<environment>`.
+    """
+    script = f"peers/{Path(sys.argv[0]).name}"
+    if len(sys.argv) != 2:
+        refuse(f"use: .venv/{environment}/bin/python -P {script} JOB.json")
+    setup = "setup.sh" if environment == "paddle" else "peers/setup.sh"
+    for package in ("numpy", "safetensors", *packages):
+        found = find_spec(package)
+        if found is None or found.origin is None:
+            refuse(
+                f"{sys.executable} has no {package}; run: bash {setup} {environment}, "
+                f"then: .venv/{environment}/bin/python -P {script} {sys.argv[1]}"
+            )
+    try:
+        given = json.loads(Path(sys.argv[1]).read_text())
+        if given["peer"] not in peers or given["method"] not in ("full", "lora"):
+            refuse(f"{given['peer']} {given['method']} is not one of its peers: {', '.join(peers)}, full or lora")
+        samples, pad_id = _read_plan(Path(given.pop("plan")))
+        given |= {name: Path(given[name]).resolve() for name in ("checkpoint", "out")}
+        job = Job(samples=samples, pad_id=pad_id, **{"in_order": False} | given)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        refuse(f"{sys.argv[1]}: {type(error).__name__}: {error}")
+    if any(pad_id in sample.tokens for sample in samples):
+        refuse(f"{sys.argv[1]}: the plan's padding token {pad_id} is one of its samples', so padding cannot be told")
+    return job
+
+
+def _read_plan(path: Path) -> tuple[list[Sample], int]:
+    safetensors = import_module("safetensors")
+    with safetensors.safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["about"])
+        tokens, offsets, prompts = (file.get_tensor(name) for name in ("tokens", "offsets", "prompt_lengths"))
+    rows = zip(offsets[:-1], offsets[1:], prompts, strict=True)
+    return [Sample(tokens[start:end].tolist(), int(prompt)) for start, end, prompt in rows], about["pad_id"]
+
+
+class Meter:
+    """Takes the time of each optimizer step, and counts the tokens of the batches as the peer's collator gave them."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.effective: list[int] = []
+        self.padded: list[int] = []
+        self.labels: list[int] = []
+        self.seconds: list[float] = []
+        self.losses: list[Any] = []
+        self.grad_norms: list[Any] = []
+
+    def count(self, input_ids: Any, labels: Any) -> None:
+        """Counts a step's batch, of tensors or arrays. Batches may be loaded ahead, so long as it is in order."""
+        self.effective.append(int((input_ids != self.job.pad_id).sum()))
+        self.padded.append(int(input_ids.shape[0] * input_ids.shape[1]))
+        self.labels.append(int((labels != IGNORED).sum()))
+
+    def start(self) -> None:
+        """Starts the clock of the first step."""
+        self._clock = time.perf_counter()
+
+    def end_step(self) -> None:
+        """Stops the clock of this step and starts the next one's."""
+        now = time.perf_counter()
+        self.seconds.append(now - self._clock)
+        self._clock = now
+
+    def write(self, parameters: int, trainable: int, packages: Sequence[str], setup: str) -> None:
+        """Writes the result, whole or not at all. `losses` and `grad_norms` are read only here: see `run.py`."""
+        steps = self.job.steps
+        counts = {"effective_tokens": self.effective, "padded_tokens": self.padded, "label_tokens": self.labels}
+        for name, values in {"seconds": self.seconds, "loss": self.losses, **counts}.items():
+            if len(values) < steps:
+                raise RuntimeError(f"{name} of {len(values)} steps, of {steps} asked for")
+        result = {
+            "seconds": self.seconds[:steps],
+            **{name: values[:steps] for name, values in counts.items()},
+            "loss": [float(loss) for loss in self.losses[:steps]],
+            "grad_norm": [float(norm) for norm in self.grad_norms[:steps]] or None,
+            "parameters": parameters,
+            "trainable_parameters": trainable,
+            "versions": {name: metadata.version(name) for name in packages},
+            "setup": setup,
+            "peak_memory_bytes": _peak_resident_bytes(),
+        }
+        part = self.job.out.with_name(f".{self.job.out.name}.{os.getpid()}.part")
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(result, indent=1) + "\n")
+        part.replace(self.job.out)
+        rate = sum(self.effective[:steps]) / sum(self.seconds[:steps])
+        first, last = result["loss"][0], result["loss"][-1]
+        print(f"{self.job.peer} {self.job.method}: loss {first:.4f} -> {last:.4f}, {rate:.0f} effective tokens/s")
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for what a peer wants to write, removed at the end."""
+    with tempfile.TemporaryDirectory(prefix="peer-") as folder:
+        yield Path(folder)
+
+
+def copy_of_checkpoint(job: Job, folder: Path) -> Path:
+    """The checkpoint's config and weights, linked into `folder`, where a library may write beside them."""
+    for file in job.checkpoint.iterdir():
+        if file.name == "config.json" or file.name.endswith((".safetensors", ".safetensors.index.json")):
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def _peak_resident_bytes() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) * 1024

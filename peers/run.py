@@ -1,0 +1,220 @@
+"""Runs the peers and this project's scripts by turns on the same samples, and prints how they compare.
+
+    bash peers/run.sh [--rounds 5] [--methods full lora] [--only GLOB] [--samples 48] [--fresh]
+
+Records go to results/peers/METHOD/NAME-rROUND.json; what is there already is not run again.
+"""
+
+import pathlib
+import runpy
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter"]("torch")
+
+import fnmatch
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any, NamedTuple
+
+from tunebench import processes
+from tunebench.cache import results_folder
+from tunebench.checkpoint import Checkpoint, find_checkpoint
+from tunebench.errors import BadInput, one_line_refusals
+from tunebench.flags import Flags, Parser, parse_flags, positive
+from tunebench.plan import Plan, load_plan
+from tunebench.presets import LORA_TARGETS
+from tunebench.record import LOG_LINES, Model, Record, Steps, read_record
+from tunebench.run import describe_run
+from tunebench.tables import print_tables
+
+ROW_TOKENS = 1024  # of a packed row, one a step: about as many as 8 samples have
+TIMEOUT = 1800.0  # seconds of one run
+
+
+class Setting(NamedTuple):
+    """A row of the table: `flags` of this project's script, or a peer's `script` and environment."""
+
+    name: str
+    framework: str
+    flags: list[str]
+    script: str | None = None
+    environment: str | None = None
+
+
+SETTINGS = [
+    Setting("torch-parity", "torch", ["--attention=sdpa"]),
+    Setting("torch-tuned", "torch", ["--tuned"]),
+    Setting("hf-trainer", "torch", [], "with_transformers.py", "peers"),
+    Setting("hf-trainer-grouped", "torch", [], "with_transformers.py", "peers"),
+    Setting("trl-padding-free", "torch", [], "with_trl.py", "peers"),
+    Setting("trl-packed", "torch", [], "with_trl.py", "peers"),
+    Setting("torchtune", "torch", [], "with_torchtune.py", "torchtune"),
+    Setting("torchtune-packed", "torch", [], "with_torchtune.py", "torchtune"),
+    Setting("llamafactory", "torch", [], "with_llamafactory.py", "llamafactory"),
+    Setting("paddle-parity", "paddle", ["--attention=sdpa"]),
+    Setting("paddle-tuned", "paddle", ["--tuned"]),
+    Setting("paddlenlp-trainer", "paddle", [], "with_paddlenlp.py", "paddle"),
+    Setting("paddlenlp-zero-padding", "paddle", [], "with_paddlenlp.py", "paddle"),
+]
+
+
+def main() -> int:
+    """Runs what is not done and prints the tables; 1 where a run did not end ok."""
+    parser = Parser(prog="run.sh", description=__doc__.splitlines()[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--model", default="llama-65b-tiny", help="a Llama preset (default: llama-65b-tiny, of 34M parameters)")
+    add("--data", default="synthetic-en", help="as in the scripts")
+    add("--samples", type=positive, default=48, help="how many of it, each once (default: 48)")
+    add("--bsz", type=positive, default=8, help="samples of a step (default: 8)")
+    add("--warmup-steps", type=positive, default=2, help="first steps, not timed (default: 2)")
+    add("--rounds", type=positive, default=5, help="how often, every second time in reverse (default: 5)")
+    add("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
+    add("--only", metavar="GLOB", default="*", help=f"of {', '.join(setting.name for setting in SETTINGS)}")
+    add("--fresh", action="store_true", help="remove earlier records first")
+    options = parser.parse_args()
+    settings = [setting for setting in SETTINGS if fnmatch.fnmatchcase(setting.name, options.only)]
+    if not settings:
+        raise BadInput(f"--only {options.only} fits none of {', '.join(setting.name for setting in SETTINGS)}")
+    folder = results_folder() / "peers"
+    if options.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
+    steps = options.samples // options.bsz
+    shared = [f"--model={options.model}", f"--data={options.data}", f"--samples={options.samples}"]
+    shared += [f"--bsz={options.bsz}", f"--steps={steps}", f"--warmup-steps={options.warmup_steps}"]
+    jobs = {}
+    for method in options.methods:
+        flags = parse_flags(method, shared)
+        checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+        if checkpoint.config["model_type"] != "llama":
+            raise BadInput(f"--model {options.model}: the peers are set up for Llama; use llama-tiny or llama-65b-tiny")
+        jobs[method] = flags, checkpoint, load_plan(flags, checkpoint)
+    todo = [
+        (number, method, setting)
+        for number in range(1, options.rounds + 1)
+        for method in options.methods
+        for setting in (settings if number % 2 else reversed(settings))
+    ]
+    bad = 0
+    for i, (number, method, setting) in enumerate(todo, 1):
+        out = folder / method / f"{setting.name}-r{number}.json"
+        if out.exists():
+            continue
+        started = time.monotonic()
+        run = run_peer if setting.script else run_ours
+        record = run(setting, method, jobs[method], shared, out)
+        bad += record.status != "ok"
+        rate = f"{record.effective_tokens_per_second:.0f} effective tokens/s" if record.steps else record.reason
+        print(
+            f"[{i}/{len(todo)}] {method} {setting.name} r{number}: {rate}, {time.monotonic() - started:.0f} s",
+            flush=True,
+        )
+    print_tables([folder])
+    return 1 if bad else 0
+
+
+def run_ours(setting: Setting, method: str, _: Any, shared: list[str], out: pathlib.Path) -> Record:
+    """This project's own script, which writes its record."""
+    python = ROOT / ".venv" / setting.framework / "bin" / "python"
+    script = ROOT / setting.framework / f"finetune_{method}.py"
+    said = execute([python, script, *shared, *setting.flags, f"--out={out}"])
+    try:
+        return read_record(out)
+    except BadInput:
+        raise BadInput(f"{setting.name} left no record; it said: {said[-1] if said else 'nothing'}") from None
+
+
+def run_peer(
+    setting: Setting, method: str, job: tuple[Flags, Checkpoint, Plan], shared: list[str], out: pathlib.Path
+) -> Record:
+    """A peer's script in its environment, and the record of what it measured."""
+    flags, checkpoint, plan = job
+    argv = [setting.script, f"--peer={setting.name}", *shared, f"--out={out}"]
+    about = describe_run(setting.framework, method, flags, argv)
+    packed = setting.name.endswith(("packed", "zero-padding"))
+    with tempfile.TemporaryDirectory(prefix="peer-") as scratch:
+        measured = pathlib.Path(scratch) / "measured.json"
+        content = {
+            "peer": setting.name,
+            "method": method,
+            "plan": str(plan.path),
+            "checkpoint": str(checkpoint.folder),
+            "bsz": flags.bsz,
+            "steps": plan.steps,
+            "lr": flags.lr,
+            "seed": flags.seed,
+            "lora_r": flags.lora_r or 8,
+            "lora_alpha": flags.lora_alpha or 32,
+            "lora_targets": LORA_TARGETS["llama"],
+            "row_tokens": ROW_TOKENS,
+            "in_order": not packed,  # the plan's own batches
+            "out": str(measured),
+        }
+        (pathlib.Path(scratch) / "job.json").write_text(json.dumps(content))
+        python = ROOT / ".venv" / setting.environment / "bin" / "python"
+        if not python.exists():
+            where = "setup.sh" if setting.environment == "paddle" else "peers/setup.sh"
+            raise BadInput(
+                f"the environment .venv/{setting.environment} is missing; run: bash {where} {setting.environment}"
+            )
+        said = execute([python, "-P", ROOT / "peers" / setting.script, f"{scratch}/job.json"])
+        found = json.loads(measured.read_text()) if measured.exists() else None
+    steps = None
+    if found:
+        curves = ("seconds", "effective_tokens", "padded_tokens", "label_tokens", "loss")
+        norms = found["grad_norm"] or [0.0] * plan.steps  # PaddleNLP's are not to be had
+        squared = None
+        if found["effective_tokens"] == [plan.effective_tokens(i) for i in range(plan.steps)]:
+            squared = [plan.squared_lengths(i) for i in range(plan.steps)]
+        steps = Steps(**{name: found[name] for name in curves}, grad_norm=norms, squared_lengths=squared)
+        about["versions"] = found["versions"]
+    about["hardware"] = about["hardware"].model_copy(update={"device": "cpu"})
+    about["setup"] = about["setup"].model_copy(
+        update={"packing": ROW_TOKENS if packed else 0, "padding_free": packed or "padding-free" in setting.name}
+    )
+    record = Record(
+        **about,
+        peer=setting.name,
+        status="ok" if steps else "failed",
+        reason=None if steps else f"last line: {said[-1] if said else 'none'}",
+        model=Model(
+            name=flags.model_name,
+            family="llama",
+            parameters=checkpoint.parameters,
+            trainable_parameters=found and found["trainable_parameters"],
+            config_sha256=checkpoint.config_sha256,
+            weights_sha256=checkpoint.weights_sha256,
+            work=checkpoint.work,
+        ),
+        plan=plan.info(),
+        steps=steps,
+        setup_seconds=None,
+        peak_memory_bytes=[found["peak_memory_bytes"]] if found else [],
+        log=[found["setup"]] if found else said[-LOG_LINES:],
+    )
+    record.write(out)
+    return record
+
+
+def execute(command: list[object]) -> list[str]:
+    """Runs a command to its end, or for 30 minutes, and gives the lines it printed; nothing of it is left running."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    with tempfile.TemporaryFile() as log:
+        process = processes.start([*map(str, command)], env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            processes.end(process)
+        log.seek(0)
+        return log.read().decode(errors="replace").splitlines()
+
+
+if __name__ == "__main__":
+    with one_line_refusals("run.sh"):
+        sys.exit(main())
