@@ -12,10 +12,9 @@ from tunebench.tables import NOT_AVAILABLE, figure, markdown, measured_on
 BASELINES = {"torch": "hf-trainer", "paddle": "paddlenlp-trainer"}  # each framework's own trainer, as it comes
 COLUMNS = ("What", "Effective Tokens/s", "Spread", "Of Its Input Real", "MFU", "÷ {}", "95% Interval", "Rounds")
 CAVEAT = (
-    "Ratios to the framework's own Trainer, by rounds that alternate. The tokens of every row were counted by us, "
-    "from what the model was given."
-    " MFU: useful operations ÷ what the framework's own product of 2048 × 2048 matrices does, the median of those timed "
-    "in our runs here."
+    "Ratios to the framework's own Trainer, by rounds that alternate. The tokens of every row were counted by us, from "
+    "what the model was given. MFU: useful operations ÷ what the framework's own product of 2048 × 2048 matrices does, "
+    "the median of those timed in our runs here."
 )
 
 
