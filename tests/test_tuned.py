@@ -1,0 +1,118 @@
+"""Less work, same result: without padding, packed, losses at labels alone, the leaner kernels, and --tuned."""
+
+import importlib.util
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, train
+
+from tunebench.flags import TUNED, in_words, parse_flags
+from tunebench.plan import IGNORED, MicroBatch
+
+HERE = "torch" if importlib.util.find_spec("torch") else "paddle"
+IN_ORDER = ["--tuned", "--order=plan"]  # in grouped batches the steps would be others
+
+
+def same_curves(fast, plain):
+    assert fast.steps.effective_tokens == plain.steps.effective_tokens
+    assert fast.steps.loss == pytest.approx(plain.steps.loss, rel=1e-5)
+    assert fast.steps.grad_norm == pytest.approx(plain.steps.grad_norm, rel=1e-4)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(
+    ("framework", "family", "method", "flags"),
+    [
+        *((framework, "llama", method, IN_ORDER) for framework in ("torch", "paddle") for method in ("full", "lora")),
+        *((framework, "qwen2", "full", IN_ORDER) for framework in ("torch", "paddle")),
+        ("torch", "bloom", "full", IN_ORDER),
+        ("torch", "chatglm2", "full", IN_ORDER),
+        ("paddle", "bloom", "full", ["--head=labels", "--keep-memory"]),
+        ("torch", "llama", "full", ["--padding-free"]),
+        ("paddle", "llama", "full", ["--padding-free"]),
+        ("paddle", "llama", "full", ["--lean", "--recompute"]),
+    ],
+)
+def test_same_curves(alone, short, tmp_path, framework, family, method, flags):
+    plain = alone(framework, family, method)
+    fast = train(framework, method, tmp_path / "r.json", f"--model={family}-tiny", *short, *flags)
+    same_curves(fast, plain)
+    if fast.setup.padding_free:
+        assert fast.steps.padded_tokens == fast.steps.effective_tokens < plain.steps.padded_tokens
+
+
+@pytest.mark.frameworks
+@pytest.mark.matrix
+@pytest.mark.parametrize("framework", ["torch", "paddle"])
+@pytest.mark.parametrize(
+    "split", [["--zero=2"], ["--zero=3"], ["--nproc=2"], ["--mp=2"], ["--zero=2", "--micro-bsz=2"]]
+)
+def test_same_curves_on_two_processes(alone, short, tmp_path, framework, split):
+    fast = train(framework, "full", tmp_path / "r.json", "--model=llama-tiny", *short, *IN_ORDER, *split)
+    same_curves(fast, alone(framework, "llama", "full"))
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("framework", ["torch", "paddle"])
+def test_packed_rows_train_as_their_samples_padded(short, tmp_path, framework):
+    """All eight samples are a step in either run; packed, in two rows."""
+    samples = json.loads(Path(short[0].removeprefix("--data=")).read_text(encoding="utf-8"))[:8]
+    (tmp_path / "eight.json").write_text(json.dumps(samples))
+    flags = ["--model=llama-tiny", f"--data={tmp_path / 'eight.json'}", "--steps=4", "--warmup-steps=1"]
+    padded = train(framework, "full", tmp_path / "padded.json", *flags, "--bsz=8")
+    capacity = -(-padded.steps.effective_tokens[0] // 2) + 4
+    packed = train(framework, "full", tmp_path / "packed.json", *flags, "--bsz=2", f"--packing={capacity}")
+    assert packed.setup.packing == capacity
+    same_curves(packed, padded)
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The functions of this environment's finetune_full.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ROOT / HERE), *sys.path])
+        arguments = ["--model=llama-tiny", "--bsz=1", "--samples=2", "--steps=2", "--warmup-steps=1"]
+        patch.setattr(sys, "argv", ["finetune_full.py", *arguments])
+        yield runpy.run_path(str(ROOT / HERE / "finetune_full.py"))
+
+
+KINDS = [{"attention": "eager"}, {"attention": "sdpa"}] + [{"lean": True}] * (HERE == "paddle")
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_no_token_of_a_sample_changes_another_sample(script, kind):
+    flags, checkpoint, _, world = script["JOB"]
+    flags = flags.model_copy(update={"padding_free": True} | kind)
+    group = script["parallel"].join(flags, world)
+    on_device = [group.device] if HERE == "torch" else []
+    model = script["build_model"](flags, checkpoint, group)
+
+    def logits(tokens):
+        ids = np.array([tokens])
+        positions = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
+        nothing = np.full_like(ids, IGNORED)
+        batch = MicroBatch(ids, positions, np.ones_like(ids), nothing, np.zeros(0, dtype=np.int64), lengths=[6, 4])
+        output = model(**script["to_device"](batch, *on_device)[0])
+        return (output.logits if HERE == "torch" else output[0]).detach().numpy()[0]
+
+    before = logits([5, 6, 7, 8, 9, 10, 5, 6, 7, 8])
+    after = logits([5, 6, 77, 8, 9, 10, 5, 6, 7, 8])
+    assert np.array_equal(before[:2], after[:2])
+    assert (np.abs(before - after)[2:6].max(axis=1) > 1e-3).all(), "it does change the rest of its own sample"
+    assert np.array_equal(before[6:], after[6:])
+    assert before[6:10] == pytest.approx(before[:4], abs=1e-5), "the same tokens at the start of both"
+
+
+def test_tuned_is_a_set_of_public_flags():
+    arguments = ["--model=llama-tiny"]
+    tuned = parse_flags("full", [*arguments, "--tuned"])
+    spelled = parse_flags("full", [*arguments, *in_words(TUNED).split()])
+    assert tuned.model_dump() == spelled.model_dump() | {"tuned": True}
+    own = parse_flags("full", [*arguments, "--tuned", "--attention=eager", "--no-lean", "--head=all"])
+    assert (own.attention, own.lean, own.head, own.order) == ("eager", False, "all", "grouped")
+    assert parse_flags("full", [*arguments, "--tuned", "--packing=999"]).order == "plan"
+    assert parse_flags("full", [*arguments, "--tuned", "--mp=2"]).head == "all"
