@@ -11,6 +11,7 @@ from tunebench.flags import Flags
 from tunebench.plan import MicroBatch
 
 POSITIONS = 1024  # of which logits are held at once
+FUSED: list[paddle.nn.Layer] = []
 EXPECTED: list[paddle.Tensor] = []  # of the pass under way: which positions have a label, and the labels
 
 
@@ -19,11 +20,13 @@ def fuse(flags: Flags, model: paddle.nn.Layer) -> None:
     if flags.head == "labels":
         layer = model.lm_head
         layer.forward = functools.partial(sum_of_losses, layer)
+        FUSED.append(layer)
 
 
 def expect(batch: MicroBatch) -> None:
-    """Names the labels of the pass to come."""
-    EXPECTED[:] = (paddle.to_tensor(x) for x in (batch.labelled, batch.labels.flat[batch.labelled]))
+    """Names the labels of the pass to come, where a head asks for them."""
+    if FUSED:
+        EXPECTED[:] = (paddle.to_tensor(x) for x in (batch.labelled, batch.labels.flat[batch.labelled]))
 
 
 def sum_of_losses(layer: paddle.nn.Layer, hidden: paddle.Tensor, *_: Any, **__: Any) -> paddle.Tensor:

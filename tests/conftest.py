@@ -1,7 +1,9 @@
 """Shared by all tests: where things are, a cache of the session's own, and how a program is run as a user would."""
 
+import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ from tunebench.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = ("torch", "paddle")
+HERE = "torch" if importlib.util.find_spec("torch") else "paddle"  # what this environment has
 sys.path.insert(0, str(ROOT / "data"))
 
 
@@ -101,3 +104,13 @@ def alone(short, tmp_path_factory):
         return made[key]
 
     return record
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The functions of this environment's finetune_full.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [str(ROOT / HERE), *sys.path])
+        arguments = ["--model=llama-tiny", "--bsz=1", "--samples=2", "--steps=2", "--warmup-steps=1"]
+        patch.setattr(sys, "argv", ["finetune_full.py", *arguments])
+        yield runpy.run_path(str(ROOT / HERE / "finetune_full.py"))

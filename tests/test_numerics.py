@@ -3,25 +3,13 @@
 Where "is still needed" fails, the framework has mended its fault: remove the work-around.
 """
 
-import importlib.util
+import importlib
 import runpy
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
-
-HERE = "torch" if importlib.util.find_spec("torch") else "paddle"
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The functions of this environment's finetune_full.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / HERE), *sys.path])
-        arguments = ["--model=llama-tiny", "--bsz=1", "--samples=2", "--steps=2", "--warmup-steps=1"]
-        patch.setattr(sys, "argv", ["finetune_full.py", *arguments])
-        yield runpy.run_path(str(ROOT / HERE / "finetune_full.py"))
+from conftest import HERE, ROOT
 
 
 @pytest.fixture

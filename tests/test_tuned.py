@@ -1,19 +1,15 @@
 """Less work, same result: without padding, packed, losses at labels alone, the leaner kernels, and --tuned."""
 
-import importlib.util
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, train
+from conftest import HERE, train
 
 from tunebench.flags import TUNED, in_words, parse_flags
 from tunebench.plan import IGNORED, MicroBatch
 
-HERE = "torch" if importlib.util.find_spec("torch") else "paddle"
 IN_ORDER = ["--tuned", "--order=plan"]  # in grouped batches the steps would be others
 
 
@@ -68,16 +64,6 @@ def test_packed_rows_train_as_their_samples_padded(short, tmp_path, framework):
     packed = train(framework, "full", tmp_path / "packed.json", *flags, "--bsz=2", f"--packing={capacity}")
     assert packed.setup.packing == capacity
     same_curves(packed, padded)
-
-
-@pytest.fixture(scope="module")
-def script():
-    """The functions of this environment's finetune_full.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(ROOT / HERE), *sys.path])
-        arguments = ["--model=llama-tiny", "--bsz=1", "--samples=2", "--steps=2", "--warmup-steps=1"]
-        patch.setattr(sys, "argv", ["finetune_full.py", *arguments])
-        yield runpy.run_path(str(ROOT / HERE / "finetune_full.py"))
 
 
 KINDS = [{"attention": "eager"}, {"attention": "sdpa"}] + [{"lean": True}] * (HERE == "paddle")

@@ -9,6 +9,7 @@ from tunebench.flags import Flags
 from tunebench.plan import MicroBatch
 
 POSITIONS = 1024  # of which logits are held at once
+FUSED: list[torch.nn.Module] = []
 EXPECTED: list[torch.Tensor] = []  # of the pass under way: which positions have a label, and the labels
 
 
@@ -17,11 +18,13 @@ def fuse(flags: Flags, model: torch.nn.Module) -> None:
     if flags.head == "labels":
         layer = model.get_output_embeddings()
         layer.forward = functools.partial(sum_of_losses, layer)
+        FUSED.append(layer)
 
 
 def expect(batch: MicroBatch, device: torch.device) -> None:
-    """Names the labels of the pass to come."""
-    EXPECTED[:] = (torch.from_numpy(x).to(device) for x in (batch.labelled, batch.labels.flat[batch.labelled]))
+    """Names the labels of the pass to come, where a head asks for them."""
+    if FUSED:
+        EXPECTED[:] = (torch.from_numpy(x).to(device) for x in (batch.labelled, batch.labels.flat[batch.labelled]))
 
 
 def sum_of_losses(layer: torch.nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
