@@ -1,7 +1,9 @@
 """Leaner kernels for Llama on a CPU (`--lean`): the same mathematics in fewer and cheaper operations of Paddle's.
 
-On a CPU most of Paddle's elementwise kernels and reductions run on one thread, its products on all: here sums are
-products with ones, and rotary embedding and attention keep one layout, (heads, rows, head size), whose copies are fast.
+On a CPU Paddle's products run on all threads, and so do elementwise kernels of equal shapes; broadcasts, copies and
+reductions run on one. So sums and broadcasts are products with ones here, the halves of rotary embedding change places by
+a product, and attention keeps one layout, (heads, rows, head size), whose copies are fast.
+
 tests/test_tuned.py compares losses and gradient norms with PaddleNLP's own.
 """
 
@@ -20,26 +22,30 @@ LOWEST = -1e30  # what is added to the scores of later keys
 
 
 class Layout(NamedTuple):
-    """The pass under way: the lengths of its samples (or padded rows), end to end, and their rotary tables.
+    """The pass under way: the lengths of its samples (or padded rows), end to end, and what is the same in each layer.
 
-    `cos` and `sin` are (heads, rows, head size); the first half of `sin` has its sign turned.
+    `cos` and `sin` are the rotary tables, (heads, rows, head size). `later` is added to the scores of samples of a
+    length, as `cut` gives them: (heads, length, length), and of all samples at once where they are equally long.
     """
 
     lengths: list[int]
     cos: paddle.Tensor
     sin: paddle.Tensor
+    later: dict[int, paddle.Tensor]
 
 
 LAYOUT: list[Layout] = []
 
 
 def fuse(flags: Flags, model: paddle.nn.Layer) -> None:
-    """Takes these kernels where they apply: RMSNorm, and the attention of Llama without grouped queries."""
+    """Takes these kernels where they apply: RMSNorm, SwiGLU, and the attention of Llama without grouped queries."""
     if not flags.lean or paddle.get_device() != "cpu" or flags.mp > 1 or model.config.model_type != "llama":
         return
     for layer in model.sublayers():
         if type(layer).__name__ == "LlamaRMSNorm":
             layer.forward = functools.partial(normalise, layer)
+        elif type(layer).__name__ == "LlamaMLP":
+            layer.forward = functools.partial(feed_forward, layer)
     config = model.config
     if config.num_attention_heads == config.num_key_value_heads:
         layers = model.llama.layers
@@ -64,15 +70,20 @@ def expect(batch: MicroBatch) -> None:
 @paddle.no_grad()
 def lay_out(cos: paddle.Tensor, sin: paddle.Tensor, heads: int, lengths: list[int]) -> Layout:
     """The layout of samples of these lengths, from tables (positions, head size)."""
-    cos, sin = (paddle.concat([table[:n] for n in lengths]) for table in (cos, sin))
-    half = sin.shape[-1] // 2
-    sin = paddle.concat([-sin[:, :half], sin[:, half:]], axis=-1)
-    return Layout(lengths, *(table.unsqueeze(0).tile([heads, 1, 1]) for table in (cos, sin)))
+    tables = (paddle.concat([table[:n] for n in lengths]).unsqueeze(0).tile([heads, 1, 1]) for table in (cos, sin))
+    together = heads * len(lengths) if len(set(lengths)) == 1 else heads
+    hidden = ((n, paddle.triu(paddle.full([n, n], LOWEST), 1)) for n in set(lengths))
+    return Layout(lengths, *tables, {n: mask.unsqueeze(0).tile([together, 1, 1]) for n, mask in hidden})
 
 
 def normalise(layer: paddle.nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     """LlamaRMSNorm's forward."""
     return RMSNorm.apply(x, layer.weight, layer.variance_epsilon)
+
+
+def feed_forward(layer: paddle.nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
+    """LlamaMLP's forward."""
+    return layer.down_proj(SwiGLU.apply(layer.gate_proj(x), layer.up_proj(x)))
 
 
 def attend(layer: paddle.nn.Layer, hidden_states: paddle.Tensor, *_: Any, **__: Any) -> paddle.Tensor:
@@ -92,10 +103,10 @@ class RMSNorm(PyLayer):
         shape, width = x.shape, x.shape[-1]
         x = x.reshape([-1, width])
         scale = paddle.rsqrt(paddle.matmul(x * x, ones(width, 1)).scale_(1 / width, epsilon))  # (rows, 1)
-        normal = x * scale
+        normal = across(scale, width).multiply_(x)
         ctx.save_for_backward(normal, scale, weight)
         ctx.frozen = weight.stop_gradient
-        return (normal * weight).reshape(shape)
+        return down(weight, len(x)).multiply_(normal).reshape(shape)
 
     @staticmethod
     def backward(ctx, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor | None]:
@@ -103,11 +114,30 @@ class RMSNorm(PyLayer):
         normal, scale, weight = ctx.saved_tensor()
         shape, width = gradient.shape, gradient.shape[-1]
         gradient = gradient.reshape([-1, width])
-        product = gradient * normal
-        by_weight = None if ctx.frozen else paddle.matmul(ones(1, product.shape[0]), product).reshape([width])
+        product, rows = gradient * normal, len(gradient)
+        by_weight = None if ctx.frozen else paddle.matmul(ones(1, rows), product).reshape([width])
         mean = paddle.matmul(product, weight.unsqueeze(-1)).scale_(1 / width)
-        by_x = (gradient * weight).subtract_(normal * mean).multiply_(scale)
-        return by_x.reshape(shape), by_weight
+        by_x = down(weight, rows).multiply_(gradient).subtract_(across(mean, width).multiply_(normal))
+        return by_x.multiply_(across(scale, width)).reshape(shape), by_weight
+
+
+class SwiGLU(PyLayer):
+    """gate · sigmoid(gate) · up; sigmoid(x) is (1 + tanh(x / 2)) / 2, whose kernel takes half of the time."""
+
+    @staticmethod
+    def forward(ctx, gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
+        """From two of one shape."""
+        sigmoid = gate.scale(0.5).tanh_().scale_(0.5, 0.5)
+        silu = gate * sigmoid
+        ctx.save_for_backward(up, sigmoid, silu)
+        return silu * up
+
+    @staticmethod
+    def backward(ctx, gradient: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """By gate and by up."""
+        up, sigmoid, silu = ctx.saved_tensor()
+        by_gate = sigmoid.scale(-1.0, 1.0).multiply_(silu).add_(sigmoid)  # of silu
+        return by_gate.multiply_(up).multiply_(gradient), gradient * silu
 
 
 class RotaryAttention(PyLayer):
@@ -121,7 +151,7 @@ class RotaryAttention(PyLayer):
         q, k = rotate(q, layout).scale_(ctx.factor), rotate(k, layout)
         saved, parts = [], []
         for sample in zip(*(cut(x, layout) for x in (q, k, v)), strict=True):
-            scores = paddle.matmul(sample[0], sample[1], transpose_y=True).add_(later(sample[0].shape[1]))
+            scores = paddle.matmul(sample[0], sample[1], transpose_y=True).add_(layout.later[sample[0].shape[1]])
             weights = _C_ops.softmax(scores, -1)
             parts.append(paddle.matmul(weights, sample[2]))
             saved += [*sample, weights]
@@ -149,10 +179,14 @@ def ones(*shape: int) -> paddle.Tensor:
     return paddle.ones(shape)
 
 
-@functools.cache
-def later(size: int) -> paddle.Tensor:
-    """What is added to scores, (size, size): of a key after the query so little that nothing is left of it."""
-    return paddle.triu(paddle.full([size, size], LOWEST), 1)
+def across(column: paddle.Tensor, width: int) -> paddle.Tensor:
+    """(rows, 1) as (rows, width)."""
+    return paddle.matmul(column, ones(1, width))
+
+
+def down(row: paddle.Tensor, rows: int) -> paddle.Tensor:
+    """(width,) as (rows, width)."""
+    return paddle.matmul(ones(rows, 1), row.unsqueeze(0))
 
 
 def by_head(x: paddle.Tensor, heads: int) -> paddle.Tensor:
@@ -167,18 +201,19 @@ def by_row(x: paddle.Tensor) -> paddle.Tensor:
 
 def rotate(x: paddle.Tensor, layout: Layout) -> paddle.Tensor:
     """Rotary embedding."""
-    return (x * layout.cos).add_(swap_halves(x).multiply_(layout.sin))
+    return (x * layout.cos).add_(paddle.matmul(x, turn(x.shape[-1])).multiply_(layout.sin))
 
 
 def rotate_back(x: paddle.Tensor, layout: Layout) -> paddle.Tensor:
     """Its transpose: the gradient."""
-    return (x * layout.cos).add_(swap_halves(x * layout.sin))
+    return (x * layout.cos).add_(paddle.matmul(x * layout.sin, turn(x.shape[-1]), transpose_y=True))
 
 
-def swap_halves(x: paddle.Tensor) -> paddle.Tensor:
-    """Of the last axis."""
-    half = x.shape[-1] // 2
-    return paddle.concat([x[:, :, half:], x[:, :, :half]], axis=-1)
+@functools.cache
+def turn(size: int) -> paddle.Tensor:
+    """(size, size): a product with it puts the second half of the last axis, its sign turned, before the first."""
+    one, none = paddle.eye(size // 2), paddle.zeros([size // 2, size // 2])
+    return paddle.concat([paddle.concat([none, one], axis=1), paddle.concat([-one, none], axis=1)])
 
 
 def cut(x: paddle.Tensor, layout: Layout) -> list[paddle.Tensor]:
