@@ -1,8 +1,8 @@
 """Leaner kernels for Llama on a CPU (`--lean`): the same mathematics in fewer and cheaper operations of Paddle's.
 
 On a CPU Paddle's products run on all threads, and so do elementwise kernels of equal shapes; broadcasts, copies and
-reductions run on one. So sums and broadcasts are products with ones here, the halves of rotary embedding change places by
-a product, and attention keeps one layout, (heads, rows, head size), whose copies are fast.
+reductions run on one. So sums and broadcasts are products with ones here, the halves of rotary embedding change places
+by a product, and attention keeps one layout, (heads, rows, head size), whose copies are fast.
 
 tests/test_tuned.py compares losses and gradient norms with PaddleNLP's own.
 """

@@ -75,6 +75,7 @@ def expect(batch: MicroBatch, device: torch.device) -> None:
         ENDS[:] = [torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32).to(device)]
 
 
+@torch.compiler.disable  # it would make other code for other lengths
 def attend_by_sample(
     attention: str,
     module: torch.nn.Module,
@@ -118,6 +119,7 @@ def causal_alibi(attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtyp
     return alibi.expand(-1, width, -1).masked_fill(later, float("-inf"))
 
 
+@torch.compiler.disable  # as above
 def attend_with_alibi(
     self: BloomAttention, hidden_states: torch.Tensor, residual: torch.Tensor, alibi: torch.Tensor, **_: Any
 ) -> tuple[torch.Tensor, None]:

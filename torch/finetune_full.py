@@ -22,6 +22,7 @@ FRAMEWORK, METHOD = "torch", "full"
 JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import attention
+import compiling
 import head
 import kernels
 import parallel
@@ -44,6 +45,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     parallel.take_heads(model, group)
     attention.fuse(flags, model)
     head.fuse(flags, model)
+    compiling.fuse(flags, model)
     precision.autocast_forward(flags, model, group.device)
     if flags.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -24,6 +24,7 @@ FRAMEWORK, METHOD = "torch", "lora"
 JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import attention
+import compiling
 import head
 import kernels
 import parallel
@@ -47,6 +48,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     parallel.take_heads(model, group)
     attention.fuse(flags, model)
     head.fuse(flags, model)
+    compiling.fuse(flags, model)
     precision.autocast_forward(flags, model, group.device)
     targets = LORA_TARGETS[checkpoint.config["model_type"]]
     config = peft.LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, lora_dropout=0.0, target_modules=targets)

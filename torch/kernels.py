@@ -35,15 +35,17 @@ class Witness(TorchDispatchMode):
 def watch(model: torch.nn.Module, check: Callable[[set[str], set[str], set[str]], None]) -> None:
     """Calls `check` with the weights' dtypes, the matrix products' and the attention kernels of the first forward pass.
 
-    The first step pays for it.
+    The first step pays for it. The pass is not compiled (`--compile`): code that is, calls no kernels that can be seen.
     """
     witness = Witness()
 
     def begin(*_: Any) -> None:
+        torch.compiler.set_stance("force_eager")
         witness.__enter__()
 
     def end(*_: Any) -> None:
         witness.__exit__(None, None, None)
+        torch.compiler.set_stance("default")
         for hook in hooks:
             hook.remove()
         check({name_of(p.dtype) for p in model.parameters()}, witness.matmuls, witness.attention)

@@ -26,6 +26,7 @@ TUNED: dict[str, Any] = {
     "attention": "sdpa",
     "head": "labels",
     "lean": True,
+    "compile": True,
     "keep_memory": True,
 }
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -58,6 +59,7 @@ class Flags(BaseModel):
     padding_free: bool
     head: str
     lean: bool
+    compile: bool
     keep_memory: bool
     tuned: bool
     steps: int | None
@@ -119,9 +121,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(
-    method: str, argv: Sequence[str] | None = None, prog: str | None = None, world: World | None = None
+    method: str,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    world: World | None = None,
+    framework: str | None = None,
 ) -> Flags:
     """Reads the flags of a script. `method` is `full` or `lora`; `world` is this process's place, if it was given one.
+    --tuned leaves out what `framework` does not have.
 
     A wrong flag ends the process with exit code 2; what only shows in combination raises `BadInput`.
     """
@@ -179,6 +186,12 @@ def parse_flags(
         help="on a CPU, kernels of fewer and cheaper operations where there are some: of Paddle's Llama",
     )
     add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let the framework's compiler make the layers (torch's; needs a C++ compiler)",
+    )
+    add(
         "--keep-memory",
         action=argparse.BooleanOptionalAction,
         default=False,
@@ -194,11 +207,13 @@ def parse_flags(
         add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
     options = vars(parser.parse_args(argv))
     if options["tuned"]:
-        parser.set_defaults(**tuned(options))
+        parser.set_defaults(**tuned(options, framework))
         options = vars(parser.parse_args(argv))
     options["padding_free"] |= options["packing"] > 0
     if options["head"] == "labels" and options["mp"] > 1:
         raise BadInput("--head labels with --mp: not combined here; use --head all, or --mp 1")
+    if options["compile"] and (options["mp"] > 1 or options["zero"] == 3):
+        raise BadInput("--compile with --mp or --zero 3: not combined here; use --no-compile, or --zero 2")
     gpus = len(visible_accelerators())
     if world is None:
         place(options, gpus)
@@ -241,10 +256,11 @@ def parse_flags(
     return flags
 
 
-def tuned(options: dict) -> dict:
-    """What --tuned stands for beside these flags: without what they do not go with."""
+def tuned(options: dict, framework: str | None) -> dict:
+    """What --tuned stands for beside these flags: without what they do not go with, or the framework does not have."""
     left_out = {"order"} if options["packing"] else set()
-    left_out |= {"head"} if options["mp"] > 1 else set()
+    left_out |= {"head", "compile"} if options["mp"] > 1 else set()
+    left_out |= {"compile"} if options["zero"] == 3 or framework == "paddle" else set()
     return {name: value for name, value in TUNED.items() if name not in left_out}
 
 

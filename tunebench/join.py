@@ -489,7 +489,8 @@ def _split(record: Record) -> list[str]:
     if setup.tuned:
         return [*parts, "tuned"]
     parts += ["padding-free"] * (setup.padding_free and not setup.packing)
-    parts += ["labels only"] * (setup.head == "labels") + ["lean"] * setup.lean + ["memory kept"] * setup.keep_memory
+    parts += ["labels only"] * (setup.head == "labels") + ["lean"] * setup.lean + ["compiled"] * setup.compile
+    parts += ["memory kept"] * setup.keep_memory
     return parts + [f"{setup.attention} attention"] * (setup.attention != "eager")
 
 

@@ -74,6 +74,7 @@ class Setup(Strict):
     padding_free: bool = False
     head: Literal["all", "labels"] = "all"
     lean: bool = False
+    compile: bool = False
     keep_memory: bool = False
     packing: Amount
     order: Literal["plan", "grouped"]

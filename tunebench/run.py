@@ -6,9 +6,11 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -20,7 +22,7 @@ import psutil
 
 from tunebench import processes
 from tunebench.bootstrap import ROOT
-from tunebench.cache import results_folder, write_atomically
+from tunebench.cache import cache_folder, results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Flags, parse_flags
@@ -53,9 +55,10 @@ def read_job(framework: Framework, method: Method) -> Job:
         world = read_world(framework)
         # What a worker would say here, its supervisor or rank 0 has said.
         with contextlib.redirect_stdout(None if world and (world.rank or RUN_FOLDER in os.environ) else sys.stdout):
-            flags = parse_flags(method, world=world)
+            flags = parse_flags(method, world=world, framework=framework)
             checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
             check_tensor_parallel(framework, flags, checkpoint)
+            prepare_compiler(framework, flags)
             plan = load_plan(flags, checkpoint)
         if flags.warmup_steps >= plan.steps:
             raise BadInput(f"--warmup-steps {flags.warmup_steps} leaves none of the {plan.steps} steps to time")
@@ -92,6 +95,19 @@ def check_tensor_parallel(framework: Framework, flags: Flags, checkpoint: Checkp
             raise BadInput(f"--mp {flags.mp} does not divide the model's {width} ({name}); use {' or '.join(works)}")
 
 
+def prepare_compiler(framework: Framework, flags: Flags) -> None:
+    """Gives torch's compiler its folder. Raises `BadInput` where it lacks what it builds its code with."""
+    if framework != "torch" or not flags.compile:
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise BadInput(f"--compile needs a C++ compiler, and there is no {compiler}; use --no-compile")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise BadInput(f"--compile needs Python's headers, and there is no {header}; use --no-compile")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))  # before torch is imported
+
+
 def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: Checkpoint) -> str | None:
     """Why the framework does not do what is asked for, which is a result too; None where it does."""
     if framework == "torch" and method == "lora" and flags.mp > 1 and checkpoint.config["model_type"] == "glm":
@@ -106,6 +122,10 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
         return "PaddleNLP 3.0.0b4 has no function for attention alone in this model, to call for each sample"
     if framework == "paddle" and family == "glm" and flags.head == "labels":
         return "PaddleNLP 3.0.0b4 has no layer for the logits alone in ChatGLMv2"
+    if framework == "paddle" and flags.compile:
+        return (
+            "Paddle 3.3.1 has no compiler for CPUs (its wheel is built without CINN), and that for GPUs was not tried"
+        )
     if visible_accelerators():
         # Of the fused kernels, those for float32. The flash kernels of both take grouped queries, Paddle's a bias too.
         if flags.attention == "sdpa" and flags.dtype == "fp32":
@@ -349,6 +369,7 @@ def describe_run(framework: Framework, method: Method, flags: Flags, argv: list[
             padding_free=flags.padding_free,
             head=flags.head,
             lean=flags.lean,
+            compile=flags.compile,
             keep_memory=flags.keep_memory,
             packing=flags.packing,
             order=flags.order,

@@ -136,7 +136,7 @@ def plan_runs(
         table = suite.defaults | pair.flags | getattr(pair, framework)
         arguments = [f"--{k}" if v is True else f"--{k}={v}" for k, v in table.items() if v is not False]
         where = f"{path}: pair {pair.name} ({framework})"
-        flags = _parse(where, METHODS[pair.script], arguments, path.parent)
+        flags = _parse(where, METHODS[pair.script], framework, arguments, path.parent)
         checked[pair.name, framework] = flags, arguments
     wanted = [key for key in checked if only is None or fnmatch.fnmatchcase("/".join(key), only)]
     if not wanted:
@@ -156,12 +156,12 @@ def plan_runs(
     return runs
 
 
-def _parse(where: str, method: Method, arguments: list[str], folder: Path) -> Flags:
+def _parse(where: str, method: Method, framework: Framework, arguments: list[str], folder: Path) -> Flags:
     """The flags as the script will read them; relative paths count from the suite file. Raises `BadInput`."""
     said = io.StringIO()
     try:
         with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            return parse_flags(method, arguments, prog=where)
+            return parse_flags(method, arguments, prog=where, framework=framework)
     except BadInput as refusal:
         raise BadInput(f"{where}: {refusal}") from None
     except SystemExit:
