@@ -50,15 +50,25 @@ def shuffled(epoch: Rows, rows: int, seed: int) -> Rows:
 
 def grouped(epoch: Rows, rows: int, seed: int, lengths: np.ndarray, bsz: int) -> Rows:
     """`rows` rows in batches of about the same length: each epoch is shuffled, then pools of batches are sorted by
-    `lengths`, that of each row of an epoch, and the batches of a pool shuffled."""
+    `lengths`, that of each row of an epoch, and the batches of a pool shuffled. The rows of a batch are laid out so that
+    replicas, which take contiguous shares of it, get about as many tokens each."""
     drawn = _epochs(epoch, rows, seed)
     drawn = drawn[: len(drawn) // bsz * bsz]
     generator, parts = np.random.default_rng([seed, 1]), []
     for first in range(0, len(drawn), POOL * bsz):
         pool = drawn[first : first + POOL * bsz]
-        batches = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, bsz)
+        batches = pool[np.argsort(lengths[pool], kind="stable")].reshape(-1, bsz)[:, folded(bsz)]
         parts.append(generator.permutation(batches).reshape(-1))
     return _take(epoch, np.concatenate(parts)[:rows])
+
+
+def folded(rows: int) -> list[int]:
+    """An order for sorted rows: the shortest beside the longest and so on, then such pairs beside each other likewise."""
+    blocks = [[row] for row in range(rows)]
+    while len(blocks) > 1:
+        half = len(blocks) // 2
+        blocks = [*(blocks[i] + blocks[-1 - i] for i in range(half)), *blocks[half : len(blocks) - half]]
+    return blocks[0]
 
 
 def _epochs(epoch: Rows, rows: int, seed: int) -> np.ndarray:
