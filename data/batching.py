@@ -50,8 +50,8 @@ def shuffled(epoch: Rows, rows: int, seed: int) -> Rows:
 
 def grouped(epoch: Rows, rows: int, seed: int, lengths: np.ndarray, bsz: int) -> Rows:
     """`rows` rows in batches of about the same length: each epoch is shuffled, then pools of batches are sorted by
-    `lengths`, that of each row of an epoch, and the batches of a pool shuffled. The rows of a batch are laid out so that
-    replicas, which take contiguous shares of it, get about as many tokens each."""
+    `lengths`, that of each row of an epoch, and the batches of a pool shuffled. Within a batch the rows are so ordered
+    that replicas, which take contiguous shares of it, get about as many tokens each."""
     drawn = _epochs(epoch, rows, seed)
     drawn = drawn[: len(drawn) // bsz * bsz]
     generator, parts = np.random.default_rng([seed, 1]), []
@@ -63,7 +63,7 @@ def grouped(epoch: Rows, rows: int, seed: int, lengths: np.ndarray, bsz: int) ->
 
 
 def folded(rows: int) -> list[int]:
-    """An order for sorted rows: the shortest beside the longest and so on, then such pairs beside each other likewise."""
+    """An order for sorted rows: the shortest beside the longest and so on, then such pairs likewise."""
     blocks = [[row] for row in range(rows)]
     while len(blocks) > 1:
         half = len(blocks) // 2

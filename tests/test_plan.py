@@ -111,6 +111,8 @@ def test_grouped_batches_hold_each_sample_once_an_epoch_and_depend_on_the_seed_a
     assert sorted(order) == list(range(3000))
     assert np.array_equal(order, batching.grouped(epoch, 3000, 1, LENGTHS, 8).order)
     assert not np.array_equal(order, batching.grouped(epoch, 3000, 2, LENGTHS, 8).order)
+    shares = LENGTHS[order].reshape(-1, 2, 4).sum(axis=2)  # of two replicas
+    assert np.median(shares.max(axis=1) / shares.min(axis=1)) < 1.01, "replicas get about as many tokens each"
     assert np.array_equal(order[:80], batching.grouped(epoch, 2960, 1, LENGTHS, 8).order[:80]), (
         "a shorter run starts so"
     )

@@ -93,6 +93,53 @@ def test_no_token_of_a_sample_changes_another_sample(script, kind):
     assert before[6:10] == pytest.approx(before[:4], abs=1e-5), "the same tokens at the start of both"
 
 
+@pytest.mark.skipif(HERE != "torch", reason="Paddle has no compiler for CPUs")
+def test_the_layers_are_compiled(script):
+    from torch._dynamo.utils import counters
+
+    flags, checkpoint, plan, world = script["JOB"]
+    flags = flags.model_copy(update={"compile": True})
+    group = script["parallel"].join(flags, world)
+    model = script["build_model"](flags, checkpoint, group)
+    seen = []
+    script["kernels"].watch(model, lambda *kernels: seen.append(kernels))
+    (_, batch), *_ = plan.micro_batches(0, 1)
+    inputs, _ = script["to_device"](batch, group.device)
+    counters.clear()
+    plain = model(**inputs).logits
+    assert seen == [({"float32"}, {"float32"}, {"softmax"})], "the first pass is not compiled: its kernels are seen"
+    assert counters["stats"]["unique_graphs"] == 0
+    compiled = model(**inputs).logits
+    assert counters["stats"]["unique_graphs"] > 0
+    assert compiled.detach().numpy() == pytest.approx(plain.detach().numpy(), abs=1e-5)
+
+
+@pytest.mark.skipif(HERE != "paddle", reason="flashmask is Paddle's")
+def test_flashmask_hides_what_is_of_other_samples(script):
+    """What flashmask is told, by its documented meaning; and that it takes it, up to a question for GPUs alone."""
+    import paddle
+
+    attention = script["attention"]
+    hidden_from = attention.ends([3, 1, 2])
+    queries, keys = np.mgrid[:6, :6]
+    seen = (keys <= queries) & (queries < hidden_from)
+    blocks = [np.tril(np.ones((n, n), dtype=bool)) for n in (3, 1, 2)]
+    expected = np.zeros((6, 6), dtype=bool)
+    for at, block in zip((0, 3, 4), blocks, strict=True):
+        expected[at : at + len(block), at : at + len(block)] = block
+    assert np.array_equal(seen, expected)
+    flags, checkpoint, *_ = script["JOB"]
+    flags = flags.model_copy(update={"attention": "flash"})
+    config = script["weights"].read_config(checkpoint)
+    attention.configure(flags, config)
+    attention.ENDS[:] = [paddle.to_tensor(hidden_from)]
+    one = paddle.rand([1, 6, 4, 16])
+    from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
+
+    with pytest.raises(ValueError, match="FLAGS_cudnn_deterministic"):  # after its checks of shapes and dtypes
+        attention.attend_by_flashmask(scaled_dot_product_attention, one, config, one, one, None, False)
+
+
 def test_tuned_is_a_set_of_public_flags():
     arguments = ["--model=llama-tiny"]
     tuned = parse_flags("full", [*arguments, "--tuned"])
@@ -102,3 +149,5 @@ def test_tuned_is_a_set_of_public_flags():
     assert (own.attention, own.lean, own.head, own.order) == ("eager", False, "all", "grouped")
     assert parse_flags("full", [*arguments, "--tuned", "--packing=999"]).order == "plan"
     assert parse_flags("full", [*arguments, "--tuned", "--mp=2"]).head == "all"
+    assert not parse_flags("full", [*arguments, "--tuned"], framework="paddle").compile
+    assert not parse_flags("full", [*arguments, "--tuned", "--zero=3"]).compile
