@@ -46,7 +46,7 @@ class Setting(NamedTuple):
     environment: str | None = None
 
 
-SETTINGS = [
+SETTINGS = [  # parity: with the attention that the framework's own Trainer has by default
     Setting("torch-parity", "torch", ["--attention=sdpa"]),
     Setting("torch-tuned", "torch", ["--tuned"]),
     Setting("hf-trainer", "torch", [], "with_transformers.py", "peers"),
@@ -56,7 +56,7 @@ SETTINGS = [
     Setting("torchtune", "torch", [], "with_torchtune.py", "torchtune"),
     Setting("torchtune-packed", "torch", [], "with_torchtune.py", "torchtune"),
     Setting("llamafactory", "torch", [], "with_llamafactory.py", "llamafactory"),
-    Setting("paddle-parity", "paddle", ["--attention=sdpa"]),
+    Setting("paddle-parity", "paddle", ["--attention=eager"]),
     Setting("paddle-tuned", "paddle", ["--tuned"]),
     Setting("paddlenlp-trainer", "paddle", [], "with_paddlenlp.py", "paddle"),
     Setting("paddlenlp-zero-padding", "paddle", [], "with_paddlenlp.py", "paddle"),

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import psutil
 
 from tunebench import processes
-from tunebench.bootstrap import ROOT
+from tunebench.bootstrap import ROOT, cpuinfo
 from tunebench.cache import cache_folder, results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
@@ -137,14 +137,19 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
                     "Paddle 3.3.1 has fused attention with a bias in float32 on GPUs for some widths of a batch alone"
                 )
         return None
-    if framework == "torch" and flags.zero and flags.weights_dtype == "float16":
-        return "DeepSpeed 0.19.8 refuses float16 weights on CPUs"
+    if framework == "torch" and flags.zero and flags.weights_dtype == "float16" and not multiplies_float16():
+        return "DeepSpeed 0.19.8 refuses float16 weights on CPUs that do not compute in it (AVX512-FP16)"
     if framework == "paddle" and flags.dtype != "fp32":
         return (
             f"Paddle 3.3.1 has no {flags.compute_dtype} kernels for CPUs: there autocast silently computes in float32, "
             "and a model in that dtype stops at its first linear layer"
         )
     return None
+
+
+def multiplies_float16() -> bool:
+    """Whether the processor does, by the instructions that oneDNN needs for it, whom DeepSpeed asks."""
+    return any("avx512_fp16" in flags.split() for flags in cpuinfo("flags")[:1])
 
 
 class Run:
