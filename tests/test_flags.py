@@ -50,6 +50,8 @@ def test_flash_attention_in_float32_is_for_cpus():
         (["--mp=2", "--zero=1"], "--zero 1 with --mp 2: not combined here"),
         (["--zero=2", "--nproc=1"], "--zero 2 has nothing to shard over in one process; use --nproc 2 or --zero 0"),
         (["--nproc=4", "--bsz=6"], "--bsz 6 does not divide over 4 replicas; use 4 or 8"),
+        (["--compile", "--mp=2"], "--compile with --mp or --zero 3: not combined here; use --no-compile, or --zero 2"),
+        (["--compile", "--zero=3"], "--compile with --mp or --zero 3: not combined here"),
         (["--amp=O1"], "--amp O1 is for low precision; use --dtype bf16 or fp16, or leave --amp out"),
         (["--master=here:1"], "--master is for several nodes; add --nnodes"),
         (["--nnodes=2"], "--master is missing; with --nnodes name node 0"),

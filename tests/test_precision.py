@@ -6,8 +6,10 @@ from test_sharding import MODEL, close, probe
 
 from tunebench.join import TOLERANCES
 from tunebench.record import read_record
+from tunebench.run import multiplies_float16
 
 pytestmark = pytest.mark.frameworks
+NEEDS_FLOAT16 = pytest.mark.skipif(not multiplies_float16(), reason="DeepSpeed refuses float16 on this processor")
 NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -32,6 +34,7 @@ def assert_close(record, exact):
         ("bloom", "full", "bf16", "O1", ["--zero=2", "--attention=flash"]),
         ("chatglm2", "full", "bf16", "O2", ["--mp=2"]),
         ("qwen2", "full", "bf16", "O2", ["--nproc=2"]),
+        pytest.param(*("llama", "full", "fp16", "O2", ["--zero=2"]), marks=NEEDS_FLOAT16),
     ],
     ids=lambda part: "".join(part),
 )

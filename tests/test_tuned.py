@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from conftest import HERE, train
 
+from tunebench.checkpoint import find_checkpoint
+from tunebench.errors import BadInput
 from tunebench.flags import TUNED, in_words, parse_flags
 from tunebench.plan import IGNORED, MicroBatch
+from tunebench.run import not_offered, prepare_compiler
 
 IN_ORDER = ["--tuned", "--order=plan"]  # in grouped batches the steps would be others
 
@@ -138,6 +141,17 @@ def test_flashmask_hides_what_is_of_other_samples(script):
 
     with pytest.raises(ValueError, match="FLAGS_cudnn_deterministic"):  # after its checks of shapes and dtypes
         attention.attend_by_flashmask(scaled_dot_product_attention, one, config, one, one, None, False)
+
+
+def test_a_compiler_that_is_not_there_is_named(monkeypatch):
+    flags = parse_flags("full", ["--model=llama-tiny", "--compile"])
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(BadInput, match="there is no no-such-compiler; use --no-compile"):
+        prepare_compiler("torch", flags)
+    prepare_compiler("paddle", flags)
+    checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+    assert "no compiler for CPUs" in not_offered("paddle", "full", flags, checkpoint)
+    assert not_offered("torch", "full", flags, checkpoint) is None
 
 
 def test_tuned_is_a_set_of_public_flags():
