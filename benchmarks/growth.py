@@ -1,6 +1,7 @@
 """How cost grows: with the model, the length of samples, processes, the number of samples, and that of records.
 
 python benchmarks/growth.py [--only model|length|processes|samples|records] [--rounds 3] [--samples 1000000] [--quick]
+                            [--method full|lora] [--model llama-tiny] [--tuned]
 
 Prints a Markdown table for each, on the CPU: × is the ratio to the first line of a series. A series ends with its
 exponent, by least squares of the logarithms: 1 is linear.
@@ -35,6 +36,7 @@ from tunebench import processes
 from tunebench.cache import cache_folder
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Parser, positive
+from tunebench.presets import PRESETS
 from tunebench.record import Record, digest_of, read_record
 from tunebench.stats import ratio_interval
 from tunebench.tables import markdown
@@ -84,6 +86,9 @@ def main() -> None:
     parser = Parser(prog="growth.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", choices=list(SERIES), help="one of them (default: all)")
     parser.add_argument("--rounds", type=positive, help="of training, in alternating order (default: 3, quick: 1)")
+    parser.add_argument("--method", choices=["full", "lora"], default="full", help="what is trained (default: full)")
+    parser.add_argument("--model", choices=list(PRESETS), default="llama-tiny", help="by length and processes")
+    parser.add_argument("--tuned", action="store_true", help="train with --tuned")
     parser.add_argument("--samples", type=positive, help="at most so many (default: 100000, quick: 1000)")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, torch alone: whether it works, not what it costs"
@@ -122,7 +127,7 @@ def by_length(options: Namespace, folder: pathlib.Path) -> None:
                 texts = [tokenizer.decode(list(itertools.islice(stream, count))) for count in parts]
                 print(json.dumps(dict(zip(("instruction", "output"), texts, strict=True))), file=lines)
         settings[str(length)] = [f"--data={file}"]
-    show_training("Length of samples: llama-tiny", "Tokens", train(settings, options, folder), tokens_of_a_sample)
+    show_training(f"Length of samples: {options.model}", "Tokens", train(settings, options, folder), tokens_of_a_sample)
 
 
 def by_processes(options: Namespace, folder: pathlib.Path) -> None:
@@ -142,7 +147,7 @@ def by_processes(options: Namespace, folder: pathlib.Path) -> None:
         threads = str(runs[0].hardware.threads)
         lines.append([framework, name, threads, *map(number, costs(runs)), f"{ratio:.2f}", said])
     columns = ("Framework", "Processes", "Threads of Each", *COSTS, "÷ One Process", "95% Interval")
-    print(f"\n### Processes on the same cores: llama-tiny\n\n{markdown(columns, lines)}\n")
+    print(f"\n### Processes on the same cores: {options.model}, {options.method}\n\n{markdown(columns, lines)}\n")
     print(f"Target: at least {TARGET} of one process. Below it: {', '.join(below) or 'none'}.", flush=True)
 
 
@@ -214,8 +219,8 @@ def train(
     for turn in range(options.rounds):
         for framework, name in list(found)[:: -1 if turn % 2 else 1]:
             out = folder / "record.json"
-            flags = ["--model=llama-tiny", "--nproc=1", *steps, *settings[name], f"--out={out}"]
-            run(ROOT / framework / "finetune_full.py", *flags)
+            flags = [f"--model={options.model}", "--nproc=1", *steps, *["--tuned"] * options.tuned]
+            run(ROOT / framework / f"finetune_{options.method}.py", *flags, *settings[name], f"--out={out}")
             found[framework, name].append(read_record(out))
     return found
 
