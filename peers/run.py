@@ -1,6 +1,6 @@
 """Runs the peers and this project's scripts by turns on the same samples, and prints how they compare.
 
-    bash peers/run.sh [--rounds 5] [--methods full lora] [--only GLOB] [--samples 48] [--fresh]
+    bash peers/run.sh [--rounds 5] [--methods full lora] [--only GLOB ...] [--samples 48] [--fresh]
 
 Records go to results/peers/METHOD/NAME-rROUND.json; what is there already is not run again.
 """
@@ -74,12 +74,18 @@ def main() -> int:
     add("--warmup-steps", type=positive, default=2, help="first steps, not timed (default: 2)")
     add("--rounds", type=positive, default=5, help="how often, every second time in reverse (default: 5)")
     add("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
-    add("--only", metavar="GLOB", default="*", help=f"of {', '.join(setting.name for setting in SETTINGS)}")
+    add(
+        "--only", metavar="GLOB", nargs="+", default=["*"], help=f"of {', '.join(setting.name for setting in SETTINGS)}"
+    )
     add("--fresh", action="store_true", help="remove earlier records first")
     options = parser.parse_args()
-    settings = [setting for setting in SETTINGS if fnmatch.fnmatchcase(setting.name, options.only)]
+    settings = [
+        setting for setting in SETTINGS if any(fnmatch.fnmatchcase(setting.name, glob) for glob in options.only)
+    ]
     if not settings:
-        raise BadInput(f"--only {options.only} fits none of {', '.join(setting.name for setting in SETTINGS)}")
+        raise BadInput(
+            f"--only {' '.join(options.only)} fits none of {', '.join(setting.name for setting in SETTINGS)}"
+        )
     folder = results_folder() / "peers"
     if options.fresh:
         shutil.rmtree(folder, ignore_errors=True)
