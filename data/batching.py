@@ -51,7 +51,7 @@ def shuffled(epoch: Rows, rows: int, seed: int) -> Rows:
 def grouped(epoch: Rows, rows: int, seed: int, lengths: np.ndarray, bsz: int) -> Rows:
     """`rows` rows in batches of about the same length: each epoch is shuffled, then pools of batches are sorted by
     `lengths`, that of each row of an epoch, and the batches of a pool shuffled. Within a batch the rows are so ordered
-    that replicas, which take contiguous shares of it, get about as many tokens each."""
+    that replicas, which take contiguous shares of it, get about as many tokens each, if these are of 2, 4, 8 … rows."""
     drawn = _epochs(epoch, rows, seed)
     drawn = drawn[: len(drawn) // bsz * bsz]
     generator, parts = np.random.default_rng([seed, 1]), []

@@ -88,11 +88,12 @@ def attend_by_sample(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample: from (1, heads, tokens, head size) to (1, tokens, heads, head size).
 
-    On a GPU torch's flash kernel takes all samples at once; `eager` is transformers' own of the model.
+    In low precision on a GPU torch's flash kernel takes all samples at once; `eager` is transformers' own of the model.
     """
     grouped = query.shape[1] != key.shape[1]
-    if attention == "flash" and query.is_cuda:
-        query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    if attention != "eager" and query.is_cuda and value.dtype != torch.float32:
+        # At O1 rotary embedding has left queries and keys in float32.
+        query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
         longest, (ends,) = max(LENGTHS), ENDS
         how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": grouped}  # (-1, 0): causal
         return varlen_attn(query, key, value, ends, ends, longest, longest, **how).unsqueeze(0), None

@@ -11,6 +11,8 @@ def fuse(flags: Flags, model: torch.nn.Module) -> None:
     So what is not a product is done in a few passes over memory. Layers one by one are compiled in seconds, where the
     model as a whole takes a time that grows with their number; attention to each sample alone stays outside.
     """
+    if not flags.compile:
+        return
     for layer in model.modules():
-        if flags.compile and type(layer).__name__ in model._no_split_modules:  # transformers' names of its layers
+        if type(layer).__name__ in model._no_split_modules:  # transformers' names of its layers
             layer.compile(dynamic=True)

@@ -27,7 +27,7 @@ class Witness(TorchDispatchMode):
         name = operator.name().removeprefix("aten::").partition(".")[0]
         if name in PRODUCTS:
             self.matmuls.add(name_of(args[1].dtype))
-        elif name in SOFTMAX or "attention" in name:
+        elif name in SOFTMAX or "attention" in name or "attn" in name:
             self.attention.add(name.removeprefix("_"))
         return operator(*args, **(kwargs or {}))
 

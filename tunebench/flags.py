@@ -212,8 +212,12 @@ def parse_flags(
     options["padding_free"] |= options["packing"] > 0
     if options["head"] == "labels" and options["mp"] > 1:
         raise BadInput("--head labels with --mp: not combined here; use --head all, or --mp 1")
-    if options["compile"] and (options["mp"] > 1 or options["zero"] == 3):
-        raise BadInput("--compile with --mp or --zero 3: not combined here; use --no-compile, or --zero 2")
+    if options["compile"] and (options["mp"] > 1 or options["zero"] == 3 or options["recompute"]):
+        raise BadInput("--compile with --mp, --zero 3 or --recompute: not combined here; use --no-compile")
+    if options["compile"] and options["warmup_steps"] < 2:
+        raise BadInput(
+            f"--warmup-steps {options['warmup_steps']} would time --compile too; use 2 or more, or --no-compile"
+        )
     gpus = len(visible_accelerators())
     if world is None:
         place(options, gpus)
@@ -260,7 +264,7 @@ def tuned(options: dict, framework: str | None) -> dict:
     """What --tuned stands for beside these flags: without what they do not go with, or the framework does not have."""
     left_out = {"order"} if options["packing"] else set()
     left_out |= {"head", "compile"} if options["mp"] > 1 else set()
-    left_out |= {"compile"} if options["zero"] == 3 or framework == "paddle" else set()
+    left_out |= {"compile"} if options["zero"] == 3 or options["recompute"] or framework == "paddle" else set()
     return {name: value for name, value in TUNED.items() if name not in left_out}
 
 
