@@ -212,7 +212,7 @@ def parse_flags(
     options["padding_free"] |= options["packing"] > 0
     if options["head"] == "labels" and options["mp"] > 1:
         raise BadInput("--head labels with --mp: not combined here; use --head all, or --mp 1")
-    if options["compile"] and (options["mp"] > 1 or options["zero"] == 3 or options["recompute"]):
+    if options["compile"] and not goes_with_compile(options):
         raise BadInput("--compile with --mp, --zero 3 or --recompute: not combined here; use --no-compile")
     if options["compile"] and options["warmup_steps"] < 2:
         raise BadInput(
@@ -263,9 +263,14 @@ def parse_flags(
 def tuned(options: dict, framework: str | None) -> dict:
     """What --tuned stands for beside these flags: without what they do not go with, or the framework does not have."""
     left_out = {"order"} if options["packing"] else set()
-    left_out |= {"head", "compile"} if options["mp"] > 1 else set()
-    left_out |= {"compile"} if options["zero"] == 3 or options["recompute"] or framework == "paddle" else set()
+    left_out |= {"head"} if options["mp"] > 1 else set()
+    left_out |= {"compile"} if framework == "paddle" or not goes_with_compile(options) else set()
     return {name: value for name, value in TUNED.items() if name not in left_out}
+
+
+def goes_with_compile(options: dict) -> bool:
+    """Whether layers can be compiled in this setup: whole ones, whose forward pass is run once."""
+    return options["mp"] == 1 and options["zero"] < 3 and not options["recompute"]
 
 
 def in_words(options: dict) -> str:
