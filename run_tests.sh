@@ -6,8 +6,12 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+# Two files of tests at a time, and their programs with a thread each.
+export OMP_NUM_THREADS=1
+arguments=(--numprocesses=2 --dist=loadfile "$@")
+
 bash setup.sh
 .venv/torch/bin/ruff format --check .
 .venv/torch/bin/ruff check .
-.venv/paddle/bin/python -P -m pytest -m 'not frameworks' "$@"
-.venv/torch/bin/python -P -m pytest "$@"
+.venv/paddle/bin/python -P -m pytest -m 'not frameworks' "${arguments[@]}"
+.venv/torch/bin/python -P -m pytest "${arguments[@]}"

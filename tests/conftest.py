@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tunebench.record import Record, read_record
 
@@ -93,15 +94,17 @@ def short(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(short, tmp_path_factory):
-    """The records of one process, by framework, family and method; each is made when first asked for."""
-    folder, made = tmp_path_factory.mktemp("alone"), {}
+    """The records of one process, by framework, family and method; each is made when first asked for.
 
-    def record(*key):
-        if key not in made:
-            framework, family, method = key
-            out = folder / f"{'-'.join(key)}.json"
-            made[key] = train(framework, method, out, f"--model={family}-tiny", *short)
-        return made[key]
+    pytest-xdist's workers have folders of their own in one, and share the records there.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+    def record(framework, family, method):
+        out = folder / f"alone-{framework}-{family}-{method}.json"
+        with FileLock(f"{out}.lock"):
+            return read_record(out) if out.exists() else train(framework, method, out, f"--model={family}-tiny", *short)
 
     return record
 

@@ -125,7 +125,7 @@ class TestEnds:
         worker = run.worker(1) if nproc == 2 else psutil.Process(run.supervisor.pid)
         limit = worker.memory_info().vms + 64 * 2**20
         worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
-        record = run.end(within=60)
+        record = run.end(within=120)
         assert run.supervisor.returncode == 1
         assert record.status == "oom"
         assert record.reason.startswith("rank 1: ") == (nproc == 2)

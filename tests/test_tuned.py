@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from conftest import HERE, train
 
-from tunebench.checkpoint import find_checkpoint
+from tunebench.checkpoint import find_checkpoint, open_checkpoint, write_random
 from tunebench.errors import BadInput
 from tunebench.flags import TUNED, in_words, parse_flags
 from tunebench.plan import IGNORED, MicroBatch
+from tunebench.presets import PRESETS, Preset
 from tunebench.run import not_offered, prepare_compiler
 
 IN_ORDER = ["--tuned", "--order=plan"]  # in grouped batches the steps would be others
@@ -97,11 +98,15 @@ def test_no_token_of_a_sample_changes_another_sample(script, kind):
 
 
 @pytest.mark.skipif(HERE != "torch", reason="Paddle has no compiler for CPUs")
-def test_the_layers_are_compiled(script):
+def test_the_layers_are_compiled(script, tmp_path):
+    """More of them than the number of codes (8) after which Dynamo would leave the rest as they are."""
     from torch._dynamo.utils import counters
 
-    flags, checkpoint, plan, world = script["JOB"]
+    flags, _, plan, world = script["JOB"]
     flags = flags.model_copy(update={"compile": True})
+    preset = PRESETS["llama-tiny"]
+    write_random(tmp_path, Preset(preset.config | {"num_hidden_layers": 10}, preset.checkpoint_dtype), seed=0)
+    checkpoint = open_checkpoint(tmp_path)
     group = script["parallel"].join(flags, world)
     model = script["build_model"](flags, checkpoint, group)
     seen = []
