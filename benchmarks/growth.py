@@ -44,7 +44,7 @@ from tunebench.tables import markdown
 FRAMEWORKS = ("torch", "paddle")
 MODELS = ("llama-tiny", "llama-13b-tiny", "llama-30b-tiny", "llama-65b-tiny")
 LENGTHS = (64, 128, 256, 512)  # tokens of a sample; 640 is what prompts and responses are cut to
-SPLITS = {"1": [], "2, ZeRO 2": ["--zero=2"], "2, ZeRO 3": ["--zero=3"], "2, DP": []}
+SPLITS = {"1": [], "2, ZeRO 2": ["--zero=2"], "2, ZeRO 3": ["--zero=3"]}
 TARGET = 0.8  # of one process's rate, which two on the same cores should reach
 SETUPS = ({"mp": 4}, {"zero": 3}, {"zero": 2}, {"zero": 1}, {"mp": 2}, {})
 # Shape of a set of records: the rounds of a pair (None: all records in a few pairs).
