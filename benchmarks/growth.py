@@ -1,7 +1,7 @@
 """How cost grows: with the model, the length of samples, processes, the number of samples, and that of records.
 
 python benchmarks/growth.py [--only model|length|processes|samples|records] [--rounds 3] [--samples 1000000] [--quick]
-                            [--method full|lora] [--model llama-tiny] [--tuned]
+                            [--method full|lora] [--model llama-tiny] [--tuned] [--steps 14] [--warmup-steps 8]
 
 Prints a Markdown table for each, on the CPU: × is the ratio to the first line of a series. A series ends with its
 exponent, by least squares of the logarithms: 1 is linear.
@@ -89,12 +89,16 @@ def main() -> None:
     parser.add_argument("--method", choices=["full", "lora"], default="full", help="what is trained (default: full)")
     parser.add_argument("--model", choices=list(PRESETS), default="llama-tiny", help="by length and processes")
     parser.add_argument("--tuned", action="store_true", help="train with --tuned")
+    parser.add_argument("--steps", type=positive, help="of each training (default: 14, quick: 2)")
+    parser.add_argument("--warmup-steps", type=positive, help="of these, not timed (default: 8, quick: 1)")
     parser.add_argument("--samples", type=positive, help="at most so many (default: 100000, quick: 1000)")
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, torch alone: whether it works, not what it costs"
     )
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 3)
+    options.steps = options.steps or (2 if options.quick else 14)
+    options.warmup_steps = options.warmup_steps or (1 if options.quick else 8)
     options.samples = options.samples or (1_000 if options.quick else 100_000)
     # An interrupt is raised, so that the folder is cleared away.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -147,7 +151,8 @@ def by_processes(options: Namespace, folder: pathlib.Path) -> None:
         threads = str(runs[0].hardware.threads)
         lines.append([framework, name, threads, *map(number, costs(runs)), f"{ratio:.2f}", said])
     columns = ("Framework", "Processes", "Threads of Each", *COSTS, "÷ One Process", "95% Interval")
-    print(f"\n### Processes on the same cores: {options.model}, {options.method}\n\n{markdown(columns, lines)}\n")
+    what = f"{options.model}, {options.method}{', tuned' * options.tuned}"
+    print(f"\n### Processes on the same cores: {what}\n\n{markdown(columns, lines)}\n")
     print(f"Target: at least {TARGET} of one process. Below it: {', '.join(below) or 'none'}.", flush=True)
 
 
@@ -213,7 +218,7 @@ def train(
     settings: dict[str, list[str]], options: Namespace, folder: pathlib.Path
 ) -> dict[tuple[str, str], list[Record]]:
     """Runs each framework's script in each setting, back and forth; the records by framework and setting."""
-    steps = ["--steps=2", "--warmup-steps=1"] if options.quick else ["--steps=14", "--warmup-steps=8"]
+    steps = [f"--steps={options.steps}", f"--warmup-steps={options.warmup_steps}"]
     sides = itertools.product(FRAMEWORKS[: 1 if options.quick else None], settings)
     found: dict[tuple[str, str], list[Record]] = {side: [] for side in sides}
     for turn in range(options.rounds):
