@@ -99,6 +99,10 @@ def main() -> None:
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.steps = options.steps or (2 if options.quick else 14)
     options.warmup_steps = options.warmup_steps or (1 if options.quick else 8)
+    if options.warmup_steps >= options.steps:
+        raise BadInput(
+            f"--warmup-steps {options.warmup_steps}: none of {options.steps} steps is left to time; use fewer"
+        )
     options.samples = options.samples or (1_000 if options.quick else 100_000)
     # An interrupt is raised, so that the folder is cleared away.
     for number in (signal.SIGINT, signal.SIGTERM):

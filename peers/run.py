@@ -109,6 +109,10 @@ def main() -> int:
     for i, (number, method, setting) in enumerate(todo, 1):
         out = folder / method / f"{setting.name}-r{number}.json"
         if out.exists():
+            if not set(shared) <= set(read_record(out).argv):
+                raise BadInput(
+                    f"{out} is of a run with other flags; use --fresh, or set TUNEBENCH_RESULTS to another folder"
+                )
             continue
         started = time.monotonic()
         run = run_peer if setting.script else run_ours

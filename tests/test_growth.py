@@ -36,6 +36,8 @@ def test_data_preparation_by_samples():
         assert float(lines[0][name]) > 0
 
 
-@pytest.mark.parametrize("arguments", [["--only=speed"], ["--rounds=0"], ["--samples=none"], ["surplus"]])
+@pytest.mark.parametrize(
+    "arguments", [["--only=speed"], ["--rounds=0"], ["--samples=none"], ["--steps=8"], ["surplus"]]
+)
 def test_bad_arguments_are_refused_in_one_line(arguments):
     assert refusal(run_program("benchmarks/growth.py", *arguments)).startswith("growth.py: ")

@@ -119,7 +119,7 @@ def test_the_layers_are_compiled(script, tmp_path):
     assert counters["stats"]["unique_graphs"] == 0
     compiled = model(**inputs).logits
     codes = counters["stats"]["unique_graphs"]
-    assert codes > 0
+    assert 0 < codes < 8, "one for all layers, so that the limit is not met"
     model(**{name: x[:, :-3] for name, x in inputs.items()})
     assert counters["stats"]["unique_graphs"] == codes, "the same for another number of tokens"
     assert compiled.detach().numpy() == pytest.approx(plain.detach().numpy(), abs=1e-5)
