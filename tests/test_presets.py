@@ -1,12 +1,11 @@
 """Each preset as the framework of this environment builds it, full size included: shapes alone, no memory."""
 
-import importlib.util
 import json
 import math
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import HERE, ROOT
 
 from tunebench.checkpoint import Checkpoint, tensor_shapes
 from tunebench.presets import PRESETS
@@ -36,7 +35,8 @@ def test_the_framework_builds_the_parameters_of_the_config(monkeypatch, tmp_path
     preset = PRESETS[name]
     (tmp_path / "config.json").write_text(json.dumps(preset.config))
     checkpoint = Checkpoint(tmp_path, preset.config, [], "")
-    monkeypatch.setattr(sys, "path", [str(ROOT / "paddle"), *sys.path])
-    build = built_by_torch if importlib.util.find_spec("torch") else built_by_paddle
+    if HERE == "paddle":
+        monkeypatch.setattr(sys, "path", [str(ROOT / "paddle"), *sys.path])
+    build = built_by_torch if HERE == "torch" else built_by_paddle
     parameters = sum(math.prod(parameter.shape) for parameter in build(checkpoint))
     assert parameters == sum(map(math.prod, tensor_shapes(preset.config).values()))
