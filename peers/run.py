@@ -100,19 +100,19 @@ def main() -> int:
             raise BadInput(f"--model {options.model}: the peers are set up for Llama; use llama-tiny or llama-65b-tiny")
         jobs[method] = flags, checkpoint, load_plan(flags, checkpoint)
     todo = [
-        (number, method, setting)
+        (number, method, setting, folder / method / f"{setting.name}-r{number}.json")
         for number in range(1, options.rounds + 1)
         for method in options.methods
         for setting in (settings if number % 2 else reversed(settings))
     ]
+    for *_, out in todo:
+        if out.exists() and not set(shared) <= set(read_record(out).argv):
+            raise BadInput(
+                f"{out} is of a run with other flags; use --fresh, or set TUNEBENCH_RESULTS to another folder"
+            )
     bad = 0
-    for i, (number, method, setting) in enumerate(todo, 1):
-        out = folder / method / f"{setting.name}-r{number}.json"
+    for i, (number, method, setting, out) in enumerate(todo, 1):
         if out.exists():
-            if not set(shared) <= set(read_record(out).argv):
-                raise BadInput(
-                    f"{out} is of a run with other flags; use --fresh, or set TUNEBENCH_RESULTS to another folder"
-                )
             continue
         started = time.monotonic()
         run = run_peer if setting.script else run_ours
