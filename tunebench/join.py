@@ -301,14 +301,14 @@ def _cells(records: list[Record]) -> list[Cell]:
     for record in records:
         if record.status == "ok":
             # Runs of other versions are no repeats of each other, though each may have its pair.
-            by_key[_as_key([record.setup.model_dump(), record.versions, _work(record)])].append(record)
+            by_key[_as_key([vars(record.setup), record.versions, _work(record)])].append(record)
+    bad = [(_attempt(record), record) for record in records if record.status != "ok"]
     done = {_attempt(runs[0]) for runs in by_key.values()}
-    bad = [record for record in records if record.status != "ok"]
     ended: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
-    for record in bad:
-        if _attempt(record) not in done:
-            ended[(*_attempt(record), record.status)].append(record)
-    failed = set(map(_attempt, bad))
+    for attempt, record in bad:
+        if attempt not in done:
+            ended[(*attempt, record.status)].append(record)
+    failed = dict(bad)
     for runs in by_key.values():
         runs.sort(key=turn)
     return [Cell(runs, _attempt(runs[0]) not in failed) for runs in (*by_key.values(), *ended.values())]

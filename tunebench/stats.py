@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from tunebench.record import Record
 
@@ -23,9 +23,9 @@ def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
     if len(ours) != len(theirs) or len(ours) < 2:
         return None
     ratios = [math.log(a) - math.log(b) for a, b in zip(ours, theirs, strict=True)]
-    mean, error = statistics.mean(ratios), float(stats.sem(ratios))
-    low, high = stats.t.interval(0.95, len(ratios) - 1, mean, error) if error else (mean, mean)
-    return _expm1(low), _expm1(high)
+    mean, error = statistics.fmean(ratios), statistics.stdev(ratios) / math.sqrt(len(ratios))
+    margin = float(special.stdtrit(len(ratios) - 1, 0.975)) * error
+    return _expm1(mean - margin), _expm1(mean + margin)
 
 
 def is_across_zero(interval: tuple[float, float]) -> bool:
@@ -63,13 +63,15 @@ def drift(runs: Sequence[Sequence[float]], tokens: Sequence[int]) -> float | Non
     later = (np.arange(len(tokens)) >= len(tokens) // 2).astype(float)
     columns = [later, np.ones(len(tokens))] + [np.log(np.array(tokens, dtype=float))] * (len(set(tokens)) > 1)
     x, free = np.stack(columns, axis=1), len(tokens) - len(columns)
-    if free < 2 or np.linalg.matrix_rank(x) < len(columns):
+    if free < 2:
         return None
-    effects, *_ = np.linalg.lstsq(x, logs, rcond=None)
-    variance = float(np.sum((logs - x @ effects) ** 2)) / free * float(np.linalg.inv(x.T @ x)[0, 0])
+    effects, _, rank, _ = np.linalg.lstsq(x, logs, rcond=None)
     change = _expm1(float(effects[0]))
-    p = 2 * float(stats.t.sf(abs(float(effects[0])) / math.sqrt(variance), free)) if variance > 0 else 0.0
-    return change if abs(change) >= DRIFT and p < DRIFT_P else None
+    if rank < len(columns) or abs(change) < DRIFT:
+        return None
+    variance = float(np.sum((logs - x @ effects) ** 2)) / free * float(np.linalg.inv(x.T @ x)[0, 0])
+    p = 2 * float(special.stdtr(free, -abs(float(effects[0])) / math.sqrt(variance))) if variance > 0 else 0.0
+    return change if p < DRIFT_P else None
 
 
 def drift_of(records: Sequence[Record]) -> float | None:
