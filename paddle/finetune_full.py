@@ -22,8 +22,8 @@ FRAMEWORK, METHOD = "paddle", "full"
 JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import attention
+import compute
 import head
-import kernels
 import lean
 import paddle
 import parallel
@@ -101,9 +101,9 @@ def main(run: Run) -> None:
     model = build_model(flags, checkpoint, group)
     trainable = [p for p in model.parameters() if not p.stop_gradient]
     name = paddle.device.cuda.get_device_name() if GPU else "cpu"
-    matmul_flops = kernels.matmul_flops(flags, synchronize)
+    matmul_flops = compute.matmul_flops(flags, synchronize)
     run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
-    kernels.watch(model, run.check_kernels)
+    compute.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
 
     run.start(synchronize)

@@ -233,7 +233,7 @@ class Torch:
             "parameters": count(model.parameters(), group),
             "trainable": count([p for p in model.parameters() if p.requires_grad], group),
             "held": sum(script["parallel"].local(p).numel() for p in model.parameters()),
-            "dtypes": sorted({script["kernels"].name_of(p.dtype) for p in model.parameters()}),
+            "dtypes": sorted({script["compute"].name_of(p.dtype) for p in model.parameters()}),
         }
 
     def step(self, script: Script, method: str, flags: Flags, layers: int) -> Facts:
@@ -251,7 +251,7 @@ class Torch:
         run = Run("torch", method, Job(flags, checkpoint, script["JOB"].plan, ALONE))
         run.describe("cpu", facts["parameters"], facts["trainable"])
         trainable = [p for p in model.parameters() if p.requires_grad]
-        script["kernels"].watch(model, run.check_kernels)
+        script["compute"].watch(model, run.check_kernels)
         batch = run.plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz)[0][1]
         with shapes:
             model, optimizer = script["wrap"](flags, model, trainable, group)
@@ -260,7 +260,7 @@ class Torch:
             labels = shapes.from_tensor(labels)
             logits = model(**inputs).logits
             parallel.backward(model, parallel.sum_of_losses(logits, labels, group), group)
-            facts["gradients"] = sorted({script["kernels"].name_of(p.grad.dtype) for p in trainable})
+            facts["gradients"] = sorted({script["compute"].name_of(p.grad.dtype) for p in trainable})
             # Of fp16 it asks whether the gradients overflowed, which shapes do not tell.
             with contextlib.suppress(*[DataDependentOutputException] * (flags.dtype == "fp16")):
                 parallel.update(model, optimizer, trainable, group)
@@ -349,7 +349,7 @@ class Paddle:
             "parameters": count(model.parameters(), self.group),
             "trainable": count([p for p in model.parameters() if not p.stop_gradient], self.group),
             "held": sum(p.size for p in model.parameters()),
-            "dtypes": sorted({script["kernels"].name_of(p.dtype) for p in model.parameters()}),
+            "dtypes": sorted({script["compute"].name_of(p.dtype) for p in model.parameters()}),
             "recompute": True in recompute,
         }
 
@@ -357,7 +357,7 @@ class Paddle:
         """The dtypes of the tiny model of the family, which is loaded."""
         model = script["build_model"](flags, tiny_checkpoint(flags), self.group)
         assert all(p._is_initialized() for p in model.parameters())
-        return sorted({script["kernels"].name_of(p.dtype) for p in model.parameters()})
+        return sorted({script["compute"].name_of(p.dtype) for p in model.parameters()})
 
     def forward(self, script: Script, flags: Flags) -> Facts:
         """The forward pass as a static program, which knows shapes: in float32, since others have no kernels here."""

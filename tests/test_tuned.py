@@ -28,9 +28,10 @@ def same_curves(fast, plain):
     ("framework", "family", "method", "flags"),
     [
         *((framework, "llama", method, IN_ORDER) for framework in ("torch", "paddle") for method in ("full", "lora")),
-        *((framework, "qwen2", "full", IN_ORDER) for framework in ("torch", "paddle")),
+        ("paddle", "qwen2", "full", IN_ORDER),
+        ("torch", "qwen2", "full", [*IN_ORDER, "--no-compile"]),
         ("torch", "bloom", "full", IN_ORDER),
-        ("torch", "chatglm2", "full", IN_ORDER),
+        ("torch", "chatglm2", "full", [*IN_ORDER, "--no-compile"]),
         ("paddle", "bloom", "full", ["--head=labels", "--keep-memory"]),
         ("torch", "llama", "full", ["--padding-free"]),
         ("paddle", "llama", "full", ["--padding-free"]),
@@ -108,7 +109,7 @@ def test_the_layers_are_compiled(script, tmp_path):
     group = script["parallel"].join(flags, world)
     model = script["build_model"](flags, checkpoint, group)
     seen = []
-    script["kernels"].watch(model, lambda *kernels: seen.append(kernels))
+    script["compute"].watch(model, lambda *kernels: seen.append(kernels))
     (_, batch), *_ = plan.micro_batches(0, 1)
     inputs, _ = script["to_device"](batch, group.device)
     counters.clear()

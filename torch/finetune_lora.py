@@ -25,8 +25,8 @@ JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the s
 
 import attention
 import compiling
+import compute
 import head
-import kernels
 import parallel
 import peft
 import precision
@@ -102,9 +102,9 @@ def main(run: Run) -> None:
     model = build_model(flags, checkpoint, group)
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = torch.cuda.get_device_name() if GPU else "cpu"
-    matmul_flops = kernels.matmul_flops(flags, synchronize)
+    matmul_flops = compute.matmul_flops(flags, synchronize)
     run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
-    kernels.watch(model, run.check_kernels)
+    compute.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
 
     run.start(synchronize)
