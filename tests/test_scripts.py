@@ -104,7 +104,7 @@ def test_a_record_says_what_it_ran_on(records):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize(("family", "method"), [("llama", "full"), ("llama", "lora"), ("bloom", "lora")])
+@pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("bloom", "full")])
 def test_accumulation_and_recompute_change_nothing(records, tmp_path, framework, family, method):
     whole = records[family, method, framework].steps
     flags = [f"--model={family}-tiny", *SHORT[1:], "--micro-bsz=1", "--recompute"]
@@ -115,7 +115,7 @@ def test_accumulation_and_recompute_change_nothing(records, tmp_path, framework,
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-@pytest.mark.parametrize(("family", "method"), [("llama", "full"), ("llama", "lora"), ("bloom", "lora")])
+@pytest.mark.parametrize(("family", "method"), [("llama", "full"), ("bloom", "lora")])
 def test_recompute_saves_memory_and_nothing_else(tmp_path, framework, family, method):
     """With this batch, activations are most of what a run holds.
 
