@@ -37,7 +37,16 @@ def test_data_preparation_by_samples():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--only=speed"], ["--rounds=0"], ["--samples=none"], ["--steps=8"], ["surplus"]]
+    ("arguments", "named"),
+    [
+        (["--only=speed"], "--only"),
+        (["--rounds=0"], "--rounds"),
+        (["--samples=none"], "--samples"),
+        (["--steps=8"], "--warmup-steps 8: none of 8 steps is left to time"),
+        (["surplus"], "surplus"),
+    ],
 )
-def test_bad_arguments_are_refused_in_one_line(arguments):
-    assert refusal(run_program("benchmarks/growth.py", *arguments)).startswith("growth.py: ")
+def test_bad_arguments_are_refused_in_one_line(arguments, named):
+    line = refusal(run_program("benchmarks/growth.py", *arguments))
+    assert line.startswith("growth.py: ")
+    assert named in line
