@@ -23,7 +23,7 @@ CORE = [
 SETUPS = [
     *(["--micro-bsz=2"], ["--nproc=2", "--micro-bsz=2"], ["--mp=4"], ["--mp=2", "--nproc=4", "--micro-bsz=2"]),
     *(["--zero=1", "--micro-bsz=2"], ["--zero=2", "--nproc=4"], ["--zero=3", "--nproc=4"]),
-    *(["--zero=3", "--micro-bsz=2"], ["--zero=2"]),
+    ["--zero=3", "--micro-bsz=2"],
 ]
 # Each with a family and a method by turns.
 KINDS = [("bloom", "full"), ("llama", "full"), ("llama", "lora"), ("bloom", "lora")]
@@ -31,6 +31,7 @@ MATRIX = [(*kind, setup) for kind, setup in zip(itertools.cycle(KINDS), SETUPS, 
 MATRIX += [
     ("qwen2", "full", ["--mp=4"]),
     ("qwen2", "lora", ["--zero=3"]),
+    ("chatglm2", "full", ["--zero=3"]),
     ("chatglm2", "full", ["--mp=2", "--attention=sdpa"]),
     ("chatglm2", "lora", ["--zero=2"]),
     ("bloom", "full", ["--mp=2", "--attention=flash"]),

@@ -308,7 +308,7 @@ def _cells(records: list[Record]) -> list[Cell]:
     for attempt, record in bad:
         if attempt not in done:
             ended[(*attempt, record.status)].append(record)
-    failed = dict(bad)
+    failed = {attempt for attempt, _ in bad}
     for runs in by_key.values():
         runs.sort(key=turn)
     return [Cell(runs, _attempt(runs[0]) not in failed) for runs in (*by_key.values(), *ended.values())]
