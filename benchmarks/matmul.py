@@ -11,17 +11,14 @@ import statistics
 import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Framework, size. The best of five products after one to warm up, in GFLOP/s.
+# Framework, size.
 CODE = """
-import sys, time
+import sys
+from tunebench.hardware import best_product
 framework, size = sys.argv[1], int(sys.argv[2])
 library = __import__(framework)
 make = library.randn if framework == "torch" else lambda *shape: library.randn(shape)
-a, b = make(size, size), make(size, size)
-seconds = []
-for _ in range(6):
-    start = time.perf_counter(); a @ b; seconds.append(time.perf_counter() - start)
-print(2 * size**3 / min(seconds[1:]) / 1e9)
+print(best_product(make(size, size), make(size, size)) / 1e9)
 """
 
 

@@ -1,6 +1,5 @@
 """What Paddle really computes with, seen where it calls its kernels: a flag that is silently ignored is no result."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import paddle
 from paddle.base import core
 
 from tunebench.flags import Flags
+from tunebench.hardware import best_product
 
 # How the names of matrix products have it: of activations with weights, and in most attention. ChatGLMv2's eager one
 # has `bmm`, which autocast leaves in float32.
@@ -47,14 +47,7 @@ def matmul_flops(flags: Flags, synchronize: Callable[[], None]) -> int:
     """
     size, dtype = (8192, flags.compute_dtype) if paddle.device.cuda.device_count() else (2048, "float32")
     a, b = (paddle.rand([size, size]).astype(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(6):  # the first one warms up
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return int(2 * size**3 / min(seconds[1:]))
+    return best_product(a, b, synchronize)
 
 
 def name_of(dtype: paddle.dtype) -> str:

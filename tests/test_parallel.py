@@ -1,6 +1,5 @@
 """Several processes for real: the arithmetic of one."""
 
-import itertools
 import os
 
 import pytest
@@ -19,16 +18,17 @@ CORE = [
     ("bloom", "full", ["--mp=2", "--nproc=4"]),
     ("bloom", "lora", ["--mp=2"]),
 ]
-# Other numbers of processes, and accumulation, where each way of splitting tells the last pass of a step from others.
-SETUPS = [
-    *(["--micro-bsz=2"], ["--nproc=2", "--micro-bsz=2"], ["--mp=4"], ["--mp=2", "--nproc=4", "--micro-bsz=2"]),
-    *(["--zero=1", "--micro-bsz=2"], ["--zero=2", "--nproc=4"], ["--zero=3", "--nproc=4"]),
-    ["--zero=3", "--micro-bsz=2"],
-]
-# Each with a family and a method by turns.
-KINDS = [("bloom", "full"), ("llama", "full"), ("llama", "lora"), ("bloom", "lora")]
-MATRIX = [(*kind, setup) for kind, setup in zip(itertools.cycle(KINDS), SETUPS, strict=False)]
-MATRIX += [
+# Other numbers of processes, and accumulation, where each way of splitting tells the last pass of a step from others;
+# families and methods by turns.
+MATRIX = [
+    ("bloom", "full", ["--micro-bsz=2"]),
+    ("llama", "full", ["--nproc=2", "--micro-bsz=2"]),
+    ("llama", "lora", ["--mp=4"]),
+    ("bloom", "lora", ["--mp=2", "--nproc=4", "--micro-bsz=2"]),
+    ("bloom", "full", ["--zero=1", "--micro-bsz=2"]),
+    ("llama", "full", ["--zero=2", "--nproc=4"]),
+    ("llama", "lora", ["--zero=3", "--nproc=4"]),
+    ("bloom", "lora", ["--zero=3", "--micro-bsz=2"]),
     ("qwen2", "full", ["--mp=4"]),
     ("qwen2", "lora", ["--zero=3"]),
     ("chatglm2", "full", ["--zero=3"]),

@@ -28,8 +28,7 @@ def same_curves(fast, plain):
     ("framework", "family", "method", "flags"),
     [
         *((framework, "llama", method, IN_ORDER) for framework in ("torch", "paddle") for method in ("full", "lora")),
-        ("paddle", "qwen2", "full", IN_ORDER),
-        ("torch", "qwen2", "full", [*IN_ORDER, "--no-compile"]),  # compiled as Llama's layers are
+        *((framework, "qwen2", "full", IN_ORDER) for framework in ("torch", "paddle")),
         ("torch", "bloom", "full", IN_ORDER),
         ("torch", "chatglm2", "full", IN_ORDER),
         ("paddle", "bloom", "full", ["--head=labels", "--keep-memory"]),

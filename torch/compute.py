@@ -1,6 +1,5 @@
 """What PyTorch really computes with, seen where it calls its kernels: a flag that is silently ignored is no result."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tunebench.flags import Flags
+from tunebench.hardware import best_product
 
 PRODUCTS = ("mm", "addmm")  # of activations with weights; those of attention are `bmm`
 SOFTMAX = ("_softmax", "_safe_softmax")
@@ -61,14 +61,7 @@ def matmul_flops(flags: Flags, synchronize: Callable[[], None]) -> int:
     gpu = torch.cuda.is_available()
     size, dtype = (8192, getattr(torch, flags.compute_dtype)) if gpu else (2048, torch.float32)
     a, b = (torch.rand(size, size, dtype=dtype, device="cuda" if gpu else "cpu") for _ in range(2))
-    seconds = []
-    for _ in range(6):  # the first one warms up
-        synchronize()
-        start = time.perf_counter()
-        a @ b
-        synchronize()
-        seconds.append(time.perf_counter() - start)
-    return int(2 * size**3 / min(seconds[1:]))
+    return best_product(a, b, synchronize)
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import platform
+import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
@@ -87,6 +88,18 @@ class Hardware(BaseModel):
         for i, accelerator in enumerate(self.accelerators):
             fields |= {f"accelerators.{i}.{name}": value for name, value in accelerator if name != "sm_clock_mhz"}
         return fields
+
+
+def best_product(a: Any, b: Any, synchronize: Callable[[], None] = lambda: None) -> int:
+    """Operations per second of the best of five products of two square matrices, either framework's."""
+    seconds = []
+    for _ in range(6):  # the first one warms up
+        synchronize()
+        start = time.perf_counter()
+        a @ b
+        synchronize()
+        seconds.append(time.perf_counter() - start)
+    return int(2 * len(a) ** 3 / min(seconds[1:]))
 
 
 def read_hardware() -> Hardware:

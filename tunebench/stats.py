@@ -66,11 +66,12 @@ def drift(runs: Sequence[Sequence[float]], tokens: Sequence[int]) -> float | Non
     if free < 2:
         return None
     effects, _, rank, _ = np.linalg.lstsq(x, logs, rcond=None)
-    change = _expm1(float(effects[0]))
+    effect = float(effects[0])
+    change = _expm1(effect)
     if rank < len(columns) or abs(change) < DRIFT:
         return None
     variance = float(np.sum((logs - x @ effects) ** 2)) / free * float(np.linalg.inv(x.T @ x)[0, 0])
-    p = 2 * float(special.stdtr(free, -abs(float(effects[0])) / math.sqrt(variance))) if variance > 0 else 0.0
+    p = 2 * float(special.stdtr(free, -abs(effect) / math.sqrt(variance))) if variance > 0 else 0.0
     return change if p < DRIFT_P else None
 
 
