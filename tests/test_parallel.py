@@ -30,12 +30,10 @@ MATRIX = [
     ("llama", "lora", ["--zero=3", "--nproc=4"]),
     ("bloom", "lora", ["--zero=3", "--micro-bsz=2"]),
     ("qwen2", "full", ["--mp=4"]),
-    ("qwen2", "lora", ["--zero=3"]),
     ("chatglm2", "full", ["--zero=3"]),
     ("chatglm2", "full", ["--mp=2", "--attention=sdpa"]),
     ("chatglm2", "lora", ["--zero=2"]),
     ("bloom", "full", ["--mp=2", "--attention=flash"]),
-    ("llama", "lora", ["--zero=3", "--attention=flash"]),
 ]
 
 

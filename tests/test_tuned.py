@@ -49,10 +49,20 @@ def test_same_curves(alone, short, tmp_path, framework, family, method, flags):
 @pytest.mark.frameworks
 @pytest.mark.matrix
 @pytest.mark.parametrize("framework", ["torch", "paddle"])
-@pytest.mark.parametrize("split", [["--zero=3"], ["--nproc=2"], ["--mp=2"], ["--zero=2", "--micro-bsz=2"]])
-def test_same_curves_on_two_processes(alone, short, tmp_path, framework, split):
-    fast = train(framework, "full", tmp_path / "r.json", "--model=llama-tiny", *short, *IN_ORDER, *split)
-    same_curves(fast, alone(framework, "llama", "full"))
+@pytest.mark.parametrize(
+    ("method", "split"),
+    [
+        ("full", ["--zero=3"]),
+        ("lora", ["--zero=3"]),
+        ("full", ["--nproc=2"]),
+        ("full", ["--mp=2"]),
+        ("full", ["--zero=2", "--micro-bsz=2"]),
+    ],
+)
+def test_same_curves_on_two_processes(alone, short, tmp_path, framework, method, split):
+    fast = train(framework, method, tmp_path / "r.json", "--model=llama-tiny", *short, *IN_ORDER, *split)
+    same_curves(fast, alone(framework, "llama", method))
+    assert fast.setup.compile == (framework == "torch" and split != ["--mp=2"])
 
 
 @pytest.mark.frameworks
@@ -171,5 +181,5 @@ def test_tuned_is_a_set_of_public_flags():
     assert parse_flags("full", [*arguments, "--tuned", "--packing=999"]).order == "plan"
     assert parse_flags("full", [*arguments, "--tuned", "--mp=2"]).head == "all"
     assert not parse_flags("full", [*arguments, "--tuned"], framework="paddle").compile
-    assert not parse_flags("full", [*arguments, "--tuned", "--zero=3"]).compile
+    assert not parse_flags("full", [*arguments, "--tuned", "--mp=2"]).compile
     assert not parse_flags("full", [*arguments, "--tuned", "--recompute"]).compile

@@ -1,5 +1,6 @@
 """The layers of a model as torch's compiler makes them (`--compile`)."""
 
+import parallel
 import torch
 
 from tunebench.flags import Flags
@@ -13,6 +14,14 @@ def fuse(flags: Flags, model: torch.nn.Module) -> None:
     """
     if not flags.compile:
         return
-    for layer in model.modules():
-        if type(layer).__name__ in model._no_split_modules:  # transformers' names of its layers
-            layer.compile(dynamic=True)
+    # transformers' names of its layers
+    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    if flags.zero == 3:
+        if not any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+            # Before it no gradient is needed, and DeepSpeed takes the end of a layer's backward pass from that.
+            layers = layers[1:]
+        set_leaf = parallel.import_deepspeed().utils.set_z3_leaf_module
+        for layer in layers:
+            set_leaf(layer, True)  # its weights are gathered at once, by no hooks inside that would cut the code apart
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)

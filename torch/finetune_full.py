@@ -45,10 +45,10 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     parallel.take_heads(model, group)
     attention.fuse(flags, model)
     head.fuse(flags, model)
-    compiling.fuse(flags, model)
     precision.autocast_forward(flags, model, group.device)
     if flags.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compiling.fuse(flags, model)
     return model.to(group.device).train()
 
 

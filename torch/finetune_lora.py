@@ -48,7 +48,6 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     parallel.take_heads(model, group)
     attention.fuse(flags, model)
     head.fuse(flags, model)
-    compiling.fuse(flags, model)
     precision.autocast_forward(flags, model, group.device)
     targets = LORA_TARGETS[checkpoint.config["model_type"]]
     config = peft.LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, lora_dropout=0.0, target_modules=targets)
@@ -59,6 +58,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     for name, parameter in model.named_parameters():
         if ".lora_A." in name:
             parallel.fill(parameter, functools.partial(lora_a, flags.seed, name), group)
+    compiling.fuse(flags, model)
     return model.to(group.device).train()
 
 

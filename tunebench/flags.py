@@ -213,7 +213,7 @@ def parse_flags(
     if options["head"] == "labels" and options["mp"] > 1:
         raise BadInput("--head labels with --mp: not combined here; use --head all, or --mp 1")
     if options["compile"] and not goes_with_compile(options):
-        raise BadInput("--compile with --mp, --zero 3 or --recompute: not combined here; use --no-compile")
+        raise BadInput("--compile with --mp or --recompute: not combined here; use --no-compile")
     if options["compile"] and options["warmup_steps"] < 2:
         raise BadInput(
             f"--warmup-steps {options['warmup_steps']} would time --compile too; use 2 or more, or --no-compile"
@@ -270,7 +270,7 @@ def tuned(options: dict, framework: str | None) -> dict:
 
 def goes_with_compile(options: dict) -> bool:
     """Whether layers can be compiled in this setup: whole ones, whose forward pass is run once."""
-    return options["mp"] == 1 and options["zero"] < 3 and not options["recompute"]
+    return options["mp"] == 1 and not options["recompute"]
 
 
 def in_words(options: dict) -> str:
