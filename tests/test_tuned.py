@@ -52,7 +52,7 @@ def test_same_curves(alone, short, tmp_path, framework, family, method, flags):
 @pytest.mark.parametrize(
     ("method", "split"),
     [
-        ("full", ["--zero=3"]),
+        ("full", ["--zero=3", "--micro-bsz=2"]),
         ("lora", ["--zero=3"]),
         ("full", ["--nproc=2"]),
         ("full", ["--mp=2"]),
