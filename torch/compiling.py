@@ -17,7 +17,7 @@ def fuse(flags: Flags, model: torch.nn.Module) -> None:
     # transformers' names of its layers
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     if flags.zero == 3:
-        if not any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+        if not model.get_input_embeddings().weight.requires_grad:
             # DeepSpeed reduces such a layer's gradients as soon as its input's is there; the first one's needs none.
             layers = layers[1:]
         set_leaf = parallel.import_deepspeed().utils.set_z3_leaf_module
