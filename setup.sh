@@ -18,7 +18,7 @@ refuse() { printf 'setup: %s\n' "$*" >&2; exit 2; }
 names=() cpu=0
 for argument in "$@"; do
   case $argument in
-    torch|paddle) names+=("$argument") ;;
+    torch|paddle) [[ " ${names[*]-} " == *" $argument "* ]] || names+=("$argument") ;;
     --cpu) cpu=1 ;;
     *) refuse "unknown argument '$argument'; use: bash setup.sh [torch] [paddle] [--cpu]" ;;
   esac
@@ -87,9 +87,14 @@ build() {
 }
 
 mkdir -p .venv
-if command -v flock >/dev/null 2>&1; then
+if [ -z "${TUNEBENCH_SETUP_HOLDS_LOCK:-}" ] && command -v flock >/dev/null 2>&1; then
   exec 9>.venv/lock
   flock --nonblock 9 || { say "another setup is running here: waiting for it"; flock 9; }
 fi
 python=$(find_python)
-for name in "${names[@]}"; do build "$name"; done
+if [ ${#names[@]} -eq 1 ]; then build "${names[0]}"; exit; fi
+# Both at a time: pip keeps one core busy. By xargs, whose processes, unlike a shell's, heed Ctrl-C; each says why it
+# failed, and keeps the lock for as long as it runs.
+export TUNEBENCH_SETUP_HOLDS_LOCK=1
+options=(); [ $cpu -eq 0 ] || options=(--cpu)
+printf '%s\0' "${names[@]}" | xargs -0 -n 1 -P 2 bash "$PWD/setup.sh" ${options[@]+"${options[@]}"} || exit 2

@@ -1,6 +1,7 @@
 """setup.sh for real, on a small stand-in project: real interpreters, real pip, real interruptions."""
 
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -37,7 +38,7 @@ def setup(project, *arguments, **env):
     )
 
 
-def test_makes_once_remakes_what_is_half_made_or_stale(project):
+def test_makes_once_and_remakes_what_is_stale(project):
     made = setup(project, "torch")
     assert made.returncode == 0, made.stderr
     assert "making .venv/torch" in made.stdout
@@ -52,15 +53,13 @@ def test_makes_once_remakes_what_is_half_made_or_stale(project):
     assert marker.exists()
     assert python.stat().st_ctime_ns == stamp
 
-    (project / ".venv/torch/complete").unlink()
-    remade = setup(project, "torch")
-    assert "half-made" in remade.stdout
-    assert not marker.exists()
-
+    stamped = runpy.run_path(str(project / "tunebench/bootstrap.py"))["stamp"]
+    before = stamped("torch")
     (project / "torch/constraints.txt").write_text("packaging==26.3\nsix==1.17.0\n")
-    assert "out of date" in setup(project, "torch").stdout
+    assert stamped("torch") != before
     (project / "torch/requirements.txt").write_text("packaging==26.3\nsix==1.17.0\n")
     assert "out of date" in setup(project, "torch").stdout
+    assert not marker.exists()
     assert subprocess.run([python, "-c", "import six"], cwd="/").returncode == 0
 
 
@@ -80,6 +79,21 @@ def test_survives_being_killed(project):
     assert "half-made" in after.stdout
     done = subprocess.run([project / ".venv/paddle/bin/python", "-c", "import packaging, tunebench"], cwd="/")
     assert done.returncode == 0
+
+
+def test_one_that_cannot_be_made_is_named_and_the_other_is_there(project):
+    (project / "paddle/requirements.txt").write_text("packaging==26.3\nsix==0.0.0\n")
+    done = setup(project)
+    assert done.returncode == 2
+    assert "setup: pip could not install paddle's packages" in done.stderr
+    assert not (project / ".venv/paddle/complete").exists()
+    assert ".venv/torch is complete" in done.stdout
+    (project / "paddle/requirements.txt").write_text("packaging==26.3\n")
+    mended = setup(project, "torch", "torch", "paddle")
+    assert mended.returncode == 0, mended.stderr
+    assert mended.stdout.count(".venv/torch is complete") == 1
+    assert "making .venv/torch" not in mended.stdout
+    assert ".venv/paddle was left half-made" in mended.stdout
 
 
 def test_refuses_in_one_line(project):
