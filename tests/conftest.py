@@ -19,11 +19,19 @@ HERE = "torch" if importlib.util.find_spec("torch") else "paddle"  # what this e
 sys.path.insert(0, str(ROOT / "data"))
 
 
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    """One for all of pytest-xdist's workers, which have folders of their own in it."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
 @pytest.fixture(scope="session", autouse=True)
-def own_folders(tmp_path_factory):
+def own_folders(shared_folder, tmp_path_factory):
     """For this process and all that it starts: no GPU, and a cache and a results folder that no other run shares."""
     patch = pytest.MonkeyPatch()
     patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the same tests on a machine with GPUs
+    patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared_folder / "inductor"))  # each code is compiled once
     patch.setenv("TUNEBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("TUNEBENCH_RESULTS", str(tmp_path_factory.mktemp("results")))
     yield
@@ -86,23 +94,19 @@ def short(tmp_path_factory):
     file = tmp_path_factory.mktemp("data") / "short.json"
     text = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     samples = [
-        {"instruction": " ".join(text[: 2 + i % 7]), "output": " ".join(text[i % 5 : 4 + i % 5])} for i in range(80)
+        {"instruction": " ".join(text[: 2 + i % 7]), "output": " ".join(text[i % 5 : 4 + i % 5])}
+        for i in range(40)  # so that the second half of ten steps sees those of the first again
     ]
     file.write_text(json.dumps(samples))
     return [f"--data={file}", "--bsz=8", "--steps=10", "--warmup-steps=2", "--lr=5e-4", "--seed=1"]
 
 
 @pytest.fixture(scope="session")
-def alone(short, tmp_path_factory):
-    """The records of one process, by framework, family and method; each is made when first asked for.
-
-    pytest-xdist's workers have folders of their own in one, and share the records there.
-    """
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+def alone(short, shared_folder):
+    """The records of one process, by framework, family and method; each is made when first asked for, by any worker."""
 
     def record(framework, family, method):
-        out = folder / f"alone-{framework}-{family}-{method}.json"
+        out = shared_folder / f"alone-{framework}-{family}-{method}.json"
         with FileLock(f"{out}.lock"):
             if out.exists() and (made := read_record(out)).status == "ok":
                 return made

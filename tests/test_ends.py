@@ -71,7 +71,7 @@ def start(tmp_path):
     runs = []
 
     def start(framework, *flags):
-        runs.append(Started(framework, tmp_path / "r.json", *flags))
+        runs.append(Started(framework, tmp_path / f"{framework}.json", *flags))
         runs[-1].wait_for("step 1/")
         return runs[-1]
 
@@ -108,14 +108,6 @@ class TestEnds:
         run.supervisor.kill()
         assert not psutil.wait_procs(started, timeout=5)[1]
 
-    def test_a_rank_that_hangs_ends_at_the_timeout(self, start, framework):
-        run = start(framework, *LONG, "--timeout=50")  # gloo's own limit is 30 s
-        run.worker(1).send_signal(signal.SIGSTOP)
-        record = run.end(within=70)
-        assert run.supervisor.returncode == 124
-        assert record.status == "timeout"
-        assert record.reason.startswith("not done within --timeout 50 s, after step ")
-
     @pytest.mark.parametrize("nproc", [1, 2])
     def test_a_process_that_gets_no_memory(self, start, tmp_path, framework, nproc):
         data = tmp_path / "data.json"
@@ -129,3 +121,17 @@ class TestEnds:
         assert run.supervisor.returncode == 1
         assert record.status == "oom"
         assert record.reason.startswith("rank 1: ") == (nproc == 2)
+
+
+@pytest.mark.frameworks
+def test_a_rank_that_hangs_ends_at_the_timeout(start):
+    """On each framework; they wait at the same time."""
+    runs = []
+    for framework in FRAMEWORKS:
+        runs.append(start(framework, *LONG, "--timeout=50"))  # gloo's own limit is 30 s
+        runs[-1].worker(1).send_signal(signal.SIGSTOP)
+    for run in runs:
+        record = run.end(within=70)
+        assert run.supervisor.returncode == 124
+        assert record.status == "timeout"
+        assert record.reason.startswith("not done within --timeout 50 s, after step ")

@@ -9,22 +9,18 @@ from tunebench.bootstrap import THREADS_LEFT_TO_US
 from tunebench.launch import expand, read_world, share_threads
 from tunebench.record import read_record
 
-# A few setups, so that each way of splitting, each method and each family is among them.
-CORE = [
+# Each way of splitting, and with accumulation those that tell the last pass of a step from others; numbers of
+# processes, families and methods by turns.
+SETUPS = [
     ("llama", "full", ["--zero=3"]),
     ("llama", "full", ["--mp=2", "--micro-bsz=4"]),
     ("llama", "lora", ["--nproc=2"]),
     ("bloom", "full", ["--zero=2", "--micro-bsz=2"]),
-    ("bloom", "full", ["--mp=2", "--nproc=4"]),
+    ("bloom", "full", ["--mp=2", "--nproc=4", "--micro-bsz=2"]),
     ("bloom", "lora", ["--mp=2"]),
-]
-# Other numbers of processes, and accumulation, where each way of splitting tells the last pass of a step from others;
-# families and methods by turns.
-MATRIX = [
     ("bloom", "full", ["--micro-bsz=2"]),
     ("llama", "full", ["--nproc=2", "--micro-bsz=2"]),
     ("llama", "lora", ["--mp=4"]),
-    ("bloom", "lora", ["--mp=2", "--nproc=4", "--micro-bsz=2"]),
     ("bloom", "full", ["--zero=1", "--micro-bsz=2"]),
     ("llama", "full", ["--zero=2", "--nproc=4"]),
     ("llama", "lora", ["--zero=3", "--nproc=4"]),
@@ -41,7 +37,7 @@ MATRIX = [
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize(
     ("family", "method", "setup"),
-    [*CORE, *(pytest.param(*case, marks=pytest.mark.matrix) for case in MATRIX)],
+    SETUPS,
     ids=lambda part: "".join(part),
 )
 def test_several_processes_do_the_arithmetic_of_one(alone, short, tmp_path, framework, family, method, setup):

@@ -47,7 +47,6 @@ def test_same_curves(alone, short, tmp_path, framework, family, method, flags):
 
 
 @pytest.mark.frameworks
-@pytest.mark.matrix
 @pytest.mark.parametrize("framework", ["torch", "paddle"])
 @pytest.mark.parametrize(
     ("method", "split"),
