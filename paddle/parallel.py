@@ -161,11 +161,11 @@ def wrap(
     if flags.zero < 2:
         fleet.distributed_scaler(group.loss_scale)  # changes it in place
         return fleet.distributed_model(model), fleet.distributed_optimizer(optimizer)
-    # Norms and biases stay whole: a slice of each would cost as many all-gathers as the matrices do.
-    largest_vector = max(p.size for p in model.parameters() if p.ndim == 1)
+    # As torch's side has it of DeepSpeed: norms, biases and LoRA's small matrices stay whole.
+    segment_size = 10 * model.config.hidden_size
     sharers = fleet.get_hybrid_communicate_group().get_sharding_parallel_group()
     model, optimizer, _ = group_sharded_parallel(  # changes the scaler in place
-        model, optimizer, SHARDING_LEVELS[flags.zero], group.loss_scale, sharers, segment_size=largest_vector
+        model, optimizer, SHARDING_LEVELS[flags.zero], group.loss_scale, sharers, segment_size=segment_size
     )
     if flags.zero == 3:
         release_frozen_weights(model)
