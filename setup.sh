@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environments .venv/torch and .venv/paddle. Does nothing where they are complete and current.
 #
-#   bash setup.sh [torch] [paddle] [--cpu]     both environments when none is named
+#   bash setup.sh [torch] [paddle] [--cpu]     both environments, at the same time, when none is named
 #
 # --cpu   CPU builds on any machine: the smaller torch wheel from PyTorch's CPU index, and paddlepaddle without CUDA.
 # PYTHON=/path/to/python3.11             the interpreter to build with
@@ -12,6 +12,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+trap 'exit 130' INT  # before it says that an installation failed
 say() { printf 'setup: %s\n' "$*"; }
 refuse() { printf 'setup: %s\n' "$*" >&2; exit 2; }
 
@@ -78,9 +79,11 @@ build() {
     sed 's/^paddlepaddle==/paddlepaddle-gpu==/' "$name/requirements.txt" >"$requirements"
   fi
   "$folder/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off -qq \
-    ${index[@]+"${index[@]}"} --constraint "$name/constraints.txt" --requirement "$requirements" --editable '.[test]' ||
+    ${index[@]+"${index[@]}"} --constraint "$name/constraints.txt" --requirement "$requirements" --editable '.[test]' \
+    2>&1 | sed "s/^/$name: /" >&2 ||
     refuse "pip could not install $name's packages (its messages are above); run 'bash setup.sh $name' again when mended"
-  "$folder/bin/python" -m pip check
+  "$folder/bin/python" -m pip check | sed "s/^/$name: /" ||
+    refuse "$name's packages do not fit each other (see above)"
   printf '%s\n' "$stamp" "$kind" >"$folder/complete.part"
   mv "$folder/complete.part" "$folder/complete"
   say "$folder is complete, after $((SECONDS - started)) s"
@@ -93,8 +96,8 @@ if [ -z "${TUNEBENCH_SETUP_HOLDS_LOCK:-}" ] && command -v flock >/dev/null 2>&1;
 fi
 python=$(find_python)
 if [ ${#names[@]} -eq 1 ]; then build "${names[0]}"; exit; fi
-# Both at a time: pip keeps one core busy. By xargs, whose processes, unlike a shell's, heed Ctrl-C; each says why it
-# failed, and keeps the lock for as long as it runs.
+# Both at a time: pip keeps one core busy. By xargs, whose processes, unlike a shell's in the background, heed Ctrl-C;
+# each keeps the lock for as long as it runs. Both write the same tunebench.egg-info, whole files at a time.
 export TUNEBENCH_SETUP_HOLDS_LOCK=1
 options=(); [ $cpu -eq 0 ] || options=(--cpu)
 printf '%s\0' "${names[@]}" | xargs -0 -n 1 -P 2 bash "$PWD/setup.sh" ${options[@]+"${options[@]}"} || exit 2

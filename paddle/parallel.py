@@ -21,7 +21,7 @@ from paddle.nn.clip import ClipGradBase, _squared_l2_norm
 
 from tunebench.flags import Flags
 from tunebench.launch import World
-from tunebench.optimizer import MAX_GRAD_NORM
+from tunebench.optimizer import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
 from tunebench.plan import IGNORED
 
 SHARDING_LEVELS = {2: "os_g", 3: "p_g_os"}  # as Paddle names what is sharded
@@ -161,8 +161,7 @@ def wrap(
     if flags.zero < 2:
         fleet.distributed_scaler(group.loss_scale)  # changes it in place
         return fleet.distributed_model(model), fleet.distributed_optimizer(optimizer)
-    # As torch's side has it of DeepSpeed: norms, biases and LoRA's small matrices stay whole.
-    segment_size = 10 * model.config.hidden_size
+    segment_size = WHOLE_IN_ZERO_3 * model.config.hidden_size
     sharers = fleet.get_hybrid_communicate_group().get_sharding_parallel_group()
     model, optimizer, _ = group_sharded_parallel(  # changes the scaler in place
         model, optimizer, SHARDING_LEVELS[flags.zero], group.loss_scale, sharers, segment_size=segment_size
@@ -206,7 +205,7 @@ def frozen_slices(layer: paddle.nn.Layer, include_sublayers: bool) -> list[paddl
 def sync_gradients(model: paddle.nn.Layer, last: bool, group: Group) -> None:
     """Before each pass: with plain replication only the last one of a step communicates; ZeRO 2 and 3 do in each.
 
-    ZeRO 1 and replicated tensor-parallel groups communicate in `update` alone.
+    ZeRO 1, replicated tensor-parallel groups and ZeRO 3 for what it holds whole communicate in `update` alone.
     """
     if isinstance(model, paddle.DataParallel):
         model.grad_need_sync = last

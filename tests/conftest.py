@@ -31,7 +31,7 @@ def own_folders(shared_folder, tmp_path_factory):
     """For this process and all that it starts: no GPU, and a cache and a results folder that no other run shares."""
     patch = pytest.MonkeyPatch()
     patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the same tests on a machine with GPUs
-    patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared_folder / "inductor"))  # each code is compiled once
+    patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared_folder / "inductor"))  # compiled code
     patch.setenv("TUNEBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("TUNEBENCH_RESULTS", str(tmp_path_factory.mktemp("results")))
     yield

@@ -138,7 +138,7 @@ def test_a_process_that_the_kernel_ends_for_want_of_memory_is_oom(tmp_path, cgro
     assert "| OOM " in done.stdout
 
 
-def test_random_kills_lose_no_finished_record():
+def test_a_random_kill_loses_no_finished_record():
     """tests/stress.py, of which a long run is for a person to start: --kills 200."""
     done = run_program("tests/stress.py", "--kills=1", check=True)
     assert "none lost or broken" in done.stdout

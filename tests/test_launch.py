@@ -8,11 +8,12 @@ import pytest
 from conftest import FRAMEWORKS, ROOT, refusal, run_program
 
 from tunebench import processes
+from tunebench.bootstrap import maths_settings
 from tunebench.checkpoint import write_random
 from tunebench.errors import BadInput
 from tunebench.flags import place
 from tunebench.presets import PRESETS, Preset
-from tunebench.record import read_record
+from tunebench.record import Record, read_record
 
 pytestmark = pytest.mark.frameworks
 LAUNCHERS = {
@@ -54,11 +55,12 @@ def launch(short, tmp_path):
         log.close()
 
 
-def check(file, one, nproc, nnodes=1):
+def check(file, one, nproc, nnodes=1) -> Record:
     record = read_record(file)
     assert (record.status, record.setup.nproc, record.setup.nnodes) == ("ok", nproc, nnodes)
     assert record.devices == len(record.peak_memory_bytes) == nproc * nnodes
     assert record.steps.loss == pytest.approx(one.steps.loss, rel=1e-4)
+    return record
 
 
 def free_port():
@@ -96,12 +98,16 @@ def test_two_nodes(alone, launch, tmp_path, framework):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_two_runs_at_the_same_time(alone, launch, tmp_path, framework):
+def test_two_runs_at_the_same_time(alone, launch, tmp_path, framework, monkeypatch):
+    """Each with the threads that a user's runs have: its processes share the cores."""
     for run in "ab":
-        launch(framework, f"{run}.json", "--nproc=2")
+        launch(framework, f"{run}.json", "--nproc=2", env={"OMP_NUM_THREADS": None})
     launch.wait()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    cores = int(maths_settings()["OMP_NUM_THREADS"])
     for run in "ab":
-        check(tmp_path / f"{run}.json", alone(framework, "llama", "full"), nproc=2)
+        record = check(tmp_path / f"{run}.json", alone(framework, "llama", "full"), nproc=2)
+        assert record.hardware.threads == max(1, cores // 2)
 
 
 @pytest.mark.parametrize(("framework", "program"), [("torch", "torchrun"), ("paddle", "paddle.distributed.launch")])

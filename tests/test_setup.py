@@ -65,7 +65,7 @@ def test_makes_once_and_remakes_what_is_stale(project):
 
 def test_survives_being_killed(project):
     running = subprocess.Popen(
-        ["bash", project / "setup.sh", "paddle"], start_new_session=True, stdout=subprocess.PIPE, text=True
+        ["bash", project / "setup.sh"], start_new_session=True, stdout=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     while not (project / ".venv/paddle/bin/python").exists():

@@ -179,7 +179,7 @@ def test_zero_3_shards_everything(alone, count, framework):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_zero_3_shards_frozen_weights(alone, count, framework):
-    """LoRA. Its matrices are so small that they are whole on each rank, as norms are.
+    """LoRA. Llama's matrices of it are so small that they are whole on each rank, as norms are.
 
     DeepSpeed has their slices beside them, and divides their gradients and states; Paddle has these whole too.
     """

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
 from tunebench.launch import World
-from tunebench.optimizer import MAX_GRAD_NORM
+from tunebench.optimizer import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
 from tunebench.plan import IGNORED
 
 # Rules for transformers' tensor parallelism where a family ships none. Bloom's query_key_value holds q, k and v of one
@@ -167,7 +167,7 @@ def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
     if flags.zero == 3:
         stage |= {
             "stage3_prefetch_bucket_size": int(0.9 * bucket),
-            "stage3_param_persistence_threshold": 10 * hidden,
+            "stage3_param_persistence_threshold": WHOLE_IN_ZERO_3 * hidden,
         }
     return {
         "train_micro_batch_size_per_gpu": flags.micro_bsz,
