@@ -80,6 +80,13 @@ def train_altered(code: str, framework: str, method: str, out: Path, *flags: obj
     return read_record(out)
 
 
+def assert_one_curve(torch: Record, paddle: Record) -> None:
+    """Both sides have the same losses and gradient norms at each step."""
+    assert paddle.steps.loss[0] == pytest.approx(torch.steps.loss[0], rel=1e-5)
+    assert paddle.steps.loss == pytest.approx(torch.steps.loss, rel=1e-4)
+    assert paddle.steps.grad_norm == pytest.approx(torch.steps.grad_norm, rel=1e-4)
+
+
 def refusal(done: subprocess.CompletedProcess) -> str:
     """The one line with which a program refused bad input; asserts that it was one line and exit code 2."""
     assert done.returncode == 2, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"

@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from conftest import FRAMEWORKS, run_program, train
+from conftest import FRAMEWORKS, assert_one_curve, run_program, train
 
 from tunebench.bootstrap import THREADS_LEFT_TO_US
 from tunebench.launch import expand, read_world, share_threads
@@ -57,9 +57,7 @@ def test_both_frameworks_do_the_same(alone, family, method):
     """The families that test_scripts.py does not compare. ChatGLM2's layers differ between the sides."""
     torch, paddle = (alone(framework, family, method) for framework in ("torch", "paddle"))
     assert torch.model == paddle.model
-    assert paddle.steps.loss[0] == pytest.approx(torch.steps.loss[0], rel=1e-5)
-    assert paddle.steps.loss == pytest.approx(torch.steps.loss, rel=1e-4)
-    assert paddle.steps.grad_norm == pytest.approx(torch.steps.grad_norm, rel=1e-4)
+    assert_one_curve(torch, paddle)
 
 
 @pytest.mark.frameworks
