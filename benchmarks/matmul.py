@@ -1,4 +1,4 @@
-"""What MKL_DEBUG_CPU_TYPE=5 does to each framework's matrix product: alternating processes, GFLOP/s and their ratio.
+"""What MKL_DEBUG_CPU_TYPE does to each framework's matrix product: alternating processes, GFLOP/s and their ratios.
 
 python benchmarks/matmul.py [--rounds 3] [--size 2048]
 """
@@ -11,6 +11,7 @@ import statistics
 import subprocess
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+SETTINGS = runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["maths_settings"]()
 # Framework, size.
 CODE = """
 import sys
@@ -23,9 +24,8 @@ print(best_product(make(size, size), make(size, size)) / 1e9)
 
 
 def gflops(framework: str, size: int, kernel: str | None) -> float:
-    """One fresh process's rate, with the scripts' threads, with or without the variable."""
-    settings = runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["maths_settings"]()
-    environment = os.environ | settings | {"CUDA_VISIBLE_DEVICES": ""}
+    """One fresh process's rate, with the scripts' threads, and with the variable where `kernel` is its value."""
+    environment = os.environ | SETTINGS | {"CUDA_VISIBLE_DEVICES": ""}
     environment.pop("MKL_DEBUG_CPU_TYPE", None)
     if kernel:
         environment["MKL_DEBUG_CPU_TYPE"] = kernel
@@ -35,18 +35,22 @@ def gflops(framework: str, size: int, kernel: str | None) -> float:
 
 
 def main() -> None:
-    """Prints the medians over the rounds and the ratio of the two settings."""
+    """Prints the medians over the rounds, and their ratios to none."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=2048)
     options = parser.parse_args()
+    kernels = list(dict.fromkeys((None, "5", SETTINGS.get("MKL_DEBUG_CPU_TYPE", "5"))))
     for framework in ("paddle", "torch"):
-        rates = {kernel: [] for kernel in (None, "5")}
+        rates = {kernel: [] for kernel in kernels}
         for round_ in range(options.rounds):
-            for kernel in (None, "5") if round_ % 2 == 0 else ("5", None):
+            for kernel in kernels if round_ % 2 == 0 else reversed(kernels):
                 rates[kernel].append(gflops(framework, options.size, kernel))
-        plain, chosen = (statistics.median(rates[kernel]) for kernel in (None, "5"))
-        print(f"{framework}: {plain:.0f} GFLOP/s as installed, {chosen:.0f} with the variable: {chosen / plain:.2f}×")
+        plain, *others = (statistics.median(rates[kernel]) for kernel in kernels)
+        print(f"{framework}: {plain:.0f} GFLOP/s as installed", end="")
+        for kernel, rate in zip(kernels[1:], others, strict=True):
+            print(f", {rate:.0f} with MKL_DEBUG_CPU_TYPE={kernel}: {rate / plain:.2f}×", end="")
+        print()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}  # what MKL's kernels of that name use
 THREADS_LEFT_TO_US = "TUNEBENCH_THREADS"  # the cores to share out, where the user did not set OMP_NUM_THREADS
 
 
@@ -25,6 +26,10 @@ def enter(*environments: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     # On sys.path the repository root would offer torch/ and paddle/ as empty namespace packages.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
+    # PYTHONSAFEPATH leaves out a script's own folder, where modules are that it imports.
+    folder = str(Path(sys.argv[0]).resolve().parent)
+    if folder not in (str(ROOT), *sys.path):
+        sys.path.insert(0, folder)
     os.environ.update(maths_settings())
     needed = ["tunebench", *environments] if len(environments) == 1 else ["tunebench", "pydantic", "rich"]
     if all(_importable(name) for name in needed):
@@ -59,9 +64,9 @@ def maths_settings() -> dict:
     """The environment variables that give both frameworks the same threads and the same kernels.
 
     They are read when the libraries load. Threads: the physical cores this process may use, unless OMP_NUM_THREADS is
-    set (Paddle alone would take 1, torch all). On AMD processors the MKL that Paddle bundles takes a slow path without
-    MKL_DEBUG_CPU_TYPE=5; torch's newer MKL ignores it. On GPUs NVIDIA_TF32_OVERRIDE=0 keeps fp32 at fp32: Paddle alone
-    would multiply in TF32 by default, torch not.
+    set (Paddle alone would take 1, torch all). On AMD processors the MKL that Paddle bundles takes a slow path unless
+    MKL_DEBUG_CPU_TYPE names one: 5 is AVX2's, 7 AVX-512's; torch's newer MKL ignores it. On GPUs NVIDIA_TF32_OVERRIDE=0
+    keeps fp32 at fp32: Paddle alone would multiply in TF32 by default, torch not.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(_usable_cores())
     if not threads.split(",")[0].strip().isdecimal():
@@ -71,7 +76,8 @@ def maths_settings() -> dict:
     if "OMP_NUM_THREADS" not in os.environ:
         settings[THREADS_LEFT_TO_US] = threads
     if "AuthenticAMD" in cpuinfo("vendor_id"):
-        settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "5")
+        path = "7" if AVX512.issubset(cpuinfo("flags")[0].split()) else "5"
+        settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", path)
     return settings
 
 
