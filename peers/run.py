@@ -1,6 +1,6 @@
 """Runs the peers and this project's scripts by turns on the same samples, and prints how they compare.
 
-    bash peers/run.sh [--rounds 5] [--methods full lora] [--only GLOB ...] [--samples 96] [--fresh]
+    bash peers/run.sh [--rounds 5] [--methods full lora] [--only GLOB ...] [--samples 96] [--steps N] [--fresh]
 
 Records go to results/peers/METHOD/NAME-rROUND.json; what is there already is not run again.
 """
@@ -69,7 +69,8 @@ def main() -> int:
     add = parser.add_argument
     add("--model", default="llama-65b-tiny", help="a Llama preset (default: llama-65b-tiny, of 34M parameters)")
     add("--data", default="synthetic-en", help="as in the scripts")
-    add("--samples", type=positive, default=96, help="how many of it, each once (default: 96)")
+    add("--samples", type=positive, default=96, help="how many of it (default: 96)")
+    add("--steps", type=positive, help="the first so many of a pass over the samples (default: all of them)")
     add("--bsz", type=positive, default=8, help="samples of a step (default: 8)")
     add("--warmup-steps", type=positive, default=2, help="first steps, not timed (default: 2)")
     add("--rounds", type=positive, default=5, help="how often, every second time in reverse (default: 5)")
@@ -89,7 +90,7 @@ def main() -> int:
     folder = results_folder() / "peers"
     if options.fresh:
         shutil.rmtree(folder, ignore_errors=True)
-    steps = options.samples // options.bsz
+    steps = min(options.steps or options.samples, options.samples // options.bsz)
     shared = [f"--model={options.model}", f"--data={options.data}", f"--samples={options.samples}"]
     shared += [f"--bsz={options.bsz}", f"--steps={steps}", f"--warmup-steps={options.warmup_steps}"]
     jobs = {}

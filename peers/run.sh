@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, then runs the peers and this project's scripts by turns on the same samples.
 #
-#   bash peers/run.sh [--rounds 5] [--methods full lora] [--only GLOB ...] [--samples 96] [--fresh]
+#   bash peers/run.sh [--rounds 5] [--methods full lora] [--only GLOB ...] [--samples 96] [--steps N] [--fresh]
 #
 # Records go to results/peers/; what is there already is not run again. `python3 summarize.py results/peers` prints the
 # tables again.
