@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=2048)
     options = parser.parse_args()
-    kernels = list(dict.fromkeys((None, "5", SETTINGS.get("MKL_DEBUG_CPU_TYPE", "5"))))
+    kernels = list(dict.fromkeys((None, "5", SETTINGS.get("MKL_DEBUG_CPU_TYPE") or "5")))
     for framework in ("paddle", "torch"):
         rates = {kernel: [] for kernel in kernels}
         for round_ in range(options.rounds):

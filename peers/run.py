@@ -70,7 +70,12 @@ def main() -> int:
     add("--model", default="llama-65b-tiny", help="a Llama preset (default: llama-65b-tiny, of 34M parameters)")
     add("--data", default="synthetic-en", help="as in the scripts")
     add("--samples", type=positive, default=96, help="how many of it (default: 96)")
-    add("--steps", type=positive, help="the first so many of a pass over the samples (default: all of them)")
+    add(
+        "--steps",
+        type=positive,
+        help="the first so many of a pass over the samples (default: all of them); hf-trainer-grouped sorts pools of "
+        "at most 50, the longest samples first, so take whole pools",
+    )
     add("--bsz", type=positive, default=8, help="samples of a step (default: 8)")
     add("--warmup-steps", type=positive, default=2, help="first steps, not timed (default: 2)")
     add("--rounds", type=positive, default=5, help="how often, every second time in reverse (default: 5)")
@@ -88,26 +93,37 @@ def main() -> int:
             f"--only {' '.join(options.only)} fits none of {', '.join(setting.name for setting in SETTINGS)}"
         )
     folder = results_folder() / "peers"
-    if options.fresh:
-        shutil.rmtree(folder, ignore_errors=True)
-    steps = min(options.steps or options.samples, options.samples // options.bsz)
+    whole = options.samples // options.bsz
+    steps = options.steps or max(whole, 1)
+    if steps > whole:
+        raise BadInput(
+            f"--samples {options.samples} has {whole} steps of --bsz {options.bsz}; "
+            f"{steps} need {steps * options.bsz} samples"
+        )
     shared = [f"--model={options.model}", f"--data={options.data}", f"--samples={options.samples}"]
     shared += [f"--bsz={options.bsz}", f"--steps={steps}", f"--warmup-steps={options.warmup_steps}"]
     jobs = {}
     for method in options.methods:
+        for setting in settings:
+            parse_flags(method, [*shared, *setting.flags], framework=setting.framework)  # refuses before anything runs
         flags = parse_flags(method, shared)
         checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
         if checkpoint.config["model_type"] != "llama":
             raise BadInput(f"--model {options.model}: the peers are set up for Llama; use llama-tiny or llama-65b-tiny")
-        jobs[method] = flags, checkpoint, load_plan(flags, checkpoint)
+        every_sample = load_plan(parse_flags(method, [*shared, f"--steps={whole}"]), checkpoint)
+        jobs[method] = flags, checkpoint, load_plan(flags, checkpoint), every_sample.path
+    if options.fresh:
+        shutil.rmtree(folder, ignore_errors=True)
     todo = [
         (number, method, setting, folder / method / f"{setting.name}-r{number}.json")
         for number in range(1, options.rounds + 1)
         for method in options.methods
         for setting in (settings if number % 2 else reversed(settings))
     ]
-    for *_, out in todo:
-        if out.exists() and not set(shared) <= set(read_record(out).argv):
+    frameworks = {setting.framework for setting in settings}
+    for out in sorted(folder.glob("*/*.json")):  # of other steps a record would get into the same table
+        record = read_record(out)
+        if record.framework in frameworks and not set(shared) <= set(record.argv):
             raise BadInput(
                 f"{out} is of a run with other flags; use --fresh, or set TUNEBENCH_RESULTS to another folder"
             )
@@ -140,10 +156,14 @@ def run_ours(setting: Setting, method: str, _: Any, shared: list[str], out: path
 
 
 def run_peer(
-    setting: Setting, method: str, job: tuple[Flags, Checkpoint, Plan], shared: list[str], out: pathlib.Path
+    setting: Setting,
+    method: str,
+    job: tuple[Flags, Checkpoint, Plan, pathlib.Path],
+    shared: list[str],
+    out: pathlib.Path,
 ) -> Record:
-    """A peer's script in its environment, and the record of what it measured."""
-    flags, checkpoint, plan = job
+    """A peer's script in its environment, and the record of it. It gets all samples, also for few steps."""
+    flags, checkpoint, plan, every_sample = job
     argv = [setting.script, f"--peer={setting.name}", *shared, f"--out={out}"]
     about = describe_run(setting.framework, method, flags, argv)
     packed = setting.name.endswith(("packed", "zero-padding"))
@@ -152,7 +172,7 @@ def run_peer(
         content = {
             "peer": setting.name,
             "method": method,
-            "plan": str(plan.path),
+            "plan": str(every_sample),
             "checkpoint": str(checkpoint.folder),
             "bsz": flags.bsz,
             "steps": plan.steps,

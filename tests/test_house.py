@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from tunebench import bootstrap
+
 SCRIPTS = [f"{framework}/finetune_{method}.py" for framework in ("torch", "paddle") for method in ("full", "lora")]
 
 
@@ -28,6 +30,24 @@ def test_root_is_not_importable_from_the_environment():
     printed = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.startswith("[None, None, None]")
     assert f"'{ROOT}'" not in printed
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "own", "path"),
+    [
+        ("AuthenticAMD", ["fma avx2 " + " ".join(bootstrap.AVX512)] * 2, None, "7"),
+        ("AuthenticAMD", ["fma avx2 avx512f avx512cd"], None, "5"),
+        ("AuthenticAMD", [], None, "5"),
+        ("AuthenticAMD", ["fma avx2"], "4", "4"),
+        ("GenuineIntel", ["fma avx2 " + " ".join(bootstrap.AVX512)], None, None),
+    ],
+)
+def test_which_of_mkls_kernels_the_processor_gets(monkeypatch, vendor, flags, own, path):
+    monkeypatch.setattr(bootstrap, "cpuinfo", {"vendor_id": [vendor], "flags": flags}.get)
+    monkeypatch.delenv("MKL_DEBUG_CPU_TYPE", raising=False)
+    if own:
+        monkeypatch.setenv("MKL_DEBUG_CPU_TYPE", own)
+    assert bootstrap.maths_settings().get("MKL_DEBUG_CPU_TYPE") == path
 
 
 def test_tunebench_imports_neither_framework():

@@ -65,8 +65,8 @@ def maths_settings() -> dict:
 
     They are read when the libraries load. Threads: the physical cores this process may use, unless OMP_NUM_THREADS is
     set (Paddle alone would take 1, torch all). On AMD processors the MKL that Paddle bundles takes a slow path unless
-    MKL_DEBUG_CPU_TYPE names one: 5 is AVX2's, 7 AVX-512's; torch's newer MKL ignores it. On GPUs NVIDIA_TF32_OVERRIDE=0
-    keeps fp32 at fp32: Paddle alone would multiply in TF32 by default, torch not.
+    MKL_DEBUG_CPU_TYPE names another: 5 is AVX2's, 7 AVX-512's; torch's newer MKL ignores it. On GPUs
+    NVIDIA_TF32_OVERRIDE=0 keeps fp32 at fp32: Paddle alone would multiply in TF32 by default, torch not.
     """
     threads = os.environ.get("OMP_NUM_THREADS") or str(_usable_cores())
     if not threads.split(",")[0].strip().isdecimal():
@@ -76,8 +76,8 @@ def maths_settings() -> dict:
     if "OMP_NUM_THREADS" not in os.environ:
         settings[THREADS_LEFT_TO_US] = threads
     if "AuthenticAMD" in cpuinfo("vendor_id"):
-        path = "7" if AVX512.issubset(cpuinfo("flags")[0].split()) else "5"
-        settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", path)
+        has_avx512 = any(AVX512.issubset(flags.split()) for flags in cpuinfo("flags")[:1])
+        settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "7" if has_avx512 else "5")
     return settings
 
 

@@ -262,8 +262,9 @@ def measured_on(records: list[Record]) -> str:
         else " It compares CPU kernels: it says nothing about GPUs."
     )
     revisions = {f"{(r.git.revision or 'no git')[:10]}{' changed' if r.git.dirty else ''}" for r in done}
-    environment = {f"{k}={v}" for r in done for k, v in r.hardware.environment.items() if k == "MKL_DEBUG_CPU_TYPE"}
+    environment = [r.hardware.environment.get("MKL_DEBUG_CPU_TYPE") for r in done]
+    kernels = "".join(f"; MKL_DEBUG_CPU_TYPE={value}" for value in sorted(set(filter(None, environment))))
     return (
         f"Measured on: {'; '.join(texts)}; {', '.join(sorted(versions))}; steps timed: {', '.join(sorted(steps))}"
-        f"{'; ' + ', '.join(environment) if environment else ''}; revision {', '.join(sorted(revisions))}.{caveat}"
+        f"{kernels}; revision {', '.join(sorted(revisions))}.{caveat}"
     )
