@@ -32,6 +32,7 @@ from tunebench.record import LOG_LINES, Model, Record, Steps, read_record
 from tunebench.run import describe_run
 from tunebench.tables import print_tables
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, so the scripts beside them do too
 ROW_TOKENS = 1024  # of a packed row, one a step: about as many as 8 samples have
 TIMEOUT = 1800.0  # seconds of one run
 
