@@ -76,8 +76,7 @@ def maths_settings() -> dict:
     if "OMP_NUM_THREADS" not in os.environ:
         settings[THREADS_LEFT_TO_US] = threads
     if "AuthenticAMD" in cpuinfo("vendor_id"):
-        has_avx512 = any(AVX512.issubset(flags.split()) for flags in cpuinfo("flags")[:1])
-        settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "7" if has_avx512 else "5")
+        settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "7" if has_instructions(AVX512) else "5")
     return settings
 
 
@@ -93,6 +92,11 @@ def _usable_cores() -> int:
         topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(topology.read_text().strip() if topology.exists() else str(cpu))
     return len(cores)
+
+
+def has_instructions(wanted: set) -> bool:
+    """Whether the processor has all of these sets of instructions, by their names in /proc/cpuinfo."""
+    return any(wanted.issubset(flags.split()) for flags in cpuinfo("flags")[:1])
 
 
 def cpuinfo(field: str) -> list:

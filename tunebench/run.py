@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import psutil
 
 from tunebench import processes
-from tunebench.bootstrap import ROOT, cpuinfo
+from tunebench.bootstrap import ROOT, has_instructions
 from tunebench.cache import cache_folder, results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
@@ -149,7 +149,7 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
 
 def multiplies_float16() -> bool:
     """Whether the processor does, by AVX512-FP16, with which it was tried; DeepSpeed asks oneDNN."""
-    return any("avx512_fp16" in flags.split() for flags in cpuinfo("flags")[:1])
+    return has_instructions({"avx512_fp16"})
 
 
 class Run:
