@@ -24,6 +24,7 @@ FRAMEWORK, METHOD = "paddle", "lora"
 JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import attention
+import built
 import compute
 import head
 import layer_norm
@@ -128,7 +129,7 @@ def main(run: Run) -> None:
     trainable = [p for p in model.parameters() if not p.stop_gradient]
     name = paddle.device.cuda.get_device_name() if GPU else "cpu"
     matmul_flops = compute.matmul_flops(flags, synchronize)
-    run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
+    run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group), built.read(model))
     compute.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
 

@@ -10,7 +10,7 @@ import paddle
 from paddlenlp import transformers
 from safetensors import safe_open
 
-from tunebench.checkpoint import Checkpoint, canonical_name
+from tunebench.checkpoint import HEAD, Checkpoint, canonical_name, is_computed
 
 # Where ChatGLMv2 keeps what transformers' Glm has under the name on the left: the same architecture, but q, k and v in
 # one matrix. PaddleNLP has no mapping for it.
@@ -29,6 +29,12 @@ GLM_REST = {
     "model.norm": "chatglm_v2.encoder.final_layernorm",
     "lm_head": "chatglm_v2.output_layer",
 }
+CONFIGS = {
+    "llama": (transformers.LlamaConfig, "LlamaForCausalLM"),
+    "qwen2": (transformers.Qwen2Config, "Qwen2ForCausalLM"),
+    "bloom": (transformers.BloomConfig, "BloomForCausalLM"),
+}
+OWN = ("model_type", "eos_token_id", "pad_token_id", "rope_scaling", "partial_rotary_factor", "head_dim")
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -43,23 +49,28 @@ class Target(NamedTuple):
 def read_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
     """PaddleNLP's config of the checkpoint's model."""
     config = checkpoint.config
-    if config["model_type"] != "glm":
-        return transformers.AutoConfig.from_pretrained(str(checkpoint.folder))
-    return transformers.ChatGLMv2Config(
-        architectures=["ChatGLMv2ForCausalLM"],
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        kv_channels=config["head_dim"],
-        multi_query_group_num=config["num_key_value_heads"],
-        max_sequence_length=config["max_position_embeddings"],
-        layernorm_epsilon=config["rms_norm_eps"],
-        add_qkv_bias=True,
-        pad_token_id=config["pad_token_id"],
-        eos_token_id=config["eos_token_id"],
-    )
+    if config["model_type"] == "glm":
+        return transformers.ChatGLMv2Config(
+            architectures=["ChatGLMv2ForCausalLM"],
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            ffn_hidden_size=config["intermediate_size"],
+            num_hidden_layers=config["num_hidden_layers"],
+            num_attention_heads=config["num_attention_heads"],
+            kv_channels=config["head_dim"],
+            multi_query_group_num=config["num_key_value_heads"],
+            max_sequence_length=config["max_position_embeddings"],
+            layernorm_epsilon=config["rms_norm_eps"],
+            add_qkv_bias=True,
+        )
+    make, architecture = CONFIGS[config["model_type"]]
+    fields = {name: value for name, value in config.items() if name not in OWN}
+    scaling = config.get("rope_scaling")
+    if scaling and scaling["rope_type"] == "linear":
+        fields |= {"rope_scaling_type": "linear", "rope_scaling_factor": scaling["factor"]}
+    elif scaling:
+        fields["rope_scaling"] = scaling
+    return make(architectures=[architecture], **fields)
 
 
 def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
@@ -73,16 +84,15 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
     slices = {}
     if model.config.tensor_parallel_degree > 1:
         slices = model.get_tensor_parallel_convert_actions(model.config, state)
-    # Bloom's head is its embedding; ChatGLMv2's table of rotary frequencies is computed.
-    left = {name for name in state if not name.endswith(("lm_head.decoder_weight", "rotary_pos_emb.inv_freq"))}
+    # A tied head is the embedding; ChatGLMv2's table of rotary frequencies is computed.
+    tied = ("lm_head.decoder_weight", HEAD) if checkpoint.config["tie_word_embeddings"] else ()
+    left = {name for name in state if not name.endswith((*tied, "rotary_pos_emb.inv_freq"))}
     parts: dict[str, dict[str, paddle.Tensor]] = {}
     for file in checkpoint.files:
         with safe_open(file, framework="paddle") as tensors:
             for stored in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
                 source = canonical_name(stored, checkpoint.config)
-                if source == "lm_head.weight" and checkpoint.config.get("tie_word_embeddings"):
-                    continue
-                if source.endswith("rotary_emb.inv_freq"):  # computed from the config on both sides
+                if is_computed(source) or (source == HEAD and checkpoint.config["tie_word_embeddings"]):
                     continue
                 if source not in targets:
                     raise RuntimeError(f"{file.name}: {type(model).__name__} has no place for {stored}")

@@ -22,6 +22,7 @@ FRAMEWORK, METHOD = "torch", "full"
 JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import attention
+import built
 import compiling
 import compute
 import head
@@ -29,19 +30,24 @@ import parallel
 import precision
 import torch
 import transformers
+import weights
 
 GPU = torch.cuda.is_available()
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> torch.nn.Module:
     """The checkpoint as transformers' model, with every parameter trainable."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        checkpoint.folder,
-        dtype=getattr(torch, flags.weights_dtype),
-        attn_implementation=attention.implementation(flags, checkpoint),
-        use_cache=False,
-        **parallel.loading(flags, checkpoint),
-    )
+    config = weights.read_config(checkpoint)
+    config.use_cache = False
+    with checkpoint.weights_alone() as folder:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            generation_config=transformers.GenerationConfig(),  # or it would be read from the folder
+            dtype=getattr(torch, flags.weights_dtype),
+            attn_implementation=attention.implementation(flags, checkpoint),
+            **parallel.loading(flags, checkpoint),
+        )
     parallel.take_heads(model, group)
     attention.fuse(flags, model)
     head.fuse(flags, model)
@@ -93,7 +99,7 @@ def main(run: Run) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     name = torch.cuda.get_device_name() if GPU else "cpu"
     matmul_flops = compute.matmul_flops(flags, synchronize)
-    run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group))
+    run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group), built.read(model))
     compute.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
 

@@ -3,95 +3,35 @@
 `--weights random` writes it once per preset and seed from a NumPy generator, without either framework.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import shutil
+import tempfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, PositiveFloat, PositiveInt, ValidationError
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tunebench.cache import cache_folder, only_one
-from tunebench.errors import BadInput
+from tunebench.config import expected_model, read_config
+from tunebench.errors import BadInput, cannot_write
 from tunebench.presets import PRESETS, Preset
-from tunebench.record import Work
+from tunebench.record import Built, Work
 
 WRITER_VERSION = 1  # part of the cache key: raise it when the same seed would give other weights
 SHARD_BYTES = 1 << 30
 VALUES_AT_ONCE = 2**24  # random ones, of which a float32 copy is in memory
 FINGERPRINT = "fingerprint.json"  # in the cache only: the digest of weights written there
-
-
-class Rope(BaseModel):
-    """Plain rotary embedding: PaddleNLP and transformers scale differently."""
-
-    rope_type: Literal["default"] = "default"
-    type: Literal["default"] = "default"
-
-
-class LlamaShape(BaseModel):
-    """What a llama config has to say, and what of it both frameworks honour. Everything else is left to them."""
-
-    hidden_size: PositiveInt
-    intermediate_size: PositiveInt
-    num_hidden_layers: PositiveInt
-    num_attention_heads: PositiveInt
-    num_key_value_heads: PositiveInt | None = None
-    vocab_size: PositiveInt
-    max_position_embeddings: PositiveInt = 2048
-    rms_norm_eps: PositiveFloat = 1e-6
-    rope_theta: PositiveFloat = 10000.0
-    rope_scaling: Rope | None = None
-    hidden_act: Literal["silu"] = "silu"
-    attention_bias: Literal[False] = False
-    attention_dropout: Literal[0, 0.0] = 0.0
-    mlp_bias: Literal[False] = False
-    pretraining_tp: Literal[1] = 1
-    tie_word_embeddings: Literal[False] = False
-
-
-class Qwen2Shape(LlamaShape):
-    """The same of a qwen2 config, which has biases at q, k and v whatever it says."""
-
-    attention_bias: Literal[True] = True
-    use_sliding_window: Literal[False] = False
-
-
-class GlmShape(LlamaShape):
-    """The same of a glm config; ChatGLMv2 knows one rotary base, and turns half of each head."""
-
-    num_key_value_heads: PositiveInt
-    head_dim: PositiveInt
-    max_position_embeddings: PositiveInt
-    pad_token_id: int
-    rope_theta: Literal[10000, 10000.0] = 10000.0
-    partial_rotary_factor: Literal[0.5] = 0.5
-    attention_bias: Literal[True] = True
-
-
-class BloomShape(BaseModel):
-    """The same of a bloom config."""
-
-    hidden_size: PositiveInt
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    vocab_size: PositiveInt
-    layer_norm_epsilon: PositiveFloat = 1e-5
-    apply_residual_connection_post_layernorm: Literal[False] = False
-    hidden_dropout: Literal[0, 0.0] = 0.0
-    attention_dropout: Literal[0, 0.0] = 0.0
-    slow_but_exact: Literal[False] = False
-    tie_word_embeddings: Literal[True] = True
-
-
-FAMILIES: dict[str, type[BaseModel]] = {"llama": LlamaShape, "qwen2": Qwen2Shape, "glm": GlmShape, "bloom": BloomShape}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -114,11 +54,32 @@ class Checkpoint:
         return sum(math.prod(shape) for shape in tensor_shapes(self.config).values())
 
     @property
+    def expected(self) -> Built:
+        """What a model of this config computes with."""
+        return expected_model(self.config)
+
+    @contextlib.contextmanager
+    def weights_alone(self) -> Iterator[Path]:
+        """A folder with the weights and nothing else: beside them a library would also read configs and adapters."""
+        with cannot_write(Path(tempfile.gettempdir()), "TMPDIR names another folder"):
+            made = tempfile.TemporaryDirectory(prefix="weights-")
+        with made as name:
+            folder, weight_map = Path(name), {}
+            for number, file in enumerate(self.files, 1):
+                link = _weight_file_name(number, len(self.files))
+                (folder / link).symlink_to(file)
+                with safe_open(file, framework="numpy") as tensors:
+                    weight_map |= dict.fromkeys(tensors.keys(), link)
+            if len(self.files) > 1:
+                (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+            yield folder
+
+    @property
     def work(self) -> Work:
         """What decides the arithmetic of a token."""
         shapes, config = tensor_shapes(self.config), self.config
         products = [math.prod(shape) for shape in shapes.values() if len(shape) == 2]
-        if "lm_head.weight" in shapes:  # else the embedding is the head
+        if HEAD in shapes:  # else the embedding is the head
             products.append(-math.prod(shapes["model.embed_tokens.weight"]))
         heads = config.get("num_attention_heads") or config["n_head"]
         size = config.get("head_dim") or config["hidden_size"] // heads
@@ -156,16 +117,24 @@ def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint
 
     `known_sha256` saves reading the weights of a folder that nobody else writes to.
     """
-    config = _read_config(folder)
+    if (folder / "adapter_config.json").exists():
+        raise BadInput(
+            f"{folder}: adapter_config.json makes it the adapter of another model; merge the adapter into its model, or "
+            "remove that file"
+        )
+    config = read_config(folder)
     files = _weight_files(folder)
     wanted = tensor_shapes(config)
     found: dict[str, tuple[int, ...]] = {}
+    places: dict[str, tuple[Path, str]] = {}
     for file in files:
         try:
             with safe_open(file, framework="numpy") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
-                    tensor = tensors.get_slice(name)
-                    found[canonical_name(name, config)] = tuple(tensor.get_shape())
+                for stored in tensors.keys():  # noqa: SIM118 (safe_open is no dictionary)
+                    tensor, name = tensors.get_slice(stored), canonical_name(stored, config)
+                    if name in found:
+                        raise BadInput(f"{file}: {name} is there twice; use a checkpoint with each tensor once")
+                    found[name], places[name] = tuple(tensor.get_shape()), (file, stored)
                     if tensor.get_dtype() not in ("F32", "F16", "BF16"):
                         raise BadInput(f"{file}: {name} is {tensor.get_dtype()}; use weights in F32, F16 or BF16")
         except (SafetensorError, OSError) as error:
@@ -175,6 +144,20 @@ def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint
             raise BadInput(f"{folder}: the weights lack {name}, which its config.json asks for; use a whole checkpoint")
         if found[name] != shape:
             raise BadInput(f"{folder}: {name} has shape {found[name]}, its config.json asks for {shape}")
+    for name in found.keys() - wanted.keys():
+        file, stored = places[name]
+        if name == HEAD and config["tie_word_embeddings"]:
+            embedding = next(iter(wanted))
+            if _bytes_of(*places[embedding]) != _bytes_of(file, stored):
+                raise BadInput(
+                    f"{file}: {stored} differs from {embedding}, and tie_word_embeddings in config.json makes one tensor "
+                    "of them; set it to false, or remove one of the two"
+                )
+        elif not is_computed(name):
+            raise BadInput(
+                f"{file}: {stored} has no place in the {config['model_type']} model that config.json describes; remove "
+                "it, or use the checkpoint of a causal language model"
+            )
     return Checkpoint(folder, config, files, known_sha256 or _sha256_of(files))
 
 
@@ -207,7 +190,8 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
                 shapes[prefix + "mlp.up_proj.weight"] = (inner, hidden)
             shapes[prefix + "mlp.down_proj.weight"] = (hidden, inner)
         shapes["model.norm.weight"] = (hidden,)
-        shapes["lm_head.weight"] = (vocab, hidden)
+        if not config["tie_word_embeddings"]:
+            shapes[HEAD] = (vocab, hidden)
         return shapes
     shapes["transformer.word_embeddings.weight"] = (vocab, hidden)
     norms = ["transformer.word_embeddings_layernorm"]
@@ -226,6 +210,11 @@ def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     for norm in [*norms, "transformer.ln_f"]:
         shapes[norm + ".weight"] = shapes[norm + ".bias"] = (hidden,)
     return shapes
+
+
+def is_computed(name: str) -> bool:
+    """Whether a tensor is one that older libraries saved, and that both sides compute from the config."""
+    return name.endswith(".rotary_emb.inv_freq")
 
 
 def canonical_name(name: str, config: dict[str, Any]) -> str:
@@ -290,13 +279,13 @@ def write_random(
         size += bytes_
     weight_map: dict[str, str] = {}
     for index, names in enumerate(track(shards, description=description, disable=len(shards) == 1), 1):
-        file = "model.safetensors" if len(shards) == 1 else f"model-{index:05}-of-{len(shards):05}.safetensors"
+        file = _weight_file_name(index, len(shards))
         save_file({name: _random_tensor(name, shapes[name], preset, seed, dtype) for name in names}, folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
         index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index_json, indent=2))
+        (folder / INDEX).write_text(json.dumps(index_json, indent=2))
     fingerprint = {"weights_sha256": _sha256_of(_weight_files(folder))}
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint))
 
@@ -319,40 +308,12 @@ def _generator(seed: int, name: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64([seed, zlib.crc32(name.encode())]))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing; a checkpoint folder has config.json beside its safetensors files") from None
-    except (ValueError, OSError) as error:
-        raise BadInput(f"{path} is not readable JSON ({error})") from None
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in tuple(FAMILIES):
-        raise BadInput(f"{path}: model_type {family!r} is not offered; use one of {', '.join(FAMILIES)}")
-    # Names that either library writes for the same thing; PaddleNLP reads the one on the right.
-    for other, name in (("n_embed", "hidden_size"), ("rope_parameters", "rope_scaling")):
-        if config.get(name) is None and other in config:
-            config[name] = config[other]
-    if family == "bloom" and config.get("n_layer") is None:
-        config |= {"n_layer": config.get("num_hidden_layers"), "n_head": config.get("num_attention_heads")}
-    if isinstance(config.get("rope_scaling"), dict) and "rope_theta" in config["rope_scaling"]:
-        config["rope_theta"] = config["rope_scaling"]["rope_theta"]
-    try:
-        FAMILIES[family].model_validate(config)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        name = ".".join(map(str, first["loc"]))
-        raise BadInput(f"{path}: {name} {config.get(name)!r} is not offered: {first['msg']}") from None
-    return config
-
-
 def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index = folder / SINGLE, folder / INDEX
     if single.exists():
         return [single]
     if not index.exists():
-        raise BadInput(f"{folder} has neither model.safetensors nor model.safetensors.index.json; only those are read")
+        raise BadInput(f"{folder} has neither {SINGLE} nor {INDEX}; only those are read")
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         if not all(isinstance(name, str) for name in names):
@@ -363,6 +324,24 @@ def _weight_files(folder: Path) -> list[Path]:
         if not (folder / name).exists():
             raise BadInput(f"{folder / name} is missing, which {index.name} names; copy or download it again")
     return [folder / name for name in names]
+
+
+def _weight_file_name(number: int, of: int) -> str:
+    return SINGLE if of == 1 else f"model-{number:05}-of-{of:05}.safetensors"
+
+
+def _bytes_of(file: Path, name: str) -> tuple[str, str]:
+    """A tensor's dtype and the digest of its bytes, which NumPy could not hold in bfloat16."""
+    with file.open("rb") as content:  # the format: a length of 8 bytes, a header of JSON, the tensors
+        size = int.from_bytes(content.read(8), "little")
+        about = json.loads(content.read(size))[name]
+        first, end = about["data_offsets"]
+        content.seek(8 + size + first)
+        digest, left = hashlib.sha256(), end - first
+        while block := content.read(min(left, 1 << 22)):
+            digest.update(block)
+            left -= len(block)
+    return about["dtype"], digest.hexdigest()
 
 
 def _sha256_of(files: list[Path]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +14,7 @@ from tunebench.errors import BadInput
 from tunebench.hardware import Hardware
 
 LOG_LINES = 40
+BUILT_TOLERANCE = 1e-5  # relative, of what float32 makes of a model's constants: up to 1e-6 was seen
 # Bounds that nothing real reaches, so that what is derived stays a number.
 Seconds = Annotated[float, Field(gt=1e-9, lt=1e9)]
 Count = Annotated[int, Field(gt=0, lt=2**53)]
@@ -45,8 +47,59 @@ class Work(Strict):
     attention_width: Count  # heads × head size
 
 
+Positive = Annotated[float, Field(gt=0, lt=1e9)]
+
+
+class Built(Strict):
+    """What a framework's model computes with, read back from its modules once it stands.
+
+    `activation` is known by its values. `norm_epsilon` is that of all norms. `padding_row` is the row of the embedding
+    that gets no gradient. `rotary` are the radians by which each pair of a head's numbers is turned per position, and
+    `rotary_scale` what the turned numbers are multiplied by; `alibi` are each head's slopes.
+    """
+
+    layers: Count
+    heads: Count
+    key_value_heads: Count
+    head_size: Count
+    vocabulary: Count
+    activation: str
+    norm_epsilon: Positive
+    tied: bool
+    window: Count | None
+    padding_row: Amount | None
+    rotary: list[Positive] | None
+    rotary_scale: Positive | None
+    alibi: list[Positive] | None
+
+    def contradiction(self, other: Self) -> str | None:
+        """The first field in which two models differ, with both values; None where they compute the same.
+
+        Numbers may differ by what float32 rounds.
+        """
+        for name in type(self).model_fields:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if name in ("rotary", "alibi") and ours and theirs and len(ours) == len(theirs):
+                for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+                    if not _about(a, b):
+                        return f"{name}[{i}]: {a:.8g} ≠ {b:.8g}"
+            elif isinstance(ours, float) and isinstance(theirs, float) and _about(ours, theirs):
+                continue
+            elif ours != theirs:
+                return f"{name}: {_brief(ours)} ≠ {_brief(theirs)}"
+        return None
+
+
+def _about(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=BUILT_TOLERANCE)
+
+
+def _brief(value: Any) -> str:
+    return f"{len(value)} numbers" if isinstance(value, list) else str(value)
+
+
 class Model(Strict):
-    """The model; the framework's count of what it trains is None until it has loaded."""
+    """The model; the framework's count of what it trains is None until it has loaded, and so is what it built."""
 
     name: str
     family: str
@@ -55,6 +108,7 @@ class Model(Strict):
     config_sha256: str
     weights_sha256: str
     work: Work | None = None
+    built: Built | None = None
 
 
 class Setup(Strict):

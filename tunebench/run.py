@@ -24,12 +24,13 @@ from tunebench import processes
 from tunebench.bootstrap import ROOT, has_instructions
 from tunebench.cache import cache_folder, results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
+from tunebench.config import paddle_lacks
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Flags, parse_flags
 from tunebench.hardware import Hardware, keep_freed_memory, read_hardware, read_versions, visible_accelerators
 from tunebench.launch import ALONE, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, World, export, read_world, share_threads
 from tunebench.plan import Plan, load_plan
-from tunebench.record import LOG_LINES, Git, Kernels, Model, Record, Setup, Steps
+from tunebench.record import LOG_LINES, Built, Git, Kernels, Model, Record, Setup, Steps
 
 Framework = Literal["torch", "paddle"]
 Method = Literal["full", "lora"]
@@ -116,6 +117,8 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
             "inputs, so that it no longer fits"
         )
     family = checkpoint.config["model_type"]
+    if framework == "paddle" and (lacking := paddle_lacks(checkpoint.config)):
+        return lacking
     if framework == "torch" and family == "bloom" and flags.padding_free and flags.attention == "eager":
         return "transformers 5.23.0 has no positions in Bloom's eager attention to tell samples apart by"
     if framework == "paddle" and family in ("bloom", "glm") and flags.padding_free:
@@ -187,8 +190,8 @@ class Run:
         self.grad_norms: list[Any] = []
         self.written = False
 
-    def describe(self, device: str, parameters: int, trainable: int) -> None:
-        """Keeps what the framework trains on and its counts; RuntimeError if those contradict the config.
+    def describe(self, device: str, parameters: int, trainable: int, built: Built) -> None:
+        """Keeps what the framework trains on, its counts and what it built; RuntimeError if these contradict the config.
 
         `device` is `cpu` or the accelerator's name, as the framework has it.
         """
@@ -197,7 +200,9 @@ class Run:
             raise RuntimeError(
                 f"the framework counts {parameters - adapters} parameters, the config has {self.checkpoint.parameters}"
             )
-        self.model = self.model.model_copy(update={"trainable_parameters": trainable})
+        self.model = self.model.model_copy(update={"trainable_parameters": trainable, "built": built})
+        if found := built.contradiction(self.checkpoint.expected):
+            raise RuntimeError(f"the model that {self.framework} built contradicts the config: {found}")
         self.about["hardware"] = self.about["hardware"].model_copy(update={"device": device})
 
     def check_kernels(self, weights: set[str], matmuls: set[str], attention: set[str]) -> None:

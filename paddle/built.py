@@ -1,0 +1,152 @@
+"""What a Paddle model computes with, read back from its modules: a config that is silently ignored is no result."""
+
+import functools
+import sys
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+import paddle
+import paddle.nn.functional as F
+from paddlenlp import peft
+
+from tunebench.record import Built
+
+PROBES = (-2.0, -0.5, 0.0, 1.0, 3.0)  # where activations are told apart
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate=True), "relu": F.relu}
+ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "SelfAttention", "BloomAttention")
+
+
+def read(model: paddle.nn.Layer) -> Built:
+    """The numbers of a model that stands, before or after its adapters came; of slices those of the whole."""
+    model = model.model if isinstance(model, peft.LoRAModel) else model
+    degree = model.config.tensor_parallel_degree
+    norms = [layer for name, layer in named(model) if name.endswith(("RMSNorm", "LayerNorm"))]
+    embedding, head, tied = embedding_and_head(model)
+    attentions = [layer for name, layer in named(model) if name in ATTENTIONS]
+    heads, key_value_heads, head_size = only(heads_of(layer, degree) for layer in attentions)
+    angles, scale = rotary_of(model)
+    return Built(
+        layers=len(attentions),
+        heads=heads,
+        key_value_heads=key_value_heads,
+        head_size=head_size,
+        vocabulary=only([whole(embedding.weight, degree)[0], whole(head, degree)[0 if tied else 1]]),
+        activation=only(activation_of(layer) for name, layer in named(model) if name.endswith("MLP")),
+        norm_epsilon=only(epsilon_of(norm) for norm in norms),
+        tied=tied,
+        window=only(getattr(layer, "sliding_window", None) for layer in attentions),
+        padding_row=padding_row_of(embedding),
+        rotary=angles,
+        rotary_scale=scale,
+        alibi=alibi_of(model, heads),
+    )
+
+
+def named(model: paddle.nn.Layer) -> list[tuple[str, paddle.nn.Layer]]:
+    """The layers with the names of their classes."""
+    return [(type(layer).__name__, layer) for layer in model.sublayers()]
+
+
+def embedding_and_head(model: paddle.nn.Layer) -> tuple[paddle.nn.Layer, paddle.Tensor, bool]:
+    """The embedding, the head's weight, and whether they are one tensor."""
+    base = getattr(model, model.base_model_prefix)
+    embedding = base.get_input_embeddings()
+    head = base.output_layer if hasattr(base, "output_layer") else model.lm_head
+    weight = head.decoder_weight if hasattr(head, "decoder_weight") else head.weight
+    return embedding, weight, weight is embedding.weight
+
+
+def padding_row_of(embedding: paddle.nn.Layer) -> int | None:
+    """The row that gets no gradient; Paddle says -1 for none, and tensor-parallel embeddings have none."""
+    row = getattr(embedding, "_padding_idx", None)
+    return None if row is None or row < 0 else row
+
+
+def heads_of(attention: paddle.nn.Layer, degree: int) -> tuple[int, int, int]:
+    """Heads, key-value heads and head size, by the shapes of the projections."""
+    if hasattr(attention, "q_proj"):
+        size = attention.head_dim
+        queries, keys = (whole(layer.weight, degree)[1] for layer in (attention.q_proj, attention.k_proj))
+        return queries // size, keys // size, size
+    width = whole(attention.query_key_value.weight, degree)[1]
+    if hasattr(attention, "head_dim"):  # Bloom's: q, k and v of one head after the other
+        return (heads := width // (3 * attention.head_dim)), heads, attention.head_dim
+    size = attention.hidden_size_per_attention_head
+    groups = attention.num_multi_query_groups_per_partition * degree
+    return width // size - 2 * groups, groups, size
+
+
+def rotary_of(model: paddle.nn.Layer) -> tuple[list[float] | None, float | None]:
+    """By how much position 1 turns each pair of numbers, in radians, and the factor of what is turned."""
+    tables = []
+    for name, layer in named(model):
+        if name in ATTENTIONS and hasattr(layer, "rotary_emb"):  # (1, positions, 1, head size), each angle twice
+            cos, sin = layer.rotary_emb(paddle.ones([1]), seq_len=2)
+            tables.append([half(table[0, 1, 0]) for table in (cos, sin)])
+        elif name == "ChatGLMv2Model":
+            rotary = layer.rotary_pos_emb  # its own function, but without the cast to low precision that follows
+            table = type(rotary).forward_impl(SimpleNamespace(default_dtype="float32"), 2, rotary.dim)
+            tables.append([table[1, :, 0], table[1, :, 1]])
+    if not tables:
+        return None, None
+    cos, sin = (paddle.to_tensor(only(tuple(pair[i].tolist()) for pair in tables), "float64") for i in (0, 1))
+    scale = (cos * cos + sin * sin).sqrt()
+    if not paddle.allclose(scale, scale[0].expand_as(scale), rtol=1e-5):
+        raise RuntimeError("the rotary embedding scales its numbers differently")
+    return paddle.atan2(sin, cos).tolist(), scale.mean().item()
+
+
+def half(table: paddle.Tensor) -> paddle.Tensor:
+    """The angle of each pair, which stands in both halves of the table."""
+    first, second = paddle.split(table, 2)
+    if not paddle.equal_all(first, second):
+        raise RuntimeError("the rotary embedding does not turn pairs of numbers")
+    return first
+
+
+def alibi_of(model: paddle.nn.Layer, heads: int) -> list[float] | None:
+    """What Bloom adds to the scores of the key at position 1, by head."""
+    for name, layer in named(model):
+        if name == "BloomModel":
+            build = sys.modules[type(layer).__module__].build_alibi_tensor
+            return build(paddle.ones([1, 2]), heads, paddle.float32).reshape([heads, 2])[:, 1].tolist()
+    return None
+
+
+def activation_of(layer: paddle.nn.Layer) -> str:
+    """The activation of a feed-forward layer, by what its forward pass makes of some numbers, its products left out."""
+    probes = paddle.to_tensor(PROBES)
+    own = vars(layer).get("forward")  # where `--lean` has put one
+    forward = own.func if isinstance(own, functools.partial) else type(layer).forward
+    if hasattr(layer, "gelu_impl"):
+        values = layer.gelu_impl(probes)
+    else:
+        ones = paddle.ones_like(probes)
+        plain = {"gate_proj": lambda x: x, "up_proj": lambda x: ones, "down_proj": lambda x: x}
+        plain |= {"dense_h_to_4h": lambda x: paddle.concat([x, ones]), "dense_4h_to_h": lambda x: x}
+        switches = {name: vars(layer)[name] for name in ("act_fn", "fuse_swiglu") if name in vars(layer)}
+        values = forward(SimpleNamespace(fuse_attention_ffn=False, **plain, **switches), probes)
+    fitting = [name for name, known in ACTIVATIONS.items() if paddle.allclose(values, known(probes), atol=1e-6)]
+    return fitting[0] if fitting else f"unknown ({type(layer).__name__})"
+
+
+def epsilon_of(norm: paddle.nn.Layer) -> float:
+    """What a norm adds to the variance, as the three kinds of them name it."""
+    return next(getattr(norm, name) for name in ("variance_epsilon", "epsilon", "_epsilon") if hasattr(norm, name))
+
+
+def whole(weight: paddle.Tensor, degree: int) -> list[int]:
+    """The whole weight's shape: a tensor-parallel slice is along one axis."""
+    shape = list(weight.shape)
+    if weight.is_distributed:
+        shape[weight.split_axis] *= degree
+    return shape
+
+
+def only(values: Iterable[Any]) -> Any:
+    """The value that all have; RuntimeError where they differ."""
+    found = list(dict.fromkeys(values))
+    if len(found) != 1:
+        raise RuntimeError(f"the layers of the model differ: {found}")
+    return found[0]

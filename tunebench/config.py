@@ -1,0 +1,467 @@
+"""Reads a checkpoint's config.json into one normalised config, from which both sides build their model.
+
+Every key of the file is mapped to a field, or known to have no effect on the model, or refused by name and value: a key
+that one framework reads and the other ignores would train two models.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tunebench.errors import BadInput
+from tunebench.record import Built
+
+Count = Annotated[int, Field(gt=0, lt=2**31)]
+Number = Annotated[float, Field(gt=0, lt=1e30)]
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1: there is none
+SHOWN = 80  # characters of a refused value
+
+
+class Shape(BaseModel):
+    """Fields of all families. Numbers in quotes and booleans are no numbers here."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    model_type: str
+    hidden_size: Count
+    vocab_size: Count
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+
+
+class LlamaShape(Shape):
+    """A decoder with rotary embedding, RMSNorm and a gated feed-forward layer; defaults are transformers'."""
+
+    intermediate_size: Count
+    num_hidden_layers: Count
+    num_attention_heads: Count
+    num_key_value_heads: Count | None = None
+    head_dim: Count | None = None
+    max_position_embeddings: Count = 2048
+    rms_norm_eps: Number = 1e-6
+    rope_theta: Number = 10000.0
+    rope_scaling: dict[str, Any] | None = None  # as `_rotary` gives it
+    partial_rotary_factor: Literal[1.0] = 1.0
+    hidden_act: Literal["silu"] = "silu"
+    tie_word_embeddings: bool = False
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        heads = self.num_attention_heads
+        if self.hidden_size % heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
+        self.num_key_value_heads = self.num_key_value_heads or heads
+        if heads % self.num_key_value_heads:
+            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads")
+        self.head_dim = self.head_dim or self.hidden_size // heads
+        rotated = self.head_dim * self.partial_rotary_factor
+        if rotated % 2:
+            raise ValueError(f"rotary embedding turns pairs, and head_dim {self.head_dim} gives it {rotated:g} numbers")
+        return self
+
+
+class Qwen2Shape(LlamaShape):
+    """Qwen2: Llama with biases at q, k and v."""
+
+    max_position_embeddings: Count = 32768
+
+
+class GlmShape(LlamaShape):
+    """Glm, which PaddleNLP has as ChatGLMv2: half of each head is rotated."""
+
+    num_key_value_heads: Count
+    head_dim: Count
+    max_position_embeddings: Count
+    partial_rotary_factor: Literal[0.5] = 0.5
+    tie_word_embeddings: Literal[False] = False
+
+
+class BloomShape(Shape):
+    """Bloom: ALiBi, LayerNorm, biases everywhere, and a head that is the embedding."""
+
+    n_layer: Count
+    n_head: Count
+    layer_norm_epsilon: Number = 1e-5
+    tie_word_embeddings: Literal[True] = True
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> Self:
+        if self.hidden_size % self.n_head:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of n_head {self.n_head}")
+        return self
+
+
+class Family(NamedTuple):
+    """How the config.json of a family is read.
+
+    `architectures` are the spellings of its causal language model, `aliases` other names of a field, `only` the keys
+    that have to have one of a few values, and `unused` those without effect, each with the reason.
+    """
+
+    shape: type[Shape]
+    architectures: tuple[str, ...]
+    aliases: dict[str, str]
+    only: dict[str, tuple[Any, ...]]
+    unused: dict[str, str]
+
+
+GENERATION = "steers generation, and nothing is generated here"
+RETURNS = "says what a forward pass returns beside the logits"
+LABELS = "describes a classification head, which a causal language model lacks"
+START = "is for weights that are made anew, and all are read"
+BOOKKEEPING = "says how the file came to be"
+LAYOUT = "lets PaddleNLP split or compute the same sums in another way; the flags decide that here"
+DECIDED = "is decided by the flags"
+NOTE = "a note of a training tool"
+
+UNUSED = {
+    **dict.fromkeys(("_name_or_path", "name_or_path", "transformers_version", "paddlenlp_version"), BOOKKEEPING),
+    **dict.fromkeys(("_commit_hash", "model_max_length", "tokenizer_class", "original_architectures"), BOOKKEEPING),
+    **dict.fromkeys(("torch_dtype", "dtype", "_attn_implementation", "attn_implementation"), DECIDED),
+    **dict.fromkeys(("_attn_implementation_autoset", "_experts_implementation", "use_bfloat16"), DECIDED),
+    **dict.fromkeys(("torchscript", "tf_legacy_loss", "compile_config", "_flash_attn_2_enabled"), DECIDED),
+    **dict.fromkeys(("use_flash_attention", "recompute", "recompute_granularity", "recompute_use_reentrant"), DECIDED),
+    **dict.fromkeys(("no_recompute_layers", "pp_recompute_interval", "gradient_checkpointing"), DECIDED),
+    **dict.fromkeys(("use_cache", "max_length", "min_length", "do_sample", "early_stopping", "num_beams"), GENERATION),
+    **dict.fromkeys(("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p"), GENERATION),
+    **dict.fromkeys(("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids"), GENERATION),
+    **dict.fromkeys(("encoder_no_repeat_ngram_size", "num_return_sequences", "forced_bos_token_id"), GENERATION),
+    **dict.fromkeys(("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"), GENERATION),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "max_new_tokens", "generation_config"), GENERATION),
+    **dict.fromkeys(("use_last_token_for_generation", "immediate_clear_past_key_value"), GENERATION),
+    **dict.fromkeys(("use_flash_attention_for_generation", "task_specific_params", "prefix"), GENERATION),
+    **dict.fromkeys(("decoder_start_token_id", "user_token_id", "assistant_token_id", "chat_template"), GENERATION),
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "return_dict"), RETURNS),
+    **dict.fromkeys(("return_dict_in_generate", "keys_to_ignore_at_inference"), RETURNS),
+    **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"), LABELS),
+    **dict.fromkeys(("classifier_dropout", "num_choices", "classifier_bias"), LABELS),
+    **dict.fromkeys(("initializer_range", "init_class", "init_std"), START),
+    **dict.fromkeys(("bos_token_id", "unk_token_id", "sep_token_id", "mask_token_id", "cls_token_id"), GENERATION),
+    **dict.fromkeys(("pretraining_tp", "seq_length", "max_sequence_length"), LAYOUT),
+    **dict.fromkeys(("tensor_parallel_degree", "tensor_parallel_rank", "tensor_parallel_output"), LAYOUT),
+    **dict.fromkeys(("pipeline_parallel_degree", "virtual_pp_degree", "sequence_parallel"), LAYOUT),
+    **dict.fromkeys(("sep_parallel_degree", "context_parallel_degree", "fuse_sequence_parallel_allreduce"), LAYOUT),
+    **dict.fromkeys(("enable_delay_scale_loss", "enable_parallel_cross_entropy", "parallel_attn_hcg"), LAYOUT),
+    **dict.fromkeys(("use_fused_rms_norm", "use_fused_rope", "use_fused_linear", "use_fused_dropout_add"), LAYOUT),
+    **dict.fromkeys(("use_fused_linear_cross_entropy", "use_fused_head_and_loss_fn", "use_recompute"), LAYOUT),
+    **dict.fromkeys(("skip_recompute_ops", "num_acc_steps", "use_fast_layer_norm", "dpo_config"), LAYOUT),
+    **dict.fromkeys(("unsloth_version", "unsloth_fixed", "unsloth_training_config", "trl_version"), NOTE),
+}
+# Of all families: what would be another model, or another task, in the values that mean that it is not.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False, True),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (),
+    "tie_encoder_decoder": (False,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({},),
+    "quantization_config": (),
+    "auto_map": ({},),
+    "per_layer_config": (),
+    "attention_dropout": (0,),
+    "attention_probs_dropout_prob": (0,),
+    "attention_dropout_prob": (0,),
+    "hidden_dropout": (0,),
+    "hidden_dropout_prob": (0,),
+    "hidden_dropout_rate": (0,),
+    "resid_pdrop": (0,),
+    "embd_pdrop": (0,),
+    "attn_pdrop": (0,),
+    "lora_dropout": (0,),
+    "alibi": (False,),
+    "rope": (True,),
+    "use_long_sequence_strategies": (False,),
+    "long_sequence_strategy_type": (),
+    "long_sequence_strategy_name": (),
+    "long_sequence_init_args": ({},),
+    "fuse_attention_qkv": (False,),
+    "fuse_attention_ffn": (False,),
+    "weight_block_size": (),
+}
+LLAMA_ONLY = ONLY | {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "qkv_bias": (False,),
+    "sliding_window": (),
+    "use_sliding_window": (False,),
+    "layer_types": ("full_attention",),
+    "num_experts": (),
+    "num_local_experts": (),
+    "logits_scaling": (1,),
+    "embedding_multiplier": (1,),
+    "residual_multiplier": (1,),
+    "attention_multiplier": (),
+    "final_logit_softcapping": (),
+    "attn_logit_softcapping": (),
+    "use_qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "no_rope_layers": ([],),
+}
+BLOOM_UNUSED = UNUSED | {
+    **dict.fromkeys(("skip_bias_add", "skip_bias_add_qkv", "bias_dropout_fusion", "masked_softmax_fusion"), LAYOUT),
+    **dict.fromkeys(("attention_softmax_in_fp32", "slow_but_exact", "use_pure_fp16"), LAYOUT),
+    **dict.fromkeys(("offset_alibi", "max_position_embeddings"), "is read by neither library: ALiBi has no table"),
+}
+FAMILIES: dict[str, Family] = {
+    "llama": Family(LlamaShape, ("LlamaForCausalLM", "LLaMAForCausalLM"), {}, LLAMA_ONLY, UNUSED),
+    "qwen2": Family(
+        Qwen2Shape,
+        ("Qwen2ForCausalLM",),
+        {},
+        LLAMA_ONLY | {"attention_bias": (True,), "qkv_bias": (True,)},
+        UNUSED | dict.fromkeys(("sliding_window", "max_window_layers"), "counts with use_sliding_window alone"),
+    ),
+    "glm": Family(
+        GlmShape,
+        ("GlmForCausalLM",),
+        {},
+        LLAMA_ONLY | {"attention_bias": (True,), "qkv_bias": (True,)},
+        UNUSED,
+    ),
+    "bloom": Family(
+        BloomShape,
+        ("BloomForCausalLM",),
+        {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
+        ONLY | {"apply_residual_connection_post_layernorm": (False,), "n_inner": ()},
+        BLOOM_UNUSED,
+    ),
+}
+# Where rotary embedding is described: in one of these, or at the top level, by these names.
+ROTARY_TABLES = ("rope_parameters", "rope_scaling")
+ROTARY_NAMES = {
+    "rope_theta": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_percent": "partial_rotary_factor",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+    "rope_scaling_type": "rope_type",  # PaddleNLP's
+    "rope_scaling_factor": "factor",
+}
+# What each kind of scaling needs; `rope_type` None is "default".
+ROTARY_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+ROTARY_OPTIONS = ("rope_theta", "partial_rotary_factor", "rope_type", *ROTARY_KINDS["llama3"])
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The normalised config of a checkpoint folder: the fields of its family's shape. Raises `BadInput`."""
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing; a checkpoint folder has config.json beside its safetensors files") from None
+    except RecursionError:
+        raise BadInput(f"{path} is not readable JSON (its brackets are nested too deep)") from None
+    except (ValueError, OSError) as error:
+        raise BadInput(f"{path} is not readable JSON ({error})") from None
+    try:
+        return normalise(raw)
+    except ValueError as fault:
+        raise BadInput(f"{path}: {fault}") from None
+
+
+def normalise(raw: Any) -> dict[str, Any]:
+    """The fields of a config, from the content of its config.json. ValueError names the key, its value and why not."""
+    name = raw.get("model_type") if isinstance(raw, dict) else None
+    if not isinstance(name, str) or name not in FAMILIES:
+        hint = "; PaddleNLP 3.0.0b4 has no Qwen3" if name == "qwen3" else ""
+        raise ValueError(f"model_type {_shown(name)} is not offered; use one of {', '.join(FAMILIES)}{hint}")
+    family = FAMILIES[name]
+    _check_architectures(raw.pop("architectures", None), family)
+    fields: dict[str, tuple[str, Any]] = {}  # by field: the key that gave it, and its value
+    rotary = {key: raw.pop(key) for key in (*ROTARY_TABLES, *ROTARY_NAMES) if key in raw and name != "bloom"}
+    for key, value in raw.items():
+        field = family.aliases.get(key, key)
+        if field in family.shape.model_fields:
+            _put(fields, field, key, value)
+        elif key in family.only:
+            if not any(_same(value, allowed) for allowed in (None, *family.only[key])):
+                raise ValueError(_not_offered(key, value, family.only[key]))
+        elif key not in family.unused:
+            raise ValueError(
+                f"{key} {_shown(value)} is not offered: it is not known what this key does to the model; remove it "
+                "if it does nothing"
+            )
+    if name != "bloom":
+        fields |= _rotary(rotary)
+    try:
+        shape = family.shape.model_validate({field: value for field, (_, value) in fields.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        if not first["loc"]:
+            raise ValueError(first["msg"].removeprefix("Value error, ")) from None
+        field = str(first["loc"][0])
+        key, value = fields.get(field, (field, None))
+        raise ValueError(f"{key} {_shown(value)} is not offered: {first['msg']}") from None
+    return shape.model_dump()
+
+
+def paddle_lacks(config: dict[str, Any]) -> str | None:
+    """What of a normalised config PaddleNLP's model of the family does not compute; None where it does all."""
+    family = config["model_type"]
+    if family == "bloom":
+        return None
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        return (
+            f"PaddleNLP 3.0.0b4 derives the head size from hidden_size, and head_dim is {config['head_dim']} here, not "
+            f"{config['hidden_size'] // config['num_attention_heads']}"
+        )
+    if family != "llama" and config["rope_scaling"]:
+        return f"PaddleNLP 3.0.0b4 does not scale the rotary embedding of {family}"
+    if family == "glm" and config["rope_theta"] != 10000:
+        return f"PaddleNLP 3.0.0b4 has the rotary base 10000 alone in ChatGLMv2, and rope_theta is {config['rope_theta']:g}"
+    return None
+
+
+def expected_model(config: dict[str, Any]) -> Built:
+    """What a model of this normalised config has to compute with; both sides' models are compared with it."""
+    if config["model_type"] == "bloom":
+        heads, size = config["n_head"], config["hidden_size"] // config["n_head"]
+        return Built(
+            layers=config["n_layer"],
+            heads=heads,
+            key_value_heads=heads,
+            head_size=size,
+            vocabulary=config["vocab_size"],
+            activation="gelu_tanh",
+            norm_epsilon=config["layer_norm_epsilon"],
+            tied=True,
+            window=None,
+            padding_row=None,
+            rotary=None,
+            rotary_scale=None,
+            alibi=alibi_slopes(heads),
+        )
+    return Built(
+        layers=config["num_hidden_layers"],
+        heads=config["num_attention_heads"],
+        key_value_heads=config["num_key_value_heads"],
+        head_size=config["head_dim"],
+        vocabulary=config["vocab_size"],
+        activation=config["hidden_act"],
+        norm_epsilon=config["rms_norm_eps"],
+        tied=config["tie_word_embeddings"],
+        window=None,
+        padding_row=None,
+        rotary=rotary_frequencies(config),
+        rotary_scale=1.0,
+        alibi=None,
+    )
+
+
+def rotary_frequencies(config: dict[str, Any]) -> list[float]:
+    """By how many radians each pair of a head's numbers is turned per position.
+
+    theta^(-2i/d) as in RoFormer; `linear` divides all of them (Chen et al., Position Interpolation); `llama3` divides
+    the slow ones and blends those between, as in Meta's llama-models `apply_scaling`.
+    """
+    rotated = int(config["head_dim"] * config["partial_rotary_factor"])
+    plain = float(config["rope_theta"]) ** -(np.arange(0, rotated, 2) / rotated)
+    scaling = config["rope_scaling"]
+    if scaling is None:
+        return plain.tolist()
+    if scaling["rope_type"] == "linear":
+        return (plain / scaling["factor"]).tolist()
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)  # in the length it was trained for
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (plain * (kept + (1 - kept) / scaling["factor"])).tolist()
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """By how much each head's scores grow per position (Press et al., ALiBi, for any number of heads)."""
+    whole = 2 ** int(math.log2(heads))
+    slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
+    return slopes + [2 ** (-4 * i / whole) for i in range(1, 2 * (heads - whole) + 1, 2)]
+
+
+def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
+    """The fields `rope_theta`, `rope_scaling` and `partial_rotary_factor` from all the places that describe them."""
+    found: dict[str, tuple[str, Any]] = {}
+    for table in ROTARY_TABLES:
+        content = given.get(table)
+        if content is None:
+            continue
+        if not isinstance(content, dict):
+            raise ValueError(f"{table} {_shown(content)} is not offered: it has to be an object")
+        for key, value in content.items():
+            name = "rope_type" if key == "type" else key
+            if name not in ROTARY_OPTIONS and value is not None:
+                raise ValueError(f"{table}.{key} {_shown(value)} is not offered; kinds are {', '.join(ROTARY_KINDS)}")
+            _put(found, name, f"{table}.{key}", value)
+    for key, name in ROTARY_NAMES.items():
+        if key == "rope_scaling_factor" and given.get("rope_scaling_type") is None and _same(given.get(key), 1):
+            continue  # PaddleNLP's default
+        if key in given:
+            _put(found, name, key, given[key])
+    kind_key, kind = found.pop("rope_type", ("rope_scaling.rope_type", None))
+    kind = "default" if kind is None else kind
+    if not isinstance(kind, str) or kind not in ROTARY_KINDS:
+        raise ValueError(f"{kind_key} {_shown(kind)} is not offered; use one of {', '.join(ROTARY_KINDS)}")
+    fields = {name: found.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in found}
+    scaling: dict[str, Any] = {"rope_type": kind}
+    for name in ROTARY_KINDS[kind]:
+        key, value = found.pop(name, (name, None))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{key} {_shown(value)} is not offered: {kind} scaling needs a number above 0")
+        scaling[name] = value
+    # The length that a model was trained for may be told of a model without scaling, too.
+    found.pop("original_max_position_embeddings", None)
+    for key, value in found.values():
+        if value is not None:
+            raise ValueError(f"{key} {_shown(value)} is not offered beside {kind_key} {_shown(kind)}")
+    if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
+        raise ValueError(
+            f"low_freq_factor {scaling['low_freq_factor']} is not offered: it has to be below high_freq_factor "
+            f"{scaling['high_freq_factor']}"
+        )
+    return fields | ({} if kind == "default" else {"rope_scaling": (kind_key, scaling)})
+
+
+def _check_architectures(value: Any, family: Family) -> None:
+    named = [] if value is None else value
+    if not isinstance(named, list) or not all(name in family.architectures for name in named):
+        raise ValueError(
+            f"architectures {_shown(value)} is not offered; use {' or '.join(family.architectures)}, or leave it out"
+        )
+
+
+def _put(fields: dict[str, tuple[str, Any]], field: str, key: str, value: Any) -> None:
+    """Keeps the value of a field; ValueError where another key gave it another value."""
+    before, known = fields.get(field, (key, None))
+    if known is not None and value is not None and not _same(known, value):
+        raise ValueError(f"{key} {_shown(value)} contradicts {before} {_shown(known)}; keep one of them")
+    if value is not None or field not in fields:
+        fields[field] = key, value
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two JSON values are equal; false is not 0, but 1 is 1.0."""
+    return a == b and isinstance(a, bool) == isinstance(b, bool)
+
+
+def _not_offered(key: str, value: Any, allowed: Sequence[Any]) -> str:
+    use = f"use {' or '.join(map(_shown, allowed))}, or leave it out" if allowed else "leave it out"
+    return f"{key} {_shown(value)} is not offered; {use}"
+
+
+def _shown(value: Any) -> str:
+    text = " ".join(repr(value).split())
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _without_twins(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key {key!r} stands there twice")
+        found[key] = value
+    return found
