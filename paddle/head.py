@@ -32,8 +32,9 @@ def expect(batch: MicroBatch) -> None:
 def sum_of_losses(layer: paddle.nn.Layer, hidden: paddle.Tensor, *_: Any, **__: Any) -> paddle.Tensor:
     """A scalar, from (rows, width, hidden)."""
     positions, labels = EXPECTED
-    tied = hasattr(layer, "decoder_weight")  # Bloom's, which is the embedding: (vocabulary, hidden)
-    weight = layer.decoder_weight if tied else layer.weight
+    # A tied one is the embedding, (vocabulary, hidden): always Bloom's, and that of others where they say so.
+    weight = layer.decoder_weight if hasattr(layer, "decoder_weight") else layer.weight
+    tied = hasattr(layer, "decoder_weight") or layer.transpose_y
     return SumOfLosses.apply(hidden.flatten(0, 1).index_select(positions), weight, labels, tied)
 
 

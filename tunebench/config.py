@@ -47,17 +47,20 @@ class LlamaShape(Shape):
     rope_theta: Number = 10000.0
     rope_scaling: dict[str, Any] | None = None  # as `_rotary` gives it
     partial_rotary_factor: Literal[1.0] = 1.0
-    hidden_act: Literal["silu"] = "silu"
+    hidden_act: Literal["silu", "swish"] = "silu"  # two names of one function
     tie_word_embeddings: bool = False
 
     @model_validator(mode="after")
     def _heads_fit(self) -> Self:
+        self.hidden_act = "silu"
         heads = self.num_attention_heads
         if self.hidden_size % heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {heads}")
         self.num_key_value_heads = self.num_key_value_heads or heads
         if heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {heads} is no multiple of num_key_value_heads")
+            raise ValueError(
+                f"num_attention_heads {heads} is no multiple of num_key_value_heads {self.num_key_value_heads}"
+            )
         self.head_dim = self.head_dim or self.hidden_size // heads
         rotated = self.head_dim * self.partial_rotary_factor
         if rotated % 2:
@@ -66,8 +69,9 @@ class LlamaShape(Shape):
 
 
 class Qwen2Shape(LlamaShape):
-    """Qwen2: Llama with biases at q, k and v."""
+    """Qwen2: Llama with biases at q, k and v. Both libraries take a missing num_key_value_heads for 32."""
 
+    num_key_value_heads: Count | None = 32
     max_position_embeddings: Count = 32768
 
 
@@ -151,6 +155,9 @@ UNUSED = {
     **dict.fromkeys(("use_fused_linear_cross_entropy", "use_fused_head_and_loss_fn", "use_recompute"), LAYOUT),
     **dict.fromkeys(("skip_recompute_ops", "num_acc_steps", "use_fast_layer_norm", "dpo_config"), LAYOUT),
     **dict.fromkeys(("unsloth_version", "unsloth_fixed", "unsloth_training_config", "trl_version"), NOTE),
+    **dict.fromkeys(("model_name", "is_llama_config", "transformers.js_config"), NOTE),
+    **dict.fromkeys(("loss_type", "loss_function", "ignore_index"), "is of a loss that is not called here"),
+    **dict.fromkeys(("cache_implementation", "pad_token", "eos_token", "bos_token"), GENERATION),
 }
 # Of all families: what would be another model, or another task, in the values that mean that it is not.
 ONLY: dict[str, tuple[Any, ...]] = {
@@ -182,7 +189,11 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "long_sequence_init_args": ({},),
     "fuse_attention_qkv": (False,),
     "fuse_attention_ffn": (False,),
-    "weight_block_size": (),
+    "transformers_weights": (),  # another file of weights
+    "text_config": (),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    "n_routed_experts": (0,),
 }
 LLAMA_ONLY = ONLY | {
     "attention_bias": (False,),
@@ -191,21 +202,15 @@ LLAMA_ONLY = ONLY | {
     "sliding_window": (),
     "use_sliding_window": (False,),
     "layer_types": ("full_attention",),
-    "num_experts": (),
-    "num_local_experts": (),
-    "logits_scaling": (1,),
-    "embedding_multiplier": (1,),
-    "residual_multiplier": (1,),
-    "attention_multiplier": (),
-    "final_logit_softcapping": (),
-    "attn_logit_softcapping": (),
+    "rope_interleaved": (False,),
+    "use_mrope": (False,),
+    "mrope_section": (),
     "use_qk_norm": (False,),
     "qk_layernorm": (False,),
-    "no_rope_layers": ([],),
 }
 BLOOM_UNUSED = UNUSED | {
     **dict.fromkeys(("skip_bias_add", "skip_bias_add_qkv", "bias_dropout_fusion", "masked_softmax_fusion"), LAYOUT),
-    **dict.fromkeys(("attention_softmax_in_fp32", "slow_but_exact", "use_pure_fp16"), LAYOUT),
+    **dict.fromkeys(("attention_softmax_in_fp32", "pretraining_pp"), LAYOUT),
     **dict.fromkeys(("offset_alibi", "max_position_embeddings"), "is read by neither library: ALiBi has no table"),
 }
 FAMILIES: dict[str, Family] = {
@@ -226,9 +231,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "bloom": Family(
         BloomShape,
-        ("BloomForCausalLM",),
+        ("BloomForCausalLM", "BloomModel"),  # whose head is its embedding
         {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
-        ONLY | {"apply_residual_connection_post_layernorm": (False,), "n_inner": ()},
+        ONLY
+        | {"apply_residual_connection_post_layernorm": (False,), "slow_but_exact": (False,), "n_inner": ()}
+        | {"hidden_act": ("gelu",), "alibi": (True,)},
         BLOOM_UNUSED,
     ),
 }
@@ -283,7 +290,8 @@ def normalise(raw: Any) -> dict[str, Any]:
         if field in family.shape.model_fields:
             _put(fields, field, key, value)
         elif key in family.only:
-            if not any(_same(value, allowed) for allowed in (None, *family.only[key])):
+            values = value if key == "layer_types" and isinstance(value, list) else [value]
+            if not all(any(_same(each, allowed) for allowed in (None, *family.only[key])) for each in values):
                 raise ValueError(_not_offered(key, value, family.only[key]))
         elif key not in family.unused:
             raise ValueError(
@@ -293,7 +301,9 @@ def normalise(raw: Any) -> dict[str, Any]:
     if name != "bloom":
         fields |= _rotary(rotary)
     try:
-        shape = family.shape.model_validate({field: value for field, (_, value) in fields.items() if value is not None})
+        given = {field: value for field, (_, value) in fields.items()}
+        optional = ("num_key_value_heads", "head_dim")  # null has a meaning of its own there
+        shape = family.shape.model_validate({k: v for k, v in given.items() if v is not None or k in optional})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         if not first["loc"]:

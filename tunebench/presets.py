@@ -26,6 +26,11 @@ QWEN2: dict[str, Any] = LLAMA | {
     "max_position_embeddings": 131072,
     "use_sliding_window": False,
 }
+LLAMA_3: dict[str, Any] = LLAMA | {
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+}
 # ChatGLM2 as transformers has it natively: the same architecture under the names of a later release.
 GLM: dict[str, Any] = LLAMA | {
     "architectures": ["GlmForCausalLM"],
@@ -94,6 +99,18 @@ def _bloom(hidden: int, layers: int, heads: int, vocab: int, dtype: str, **ids: 
     return Preset(BLOOM | sizes | ids, dtype)
 
 
+def _llama_3_scaling(factor: float) -> dict[str, Any]:
+    """The rotary scaling of Llama 3.1 and later, which were trained at a length of 8,192 first."""
+    trained = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    return {"rope_type": "llama3", "factor": factor, **trained}
+
+
+LLAMA_3_1 = LLAMA_3 | {"rope_scaling": _llama_3_scaling(8.0)}
+LLAMA_3_2_TIED = LLAMA_3 | {"rope_scaling": _llama_3_scaling(32.0), "tie_word_embeddings": True}
+QWEN2_TIED = QWEN2 | {"max_position_embeddings": 32768, "tie_word_embeddings": True}
+LLAMA_3_IDS = {"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004}
+QWEN2_IDS = {"bos_token_id": 151643, "eos_token_id": 151643, "pad_token_id": 151643}
+
 # The tiny ones share the embedded tokenizer's vocabulary of 8192, whose padding token is 0.
 PRESETS: dict[str, Preset] = {
     "llama-tiny": _llama(256, 688, 4, 8, 8192, "float32"),
@@ -102,19 +119,22 @@ PRESETS: dict[str, Preset] = {
     "llama-65b-tiny": _llama(512, 1376, 8, 8, 8192, "float32"),
     "bloom-tiny": _bloom(256, 4, 8, 8192, "float32", pad_token_id=0),
     "qwen2-tiny": _llama(256, 688, 4, 8, 8192, "float32", key_value_heads=4, base=QWEN2),
+    "qwen2.5-7b-tiny": _llama(256, 688, 4, 8, 8192, "float32", key_value_heads=4, base=QWEN2),
+    "qwen2.5-0.5b-tiny": _llama(256, 1024, 4, 8, 8192, "float32", key_value_heads=4, base=QWEN2_TIED),
+    "llama-3.1-8b-tiny": _llama(256, 896, 4, 8, 8192, "float32", key_value_heads=4, base=LLAMA_3_1),
+    "llama-3.2-1b-tiny": _llama(256, 1024, 4, 8, 8192, "float32", key_value_heads=4, base=LLAMA_3_2_TIED),
     "chatglm2-tiny": _llama(256, 856, 4, 8, 8192, "float32", key_value_heads=2, base=GLM, head_dim=32),
     "llama-7b": _llama(4096, 11008, 32, 32, 32000, "float16"),
     "llama-13b": _llama(5120, 13824, 40, 40, 32000, "float16"),
     "llama-30b": _llama(6656, 17920, 60, 52, 32000, "float16"),
     "llama-65b": _llama(8192, 22016, 80, 64, 32000, "float16"),
     "chatglm2-6b": _llama(4096, 13696, 28, 32, 65024, "float16", key_value_heads=2, base=GLM, head_dim=128),
-    "qwen2-7b": _llama(
-        *(3584, 18944, 28, 28, 152064, "float16"),
-        key_value_heads=4,
-        base=QWEN2,
-        bos_token_id=151643,
-        eos_token_id=151643,
-        pad_token_id=151643,
+    "llama-3.1-8b": _llama(4096, 14336, 32, 32, 128256, "float16", key_value_heads=8, base=LLAMA_3_1, **LLAMA_3_IDS),
+    "llama-3.2-1b": _llama(
+        2048, 8192, 16, 32, 128256, "float16", key_value_heads=8, base=LLAMA_3_2_TIED, **LLAMA_3_IDS
     ),
+    "qwen2-7b": _llama(3584, 18944, 28, 28, 152064, "float16", key_value_heads=4, base=QWEN2, **QWEN2_IDS),
+    "qwen2.5-7b": _llama(3584, 18944, 28, 28, 152064, "float16", key_value_heads=4, base=QWEN2, **QWEN2_IDS),
+    "qwen2.5-0.5b": _llama(896, 4864, 24, 14, 151936, "float16", key_value_heads=2, base=QWEN2_TIED, **QWEN2_IDS),
     "bloomz-7b1-mt": _bloom(4096, 30, 32, 250880, "float16"),
 }
