@@ -8,7 +8,7 @@ OWN = ("model_type", "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling
 
 
 def read_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
-    """transformers' config of the checkpoint's model, without a padding token: every row of its embedding is trained."""
+    """transformers' config of the checkpoint's model. Without a padding token every row of the embedding is trained."""
     config = checkpoint.config
     fields = {name: value for name, value in config.items() if name not in OWN}
     if config["model_type"] != "bloom":

@@ -119,8 +119,8 @@ def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint
     """
     if (folder / "adapter_config.json").exists():
         raise BadInput(
-            f"{folder}: adapter_config.json makes it the adapter of another model; merge the adapter into its model, or "
-            "remove that file"
+            f"{folder}: adapter_config.json makes it the adapter of another model; merge the adapter into that model, "
+            "or remove the file"
         )
     config = read_config(folder)
     files = _weight_files(folder)
@@ -150,8 +150,8 @@ def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint
             embedding = next(iter(wanted))
             if _bytes_of(*places[embedding]) != _bytes_of(file, stored):
                 raise BadInput(
-                    f"{file}: {stored} differs from {embedding}, and tie_word_embeddings in config.json makes one tensor "
-                    "of them; set it to false, or remove one of the two"
+                    f"{file}: {stored} differs from {embedding}, and tie_word_embeddings makes them one; "
+                    "set it to false in config.json, or remove one of the two"
                 )
         elif not is_computed(name):
             raise BadInput(

@@ -219,7 +219,8 @@ FAMILIES: dict[str, Family] = {
         Qwen2Shape,
         ("Qwen2ForCausalLM",),
         {},
-        LLAMA_ONLY | {"attention_bias": (True,), "qkv_bias": (True,)},
+        {k: v for k, v in LLAMA_ONLY.items() if k != "sliding_window"}
+        | {"attention_bias": (True,), "qkv_bias": (True,)},
         UNUSED | dict.fromkeys(("sliding_window", "max_window_layers"), "counts with use_sliding_window alone"),
     ),
     "glm": Family(
@@ -281,7 +282,7 @@ def normalise(raw: Any) -> dict[str, Any]:
     if not isinstance(name, str) or name not in FAMILIES:
         hint = "; PaddleNLP 3.0.0b4 has no Qwen3" if name == "qwen3" else ""
         raise ValueError(f"model_type {_shown(name)} is not offered; use one of {', '.join(FAMILIES)}{hint}")
-    family = FAMILIES[name]
+    family, raw = FAMILIES[name], dict(raw)
     _check_architectures(raw.pop("architectures", None), family)
     fields: dict[str, tuple[str, Any]] = {}  # by field: the key that gave it, and its value
     rotary = {key: raw.pop(key) for key in (*ROTARY_TABLES, *ROTARY_NAMES) if key in raw and name != "bloom"}
@@ -327,7 +328,7 @@ def paddle_lacks(config: dict[str, Any]) -> str | None:
     if family != "llama" and config["rope_scaling"]:
         return f"PaddleNLP 3.0.0b4 does not scale the rotary embedding of {family}"
     if family == "glm" and config["rope_theta"] != 10000:
-        return f"PaddleNLP 3.0.0b4 has the rotary base 10000 alone in ChatGLMv2, and rope_theta is {config['rope_theta']:g}"
+        return f"PaddleNLP 3.0.0b4 has the rotary base 10000 alone in ChatGLMv2, not {config['rope_theta']:g}"
     return None
 
 
@@ -437,6 +438,7 @@ def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def _check_architectures(value: Any, family: Family) -> None:
+    """Raises ValueError where a config is of another task or model; old spellings of this one are known."""
     named = [] if value is None else value
     if not isinstance(named, list) or not all(name in family.architectures for name in named):
         raise ValueError(

@@ -31,7 +31,7 @@ class Tolerance(NamedTuple):
 
 # Low precision: what its rounding alone may do. tests/test_precision.py allows torch as much against its own fp32.
 TOLERANCES = {
-    "fp32": Tolerance(1e-4, 1e-3, 1e-3),
+    "fp32": Tolerance(1e-5, 1e-4, 1e-4),
     "bf16": Tolerance(1e-3, 1e-2, 5e-2),
     "fp16": Tolerance(5e-4, 5e-3, 2e-2),
 }
@@ -196,7 +196,9 @@ def parity(paddle: Record, torch: Record) -> float:
 
 
 def disagreement(paddle: Record, torch: Record) -> str | None:
-    """Why two curves are not those of one training: field, step and both values; None when they are."""
+    """Why two runs are not one training: field, step and both values of the model or a curve; None when they are."""
+    if built := _contradiction(paddle, torch):
+        return f"model.built.{built}"
     ours, theirs = _skipped(paddle), _skipped(torch)
     if ours != theirs:
         return f"steps.grad_norm: the skipped steps differ: {ours or 'none'} ≠ {theirs or 'none'}"
@@ -267,7 +269,22 @@ def _first_disagreement(paddle: list[Record], torch: list[Record]) -> str | None
 def _disagree(paddle: list[Record], torch: list[Record]) -> bool:
     """Whether any run disagrees with any of the other side."""
     skipped = {tuple(_skipped(record)) for record in (*paddle, *torch)}
+    if any(_contradiction(ours, theirs) for ours, theirs in itertools.product(_models(paddle), _models(torch))):
+        return True
     return len(skipped) > 1 or any(not max(found) <= limit for _, found, limit in _limited(paddle, torch))
+
+
+def _models(records: list[Record]) -> list[Record]:
+    """One record for each model that was built."""
+    return list({record.model and record.model.model_dump_json(): record for record in records}.values())
+
+
+def _contradiction(paddle: Record, torch: Record) -> str | None:
+    """What the models that two runs built differ in; older records do not say what was built."""
+    built = [record.model and record.model.built for record in (paddle, torch)]
+    if None in built:
+        return None if built == [None, None] else "known of one side alone"
+    return built[0].contradiction(built[1])
 
 
 def _skipped(record: Record) -> list[int]:
@@ -392,7 +409,7 @@ def _row(
             agreement = max(_relative("loss", paddle.records, torch.records))
             note = _first_disagreement(paddle.records, torch.records)
             if note:
-                refusal = "losses differ"
+                refusal = "models differ" if note.startswith("model.") else "losses differ"
             else:
                 speedup = paddle.rate / torch.rate - 1
                 interval = _interval(paddle, torch)

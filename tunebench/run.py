@@ -191,7 +191,7 @@ class Run:
         self.written = False
 
     def describe(self, device: str, parameters: int, trainable: int, built: Built) -> None:
-        """Keeps what the framework trains on, its counts and what it built; RuntimeError if these contradict the config.
+        """Keeps the device, the framework's counts and what it built. RuntimeError where the config contradicts these.
 
         `device` is `cpu` or the accelerator's name, as the framework has it.
         """
