@@ -87,6 +87,12 @@ def assert_one_curve(torch: Record, paddle: Record) -> None:
     assert paddle.steps.grad_norm == pytest.approx(torch.steps.grad_norm, rel=1e-4)
 
 
+def assert_one_model(a: Record, b: Record) -> None:
+    """Both runs trained the same model; the numbers that each read back from it may differ by what float32 rounds."""
+    assert a.model.built.contradiction(b.model.built) is None
+    assert a.model == b.model.model_copy(update={"built": a.model.built})
+
+
 def refusal(done: subprocess.CompletedProcess) -> str:
     """The one line with which a program refused bad input; asserts that it was one line and exit code 2."""
     assert done.returncode == 2, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"

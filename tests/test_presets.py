@@ -1,6 +1,5 @@
 """Each preset as the framework of this environment builds it, full size included: shapes alone, no memory."""
 
-import json
 import math
 import sys
 
@@ -8,16 +7,17 @@ import pytest
 from conftest import HERE, ROOT
 
 from tunebench.checkpoint import Checkpoint, tensor_shapes
+from tunebench.config import normalise
 from tunebench.presets import PRESETS
 
 
 def built_by_torch(checkpoint):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import weights
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(checkpoint.folder)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).parameters()
+        return AutoModelForCausalLM.from_config(weights.read_config(checkpoint)).parameters()
 
 
 def built_by_paddle(checkpoint):
@@ -32,11 +32,8 @@ def built_by_paddle(checkpoint):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_framework_builds_the_parameters_of_the_config(monkeypatch, tmp_path, name):
-    preset = PRESETS[name]
-    (tmp_path / "config.json").write_text(json.dumps(preset.config))
-    checkpoint = Checkpoint(tmp_path, preset.config, [], "")
-    if HERE == "paddle":
-        monkeypatch.setattr(sys, "path", [str(ROOT / "paddle"), *sys.path])
+    checkpoint = Checkpoint(tmp_path, normalise(PRESETS[name].config), [], "")
+    monkeypatch.setattr(sys, "path", [str(ROOT / HERE), *sys.path])
     build = built_by_torch if HERE == "torch" else built_by_paddle
     parameters = sum(math.prod(parameter.shape) for parameter in build(checkpoint))
-    assert parameters == sum(map(math.prod, tensor_shapes(preset.config).values()))
+    assert parameters == sum(map(math.prod, tensor_shapes(checkpoint.config).values()))

@@ -29,6 +29,7 @@ def same_curves(fast, plain):
     [
         *((framework, "llama", method, IN_ORDER) for framework in ("torch", "paddle") for method in ("full", "lora")),
         *((framework, "qwen2", "full", IN_ORDER) for framework in ("torch", "paddle")),
+        *((framework, "llama-3.2-1b", "full", IN_ORDER) for framework in ("torch", "paddle")),
         ("torch", "bloom", "full", IN_ORDER),
         ("torch", "chatglm2", "full", IN_ORDER),
         ("paddle", "bloom", "full", ["--head=labels", "--keep-memory"]),

@@ -198,7 +198,7 @@ def parity(paddle: Record, torch: Record) -> float:
 def disagreement(paddle: Record, torch: Record) -> str | None:
     """Why two runs are not one training: field, step and both values of the model or a curve; None when they are."""
     if built := _contradiction(paddle, torch):
-        return f"model.built.{built}"
+        return f"model.built{built}"
     ours, theirs = _skipped(paddle), _skipped(torch)
     if ours != theirs:
         return f"steps.grad_norm: the skipped steps differ: {ours or 'none'} ≠ {theirs or 'none'}"
@@ -283,8 +283,9 @@ def _contradiction(paddle: Record, torch: Record) -> str | None:
     """What the models that two runs built differ in; older records do not say what was built."""
     built = [record.model and record.model.built for record in (paddle, torch)]
     if None in built:
-        return None if built == [None, None] else "known of one side alone"
-    return built[0].contradiction(built[1])
+        return None if built == [None, None] else ": known of one side alone"
+    found = built[0].contradiction(built[1])
+    return found and f".{found}"
 
 
 def _skipped(record: Record) -> list[int]:

@@ -82,7 +82,7 @@ class Built(Strict):
             if name in ("rotary", "alibi") and ours and theirs and len(ours) == len(theirs):
                 for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
                     if not _about(a, b):
-                        return f"{name}[{i}]: {a:.8g} ≠ {b:.8g}"
+                        return f"{name}[{i}]: {a:.7g} ≠ {b:.7g}"
             elif isinstance(ours, float) and isinstance(theirs, float) and _about(ours, theirs):
                 continue
             elif ours != theirs:
