@@ -25,7 +25,7 @@ def main() -> None:
     parser = Parser(prog="summarize.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("paths", nargs="*", type=pathlib.Path, help="record files or folders (default: results/)")
     parser.add_argument("--format", choices=["md", "csv", "json"], default="md", help="default: md")
-    parser.add_argument("--parity", action="store_true", help="a column with the largest relative loss difference")
+    parser.add_argument("--parity", action="store_true", help="a column with the largest relative differences")
     parser.add_argument("--against", choices=["published"], help="a table of what stands beside that record's runs")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a record is broken")
     options = parser.parse_args()

@@ -100,6 +100,9 @@ def test_names_of_bloom():
         (LLAMA, {"rope_scaling_factor": 2}, "rope_scaling_factor 2 is not offered beside"),
         (LLAMA, {"rope_theta": "10000"}, "rope_theta '10000' is not offered"),
         (LLAMA, {"rope_theta": float("inf")}, "rope_theta inf is not offered"),
+        (LLAMA, {"rope_theta": 0.5}, "rope_theta 0.5 is not offered"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor 0.5 is not offered"),
+        (LLAMA, {"num_hidden_layers": 10**9}, "num_hidden_layers 1000000000 is not offered"),
         (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not offered"),
         (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor 0.5"),
         (LLAMA, {"alibi": True}, "alibi True is not offered"),
@@ -184,6 +187,8 @@ def test_content_that_is_no_config(tmp_path, text):
         (GLM, {"rope_theta": 5e5}, "rotary base 10000 alone"),
         (LLAMA, {"rope_scaling": {"rope_type": "llama3"} | LLAMA_3}, None),
         (QWEN2, {"rope_theta": 5e5}, None),
+        (BLOOM, {"layer_norm_epsilon": 0.01}, "an epsilon of at most 0.001"),
+        (BLOOM, {"layer_norm_epsilon": 0.001}, None),
         (BLOOM, {}, None),
     ],
 )

@@ -237,7 +237,8 @@ class TestTables:
         assert printed.index("### Bloom") < printed.index("### Llama")
         assert printed.count("| none: one round ") == 4
         assert "Noise floor: not measured" in printed
-        assert " | Parity " in run_program("summarize.py", folder, "--parity", check=True).stdout
+        with_parity = run_program("summarize.py", folder, "--parity", check=True).stdout
+        assert " | Parity (first loss, loss, norm) " in with_parity
         assert "no GPU" in printed
 
         rows = json.loads(run_program("summarize.py", folder, "--format=json", check=True).stdout)

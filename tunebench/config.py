@@ -17,8 +17,10 @@ from tunebench.errors import BadInput
 from tunebench.record import Built
 
 Count = Annotated[int, Field(gt=0, lt=2**31)]
-Number = Annotated[float, Field(gt=0, lt=1e30)]
+Layers = Annotated[int, Field(gt=0, lt=10_000)]
+Epsilon = Annotated[float, Field(gt=0, lt=10)]
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1: there is none
+PADDLE_LARGEST_EPSILON = 1e-3  # paddle/phi/infermeta/ternary.cc, LayerNormInferMeta
 SHOWN = 80  # characters of a refused value
 
 
@@ -38,13 +40,13 @@ class LlamaShape(Shape):
     """A decoder with rotary embedding, RMSNorm and a gated feed-forward layer; defaults are transformers'."""
 
     intermediate_size: Count
-    num_hidden_layers: Count
+    num_hidden_layers: Layers
     num_attention_heads: Count
     num_key_value_heads: Count | None = None
     head_dim: Count | None = None
     max_position_embeddings: Count = 2048
-    rms_norm_eps: Number = 1e-6
-    rope_theta: Number = 10000.0
+    rms_norm_eps: Epsilon = 1e-6
+    rope_theta: Annotated[float, Field(ge=1, lt=1e15)] = 10000.0
     rope_scaling: dict[str, Any] | None = None  # as `_rotary` gives it
     partial_rotary_factor: Literal[1.0] = 1.0
     hidden_act: Literal["silu", "swish"] = "silu"  # two names of one function
@@ -88,9 +90,9 @@ class GlmShape(LlamaShape):
 class BloomShape(Shape):
     """Bloom: ALiBi, LayerNorm, biases everywhere, and a head that is the embedding."""
 
-    n_layer: Count
+    n_layer: Layers
     n_head: Count
-    layer_norm_epsilon: Number = 1e-5
+    layer_norm_epsilon: Epsilon = 1e-5
     tie_word_embeddings: Literal[True] = True
 
     @model_validator(mode="after")
@@ -319,6 +321,11 @@ def paddle_lacks(config: dict[str, Any]) -> str | None:
     """What of a normalised config PaddleNLP's model of the family does not compute; None where it does all."""
     family = config["model_type"]
     if family == "bloom":
+        if config["layer_norm_epsilon"] > PADDLE_LARGEST_EPSILON:
+            return (
+                f"Paddle 3.3.1 has layer norms with an epsilon of at most {PADDLE_LARGEST_EPSILON:g}, and "
+                f"layer_norm_epsilon is {config['layer_norm_epsilon']:g}"
+            )
         return None
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         return (
@@ -421,8 +428,9 @@ def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     scaling: dict[str, Any] = {"rope_type": kind}
     for name in ROTARY_KINDS[kind]:
         key, value = found.pop(name, (name, None))
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{key} {_shown(value)} is not offered: {kind} scaling needs a number above 0")
+        least = 1 if name == "factor" else 0
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e9 or not value:
+            raise ValueError(f"{key} {_shown(value)} is not offered: {kind} scaling needs a number above {least}")
         scaling[name] = value
     # The length that a model was trained for may be told of a model without scaling, too.
     found.pop("original_max_position_embeddings", None)

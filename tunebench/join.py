@@ -49,7 +49,8 @@ class Row:
     A side's `spread` is the standard deviation of its runs' log rates, None with a single run.
     `interval` is the 95% interval of the speedup, None with a single round or where one side has more runs.
     `compared` says whether both sides have the same setup or each its fastest one; None for a side alone.
-    `parity` is the largest relative difference of the two loss curves at any step.
+    `parity` is the largest relative difference of the two loss curves at any step, `parity_first` that of the first
+    step, and `parity_norm` that of the gradient norms.
     """
 
     family: str
@@ -74,6 +75,8 @@ class Row:
     parity: float | None
     note: str | None
     tuned: bool = False
+    parity_first: float | None = None
+    parity_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -401,13 +404,15 @@ def _row(
     group: tuple[Any, ...], compared: str | None, paddle: Cell | None, torch: Cell | None, told_apart: bool
 ) -> Row:
     family, model, method, devices, bsz = group
-    speedup = interval = refusal = agreement = note = None
+    speedup = interval = refusal = note = None
+    apart: dict[str, float] = {}
     if paddle and torch and paddle.rate and torch.rate:
         if paddle.work != torch.work:
             different = differences(paddle.first, torch.first)
             refusal, note = "not the same work", f"not the same work: {'; '.join(different)}"
         else:
-            agreement = max(_relative("loss", paddle.records, torch.records))
+            loss, norm = (_relative(curve, paddle.records, torch.records) for curve in ("loss", "grad_norm"))
+            apart = {"parity": max(loss), "parity_first": loss[0], "parity_norm": max(norm)}
             note = _first_disagreement(paddle.records, torch.records)
             if note:
                 refusal = "models differ" if note.startswith("model.") else "losses differ"
@@ -429,7 +434,9 @@ def _row(
         interval=interval,
         refusal=refusal,
         compared=compared,
-        parity=agreement,
+        parity=apart.get("parity"),
+        parity_first=apart.get("parity_first"),
+        parity_norm=apart.get("parity_norm"),
         note="; ".join(filter(None, [note, *notes, *what])) or None,
         tuned=all(cell.first.setup.tuned for cell in sides),
     )

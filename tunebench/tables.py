@@ -45,6 +45,7 @@ COLUMNS = (
     "Rounds",
     "Compared",
 )
+PARITY = "Parity (first loss, loss, norm)"
 SETUP_COLUMNS = ("Model", "Setup", "Paddle Effective Tokens/s", "Torch Effective Tokens/s", "Speedup")
 ITSELF_COLUMNS = ("Model", "Method", "Num GPUs", "Batch Size", "Side", "Difference", "95% Interval", "Rounds", "Claim")
 
@@ -52,11 +53,12 @@ ITSELF_COLUMNS = ("Model", "Method", "Num GPUs", "Batch Size", "Side", "Differen
 def render(rows: list[Row], form: str, records: list[Record], parity: bool = False) -> str:
     """The rows as `md` (a table per model family, what it was measured on above it), `csv` or `json`.
 
-    `parity` adds a column to the first two: the largest relative difference of the pair's losses.
+    `parity` adds a column to the first two: the largest relative differences of the pair's first losses, losses and
+    gradient norms.
     """
     if form == "json":
         return json.dumps([asdict(row) for row in rows], indent=1)
-    columns = (*COLUMNS, "Parity") if parity else COLUMNS
+    columns = (*COLUMNS, PARITY) if parity else COLUMNS
     lines = [_texts(row) + [_parity(row)] * parity for row in rows]
     if form == "csv":
         text = io.StringIO()
@@ -229,7 +231,9 @@ def _spread(spread: float | None) -> str:
 
 
 def _parity(row: Row) -> str:
-    return NOT_AVAILABLE if row.parity is None else f"{row.parity:.1e}"
+    if row.parity is None or row.parity_first is None or row.parity_norm is None:
+        return NOT_AVAILABLE
+    return f"{row.parity_first:.0e}, {row.parity:.0e}, {row.parity_norm:.0e}"
 
 
 def markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
