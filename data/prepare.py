@@ -11,6 +11,8 @@ import runpy
 BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
 runpy.run_path(str(BOOTSTRAP))["enter"]("torch", "paddle")
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import batching
@@ -22,13 +24,14 @@ from rich.progress import track
 from tunebench.cache import cache_folder, only_one
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, one_line_refusals
-from tunebench.flags import DATA_NAMES, Parser, add_plan_flags, resolve_plan_flags
+from tunebench.flags import DEFAULT_FIXED_SAMPLES, Parser, add_plan_flags, fixed_tokens, resolve_plan_flags
 from tunebench.plan import (
     PROMPT_TOKENS,
     RESPONSE_TOKENS,
     Rows,
     Sample,
     Samples,
+    data_name,
     plan_path,
     read_plan,
     read_samples,
@@ -38,6 +41,8 @@ from tunebench.plan import (
 )
 
 CHUNK = 500  # samples encoded between two moves of the progress bar
+TEXTS = 2000  # embedded samples whose text --data fixed:N is made of
+MOST_TOKENS = 2**30  # of --data fixed:N: 4 GB
 
 
 def main() -> None:
@@ -53,6 +58,7 @@ def main() -> None:
         except (FileNotFoundError, BadInput):
             make_plan(options, checkpoint)
             plan = read_plan(path)
+    plan.say_what_to_know()
     info = plan.info()
     print(
         f"plan {plan.sha256[:12]}: {plan.steps} steps of {plan.bsz} from {info.samples} samples of {info.data}, "
@@ -63,13 +69,24 @@ def main() -> None:
 
 def make_plan(options: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Tokenizes what is not tokenized yet and writes the plan."""
-    samples, skipped, pad_id = tokenized(options, checkpoint)
-    if skipped:
-        print(f"--skip-bad left {len(skipped)} malformed samples out, the first: {skipped[0]}", flush=True)
+    found, samples = tokenized(options, checkpoint)
     rows = batch(samples.lengths, options)
-    data = options["data"] if options["data"] in DATA_NAMES else pathlib.Path(options["data"]).name
-    about = {"data": data, "samples": len(samples.lengths), "skipped": len(skipped), "pad_id": pad_id}
-    write_plan(plan_path(options, checkpoint), about | {"bsz": options["bsz"]}, samples, rows)
+    about = {"data": data_name(options["data"]), "samples": len(samples.lengths), "skipped": len(found["skipped"])}
+    about |= {"pad_id": found["pad_id"], "bsz": options["bsz"], "remarks": remarks(about["data"], found)}
+    write_plan(plan_path(options, checkpoint), about, samples, rows)
+
+
+def remarks(data: str, found: dict[str, Any]) -> list[str]:
+    """What is to be known of the data, a line each: what was left out, and whether another tokenizer was taken."""
+    lines = []
+    if skipped := found["skipped"]:
+        lines.append(f"--data {data}: {len(skipped)} malformed sample(s) left out, the first: {data}{skipped[0]}")
+    if left_out := found["left_out"]:
+        lines.append(f"--data {data}: columns left out: {sources.in_words(left_out)}")
+    if found["replaced"]:
+        size = tokenizers_of.VOCAB_SIZE
+        lines.append(f"--model: its folder has no tokenizer: the text is encoded by the embedded one of {size} tokens")
+    return [" ".join(line.splitlines()) for line in lines]
 
 
 def batch(lengths: np.ndarray, options: dict[str, Any]) -> Rows:
@@ -97,35 +114,70 @@ def batch(lengths: np.ndarray, options: dict[str, Any]) -> Rows:
     return batching.in_turn(epoch, rows)
 
 
-def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[Samples, list[str], int]:
-    """The tokenized samples, what was skipped, and the padding token; kept in the cache."""
+def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, Any], Samples]:
+    """The tokenized samples, after what was found in making them; kept in the cache."""
     cached = cache_folder() / "tokens" / f"{tokens_key(options, checkpoint)}.safetensors"
     try:
-        about, samples = read_samples(cached)
+        return read_samples(cached)
     except (FileNotFoundError, BadInput):
-        own = tokenizers_of.of_checkpoint(checkpoint.folder)
-        folder = None if own is None else checkpoint.folder
-        tokenizer = own or tokenizers_of.embedded(cache_folder())
+        pass
+    own = tokenizers_of.of_checkpoint(checkpoint.folder)
+    folder = None if own is None else checkpoint.folder
+    tokenizer = own or tokenizers_of.embedded(cache_folder())
+    found = {"skipped": [], "left_out": [], "replaced": own is None and options["weights"] == "pretrained"}
+    found["pad_id"], eos_id = tokenizers_of.pad_id(tokenizer, folder), tokenizers_of.eos_id(tokenizer, folder)
+    if fixed_tokens(options["data"]) is None:
         loaded = sources.load(options["data"], options["samples"], options["skip_bad"])
-        samples = Samples.of(encode(tokenizer, loaded.samples, tokenizers_of.eos_id(tokenizer, folder)))
-        about = {"skipped": loaded.skipped, "pad_id": tokenizers_of.pad_id(tokenizer, folder)}
-        write_samples(cached, about, samples)
-    return samples, about["skipped"], about["pad_id"]
+        found |= {"skipped": loaded.skipped, "left_out": loaded.left_out}
+        samples = Samples.of(encode(tokenizer, loaded.samples, eos_id))
+    else:
+        samples = fixed(tokenizer, options, checkpoint.config.get("max_position_embeddings"), eos_id)
+    write_samples(cached, found, samples)
+    return found, samples
 
 
 def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> list[Sample]:
     """Prompts cut to 256 tokens, responses to 384 and closed by EOS, with a progress bar."""
     rows: list[Sample] = []
+    for prompt, response in _encoded(tokenizer, samples):
+        ids = prompt[:PROMPT_TOKENS]
+        if not ids or not response:
+            raise BadInput(f"sample {len(rows) + 1}: the tokenizer makes no token of its prompt or response")
+        rows.append((np.array([*ids, *response[:RESPONSE_TOKENS], eos_id], dtype=np.int32), len(ids)))
+    return rows
+
+
+def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id: int) -> Samples:
+    """Samples of N tokens each, for --data fixed:N: the embedded data's prompts, all end to end, cut into prompts, and
+    its responses cut into responses and closed by EOS, both taken again from the start where they are used up.
+
+    Prompts and responses have the shares of all tokens that they have in the embedded data.
+    """
+    size, count = fixed_tokens(options["data"]), options["samples"] or DEFAULT_FIXED_SAMPLES
+    if positions is not None and size > positions:
+        raise BadInput(
+            f"--data {options['data']}: max_position_embeddings of the model is {positions}; use at most that"
+        )
+    if size * count > MOST_TOKENS:
+        raise BadInput(f"--samples {count} of {options['data']} are too many; use at most {MOST_TOKENS // size}")
+    texts = sources.load("synthetic-en", TEXTS, skip_bad=False).samples
+    prompts, responses = (list(chain.from_iterable(ids)) for ids in zip(*_encoded(tokenizer, texts), strict=True))
+    share = len(prompts) / (len(prompts) + len(responses) + TEXTS)
+    prompt = min(max(round(size * share), 1), size - 2)
+    tokens = np.full((count, size), eos_id, dtype=np.int32)
+    tokens[:, :prompt] = np.resize(prompts, (count, prompt))
+    tokens[:, prompt:-1] = np.resize(responses, (count, size - prompt - 1))
+    return Samples(tokens.reshape(-1), np.arange(count + 1) * size, np.full(count, prompt, dtype=np.int32))
+
+
+def _encoded(tokenizer: Any, samples: list[sources.Sample]) -> Iterator[tuple[list[int], list[int]]]:
+    """The tokens of each prompt and each response, with a progress bar."""
     for start in track(range(0, len(samples), CHUNK), description=f"tokenizing {len(samples)} samples"):
         chunk = samples[start : start + CHUNK]
         prompts = tokenizer.encode_batch([sample.prompt for sample in chunk], add_special_tokens=False)
         responses = tokenizer.encode_batch([sample.response for sample in chunk], add_special_tokens=False)
         for prompt, response in zip(prompts, responses, strict=True):
-            ids = prompt.ids[:PROMPT_TOKENS]
-            if not ids or not response.ids:
-                raise BadInput(f"sample {len(rows) + 1}: the tokenizer makes no token of its prompt or response")
-            rows.append((np.array([*ids, *response.ids[:RESPONSE_TOKENS], eos_id], dtype=np.int32), len(ids)))
-    return rows
+            yield prompt.ids, response.ids
 
 
 if __name__ == "__main__":

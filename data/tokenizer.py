@@ -1,4 +1,4 @@
-"""The tokenizer of a model: the embedded one, or the one of a Hugging Face checkpoint.
+"""The tokenizer of a model: the one of a Hugging Face checkpoint, or the embedded one.
 
 The embedded one is a byte-level BPE trained on the embedded data, so it needs no download and loses no text.
 """
@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import synthetic
+from spiece import SentencePiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from tunebench.cache import write_atomically
+from tunebench.checkpoint import tokenizer_files
 from tunebench.errors import BadInput
 
 VOCAB_SIZE = 8192
@@ -62,11 +64,30 @@ def embedded(cache: Path) -> Tokenizer:
     return tokenizer
 
 
-def of_checkpoint(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint folder; None if it has none."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return None
+def of_checkpoint(folder: Path) -> Tokenizer | SentencePiece | None:
+    """The tokenizer of a checkpoint folder; None if it has none. Raises `BadInput` where it is of another kind."""
+    path, model = folder / "tokenizer.json", folder / "tokenizer.model"
+    files = {file.name for file in tokenizer_files(folder)}
+    settings = _read(folder / "tokenizer_config.json")
+    if path.name in files:
+        return _from_json(path)
+    if model.name in files:
+        family = _read(folder / "config.json").get("model_type")
+        if family != "llama" and "tokenizer_class" not in settings:
+            raise BadInput(f"{model} of a {family} model is not offered; put the checkpoint's tokenizer.json beside it")
+        names = ("special_tokens_map.json", "added_tokens.json")
+        return SentencePiece(model, settings, *(_read(folder / name) for name in names))
+    others = sorted(files - {"tokenizer_config.json"})
+    if others or settings.get("tokenizer_class") is not None:
+        found = ", ".join(others) or f"tokenizer_config.json for a {settings['tokenizer_class']}"
+        raise BadInput(
+            f"{folder} has {found} and neither tokenizer.json nor tokenizer.model, which alone are read; "
+            "put the checkpoint's tokenizer.json into it"
+        )
+    return None
+
+
+def _from_json(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()  # a file may ask for either, and both would pass for tokens of the sample
@@ -76,7 +97,7 @@ def of_checkpoint(folder: Path) -> Tokenizer | None:
         raise BadInput(f"{path} is not a readable tokenizer: {str(error).splitlines()[0]}") from None
 
 
-def eos_id(tokenizer: Tokenizer, folder: Path | None) -> int:
+def eos_id(tokenizer: Tokenizer | SentencePiece, folder: Path | None) -> int:
     """The id that ends a response; `folder` is the checkpoint's, None for the embedded tokenizer."""
     if folder is None:
         return EOS_ID
@@ -88,7 +109,7 @@ def eos_id(tokenizer: Tokenizer, folder: Path | None) -> int:
     return found
 
 
-def pad_id(tokenizer: Tokenizer, folder: Path | None) -> int:
+def pad_id(tokenizer: Tokenizer | SentencePiece, folder: Path | None) -> int:
     """The id that fills short rows; the end-of-sequence id where a checkpoint names none."""
     if folder is None:
         return PAD_ID
@@ -96,14 +117,15 @@ def pad_id(tokenizer: Tokenizer, folder: Path | None) -> int:
     return eos_id(tokenizer, folder) if found is None else found
 
 
-def _special_id(tokenizer: Tokenizer, folder: Path, name: str) -> int | None:
-    """From config.json (an id or a list of them) or else from tokenizer_config.json (a token)."""
+def _special_id(tokenizer: Tokenizer | SentencePiece, folder: Path, name: str) -> int | None:
+    """From config.json (an id or a list of them) or else from tokenizer_config.json or special_tokens_map.json (a
+    token)."""
     value = _read(folder / "config.json").get(f"{name}_id")
     if isinstance(value, list) and value:
         value = value[0]
     if isinstance(value, int):
         return value
-    token = _read(folder / "tokenizer_config.json").get(name)
+    token = _read(folder / "tokenizer_config.json").get(name) or _read(folder / "special_tokens_map.json").get(name)
     if isinstance(token, dict):  # a serialized AddedToken
         token = token.get("content")
     return tokenizer.token_to_id(token) if isinstance(token, str) else None

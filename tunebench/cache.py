@@ -36,7 +36,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Puts `content` at `path` whole or not at all; a reader never sees half a file. Raises `BadInput`."""
     with cannot_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as part:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as part:
             try:
                 part.write(content)
                 part.flush()

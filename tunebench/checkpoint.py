@@ -29,6 +29,11 @@ from tunebench.record import Built, Work
 WRITER_VERSION = 1  # part of the cache key: raise it when the same seed would give other weights
 SHARD_BYTES = 1 << 30
 VALUES_AT_ONCE = 2**24  # random ones, of which a float32 copy is in memory
+# Files that say how text becomes tokens, as libraries name them: tokenizer.json, spiece.model, vocab.txt and so on.
+TOKENIZER_FILES = (
+    *("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges*", "tekken.json"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
 FINGERPRINT = "fingerprint.json"  # in the cache only: the digest of weights written there
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
@@ -353,10 +358,15 @@ def _sha256_of(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that say how text becomes tokens, used here or not, in the order of names."""
+    return sorted({file for glob in TOKENIZER_FILES for file in folder.glob(glob) if file.is_file()})
+
+
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen unrelated classes

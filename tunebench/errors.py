@@ -13,6 +13,9 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class BadInput(Exception):
     """What the user gave cannot work. The message is one line that names the flag or file and what would work."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # a name in it may have line breaks
+
 
 @contextlib.contextmanager
 def one_line_refusals(program: str) -> Iterator[None]:

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import math
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,10 @@ from tunebench.launch import World
 from tunebench.presets import PRESETS
 
 DATA_NAMES = ("synthetic-en", "synthetic-zh", "alpaca", "guanaco")
-DEFAULT_SAMPLES = 10_000
+SUFFIXES = (".json", ".jsonl", ".parquet")
+FIXED = "fixed:"  # and a number: the embedded data's text, cut into samples of so many tokens
+LONGEST_FIXED = 2**20
+DEFAULT_SAMPLES, DEFAULT_FIXED_SAMPLES = 10_000, 1000
 # What --tuned stands for: what is fastest without changing the result. A flag beside it goes before it.
 TUNED: dict[str, Any] = {
     "order": "grouped",
@@ -29,6 +33,7 @@ TUNED: dict[str, Any] = {
     "compile": True,
     "keep_memory": True,
 }
+NAMED_DATA = f"{', '.join(DATA_NAMES)}, {FIXED}N (samples of N tokens)"
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -339,8 +344,13 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help=f"{', '.join(PRESETS)}, or a Hugging Face checkpoint: a folder or a hub name")
     add("--weights", choices=["random", "pretrained"], help="random: a preset's shared seeded checkpoint")
-    add("--data", default="synthetic-en", help=f"{', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file")
-    add("--samples", type=positive, help=f"how many of the data (default: {DEFAULT_SAMPLES:,}; of a file, all)")
+    add("--data", default="synthetic-en", help=f"{NAMED_DATA}, or a .json, .jsonl or .parquet file")
+    add(
+        "--samples",
+        type=positive,
+        help=f"how many of the data (default: {DEFAULT_SAMPLES:,}; of fixed:N, {DEFAULT_FIXED_SAMPLES:,}; of a file, "
+        "all)",
+    )
     add("--skip-bad", action="store_true", help="leave malformed samples out and count them, instead of refusing them")
     add("--bsz", type=positive, default=4, help="global batch size: samples, or rows with --packing")
     add(
@@ -375,12 +385,10 @@ def resolve_plan_flags(options: dict) -> dict:
             f"--model {model}: no such preset or folder; use one of {', '.join(PRESETS)}, a checkpoint folder, "
             "or a hub name of the form owner/name"
         )
-    if options["data"] not in DATA_NAMES:
+    if not is_named(options["data"]):
         path = path_of("data", options["data"])
-        if path.suffix not in (".json", ".jsonl", ".parquet"):
-            raise BadInput(
-                f"--data {options['data']}: use {', '.join(DATA_NAMES)}, or a .json, .jsonl or .parquet file"
-            )
+        if path.suffix not in SUFFIXES:
+            raise BadInput(f"--data {options['data']}: use {NAMED_DATA}, or a .json, .jsonl or .parquet file")
         if not path.is_file() or not os.access(path, os.R_OK):
             raise BadInput(f"--data {options['data']}: no such file, or not readable")
         options["data"] = str(path.resolve())
@@ -389,6 +397,24 @@ def resolve_plan_flags(options: dict) -> dict:
     if options["steps"] is None and options["epochs"] is None:
         options["steps"] = 30
     return options
+
+
+def is_named(data: str) -> bool:
+    """Whether --data names no file. Raises `BadInput` where it is fixed:N with another N than can be."""
+    return data in DATA_NAMES or fixed_tokens(data) is not None
+
+
+def fixed_tokens(data: str) -> int | None:
+    """N of fixed:N, None for other data. Raises `BadInput`."""
+    if not data.startswith(FIXED) or Path(data).suffix in SUFFIXES:
+        return None
+    number = data.removeprefix(FIXED)
+    if re.fullmatch("[1-9][0-9]{0,9}", number) and 3 <= int(number) <= LONGEST_FIXED:
+        return int(number)
+    raise BadInput(
+        f"--data {data}: name the tokens of a sample in plain digits, 3 (one each of prompt, response and end) to "
+        f"{LONGEST_FIXED}, such as fixed:2048"
+    )
 
 
 def positive(text: str) -> int:

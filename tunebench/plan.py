@@ -19,13 +19,13 @@ from safetensors.numpy import save
 
 from tunebench.bootstrap import ROOT
 from tunebench.cache import cache_folder, write_atomically
-from tunebench.checkpoint import Checkpoint
+from tunebench.checkpoint import Checkpoint, tokenizer_files
 from tunebench.errors import BadInput
-from tunebench.flags import DATA_NAMES, Flags
+from tunebench.flags import FIXED, Flags, is_named
 from tunebench.processes import dying_with_parent
 from tunebench.record import PlanInfo
 
-PLAN_VERSION = 2  # part of the cache key: raise it when the same inputs would give another plan
+PLAN_VERSION = 3  # part of the cache key: raise it when the same inputs would give another plan
 PROMPT_TOKENS, RESPONSE_TOKENS = 256, 384  # the published record's limits; the response's EOS comes on top
 IGNORED = -100  # the label of a position that is not trained on
 
@@ -139,6 +139,11 @@ class Plan:
             last = start + micro_bsz == first + share
             yield last, MicroBatch(**arrays, lengths=lengths if self.padding_free else None)
 
+    def say_what_to_know(self) -> None:
+        """Prints what a reader of the result would not expect of the data, a line each."""
+        for remark in self.about["remarks"]:
+            print(remark, flush=True)
+
     def info(self) -> PlanInfo:
         """What the record says of the plan."""
         run = range(self.steps)
@@ -192,8 +197,9 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
     path = plan_path(flags.model_dump(), checkpoint)
     try:
         plan = read_plan(path)
+        plan.say_what_to_know()
     except (FileNotFoundError, BadInput):
-        _prepare(flags)
+        _prepare(flags)  # which says it
         plan = read_plan(path)
     plan = replace(plan, padding_free=flags.padding_free)
     vocabulary, positions = checkpoint.config["vocab_size"], checkpoint.config.get("max_position_embeddings")
@@ -238,25 +244,32 @@ def write_samples(path: Path, about: dict[str, Any], samples: Samples) -> None:
 
 def plan_path(options: dict[str, Any], checkpoint: Checkpoint) -> Path:
     """Where the plan of these flags lies: a name made of everything that the plan depends on."""
-    data = options["data"]
     parts = [tokens_key(options, checkpoint), _file_key(ROOT / "data" / "batching.py")]
     parts += [options[name] for name in ("bsz", "steps", "epochs", "order", "packing")]
     parts += [options["seed"]] * (options["order"] == "grouped" or options["packing"] > 0)
-    name = data if data in DATA_NAMES else Path(data).stem
+    name = data_name(options["data"]).replace(":", "-")
+    if not is_named(options["data"]):
+        # A file's own name may be as long as the system allows, and the plan's is longer.
+        name = Path(name).stem.encode()[:100].decode(errors="ignore")
     return cache_folder() / "plans" / f"{name}-bsz{options['bsz']}-{_key(parts)}.safetensors"
+
+
+def data_name(data: str) -> str:
+    """How records and messages call the data of --data: a file without its folder."""
+    return data if is_named(data) else Path(data).name
 
 
 def tokens_key(options: dict[str, Any], checkpoint: Checkpoint) -> str:
     """A name for the tokenized data: it changes with the data, the tokenizer and the limits."""
     code = [_file_key(ROOT / "data" / name) for name in ("sources.py", "prepare.py")]
-    generator = [_file_key(ROOT / "data" / name) for name in ("synthetic.py", "tokenizer.py")]
-    own = [checkpoint.folder / name for name in ("tokenizer.json", "tokenizer_config.json")]
+    generator = [_file_key(ROOT / "data" / name) for name in ("synthetic.py", "tokenizer.py", "spiece.py")]
     ids = [checkpoint.config.get(name) for name in ("eos_token_id", "pad_token_id")]
-    tokenizer = [*ids, *(_file_key(file) for file in own if file.exists())] if own[0].exists() else generator
+    tokenizer = [*ids, generator, options["weights"]]
+    tokenizer += [(file.name, _file_key(file)) for file in tokenizer_files(checkpoint.folder)]
     data = options["data"]
-    source = generator if data.startswith("synthetic-") else [] if data in DATA_NAMES else [_file_key(Path(data))]
+    source = generator if data.startswith(("synthetic-", FIXED)) else [] if is_named(data) else [_file_key(Path(data))]
     limits = [PROMPT_TOKENS, RESPONSE_TOKENS, options["samples"], options["skip_bad"]]
-    return _key([PLAN_VERSION, code, tokenizer, data if data in DATA_NAMES else "file", source, limits])
+    return _key([PLAN_VERSION, code, tokenizer, data if is_named(data) else Path(data).suffix, source, limits])
 
 
 def _prepare(flags: Flags) -> None:
@@ -275,7 +288,10 @@ def _key(parts: Any) -> str:
 
 
 def _file_key(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _read(path: Path, what: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -1,0 +1,149 @@
+"""A checkpoint's tokenizer.model, read by sentencepiece: the tokens of transformers 4's LlamaTokenizer (the slow one).
+
+Text that spells a special or added token becomes that token, and the text between two of them is encoded on its own.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sentencepiece import SentencePieceProcessor
+
+from tunebench.errors import BadInput
+
+CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast")
+DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+NAMES = (*DEFAULTS, "pad_token", "sep_token", "cls_token", "mask_token")
+LISTS = ("additional_special_tokens", "extra_special_tokens")
+# Settings that change the tokens and are not followed here, each with its values that change nothing.
+PLAIN: dict[str, tuple] = {
+    "add_prefix_space": (None, True),
+    "auto_map": (None,),
+    "do_lower_case": (None, False),
+    "sp_model_kwargs": (None, {}),
+    "split_special_tokens": (None, False),
+}
+TIKTOKEN = rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n"
+SPACE = "▁"
+
+
+class Encoded(NamedTuple):
+    """The tokens of a text."""
+
+    ids: list[int]
+
+
+class SentencePiece:
+    """The tokenizer of tokenizer.model, as far as this project uses one of the tokenizers library.
+
+    `settings` is what tokenizer_config.json has, `named` special_tokens_map.json, `added` added_tokens.json. Raises
+    `BadInput` for what would give other tokens than transformers' class.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], named: dict[str, Any], added: dict[str, Any]) -> None:
+        self._path = path
+        content = path.read_bytes()
+        if re.match(TIKTOKEN, content):
+            raise self._refusal("it is in tiktoken's format")
+        try:
+            self._model = SentencePieceProcessor(model_proto=content)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise self._refusal(f"sentencepiece cannot read it ({' '.join(str(error).split())})") from None
+        if settings.get("tokenizer_class") not in CLASSES:
+            raise self._refusal(f"tokenizer_config.json asks for a {settings['tokenizer_class']}")
+        for name, harmless in PLAIN.items():
+            if settings.get(name) not in harmless:
+                raise self._refusal(f"tokenizer_config.json asks for {name} {settings[name]!r}")
+        # Whether text after a special token gets a space before it, as all of transformers 4's had until 4.31.
+        self._legacy = settings.get("legacy") is not False
+        if not self._legacy:
+            self._model.override_normalizer_spec(add_dummy_prefix=False)
+        self._special = self._named(settings, named)
+        self._unknown = self._special.get("unk_token", DEFAULTS["unk_token"])
+        self._ids = self._ids_of(settings, added)
+        longest_first = sorted(self._ids, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[Encoded]:
+        """The tokens of each text; special ones are never added."""
+        assert not add_special_tokens
+        return [Encoded(self._encode(text)) for text in texts]
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token, None where there is no such."""
+        piece = self._model.piece_to_id(token)
+        return self._ids.get(token, piece if self._model.id_to_piece(piece) == token else None)
+
+    def _encode(self, text: str) -> list[int]:
+        if text and not self._legacy:
+            text = SPACE + text.replace(SPACE, " ")
+        ids: list[int] = []
+        parts = self._split.split(text)  # text and tokens by turns
+        for i, part in enumerate(parts):
+            if i % 2:
+                ids.append(self._ids[part])
+            elif part and not (i == 0 and part == SPACE and parts[1:2] and parts[1] in self._special.values()):
+                ids += self._pieces(part)
+        return ids
+
+    def _pieces(self, text: str) -> list[int]:
+        if self._legacy or not text.startswith((SPACE, " ")):
+            return self._model.encode(text)
+        # Without its own prefix sentencepiece may drop spaces at the start: the unknown token stands before them.
+        before = len(self._model.encode(self._unknown))
+        return self._model.encode(self._unknown + text)[before:]
+
+    def _named(self, settings: dict[str, Any], named: dict[str, Any]) -> dict[str, str]:
+        """The special tokens by what they are called."""
+        special: dict[str, str] = {}
+        for name in NAMES:
+            found = [self._text(name, source[name]) for source in (settings, named) if source.get(name) is not None]
+            if len(set(found)) > 1:
+                raise self._refusal(
+                    f"{name} is {found[0]!r} in tokenizer_config.json, {found[1]!r} in special_tokens_map.json"
+                )
+            if found or (name in DEFAULTS and name not in settings):
+                special[name] = found[0] if found else DEFAULTS[name]
+        for source in (settings, named):
+            for name in LISTS:
+                tokens = source.get(name) or []
+                tokens = tokens.values() if isinstance(tokens, dict) else tokens
+                if isinstance(tokens, str):
+                    raise self._refusal(f"{name} must be a list")
+                special |= {f"{name} {text}": text for text in (self._text(name, token) for token in tokens)}
+        return {name: text for name, text in special.items() if text}
+
+    def _ids_of(self, settings: dict[str, Any], added: dict[str, Any]) -> dict[str, int]:
+        """The id of each token that is found in text as a whole."""
+        given = dict(added)
+        listed = settings.get("added_tokens_decoder") or {}
+        if not isinstance(listed, dict):
+            raise self._refusal("added_tokens_decoder must be an object")
+        given |= {self._text("added_tokens_decoder", token): number for number, token in listed.items()}
+        ids: dict[str, int] = {}
+        for token in (*given, *self._special.values()):
+            piece = self._model.piece_to_id(token)
+            known = piece if self._model.id_to_piece(piece) == token else None
+            try:
+                number = int(given[token]) if token in given else known
+            except (ValueError, TypeError):
+                raise self._refusal(f"the added token {token!r} has the id {given[token]!r}") from None
+            if number is None:
+                raise self._refusal(f"it has no token {token!r}, and no other file gives its id")
+            if token:
+                ids[token] = number
+        return ids
+
+    def _text(self, name: str, token: Any) -> str:
+        """A token as text; it may be a serialized AddedToken."""
+        if isinstance(token, dict):
+            for rule in ("lstrip", "rstrip", "single_word"):
+                if token.get(rule):
+                    raise self._refusal(f"{name} {token.get('content')!r} asks for {rule}")
+            token = token.get("content")
+        if not isinstance(token, str):
+            raise self._refusal(f"{name} must be text, not {token!r}")
+        return token
+
+    def _refusal(self, reason: str) -> BadInput:
+        return BadInput(f"{self._path} cannot be used: {reason}; put the checkpoint's tokenizer.json beside it")
