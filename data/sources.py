@@ -16,6 +16,7 @@ from tunebench.flags import DATA_NAMES, DEFAULT_SAMPLES
 HUB = {"alpaca": "tatsu-lab/alpaca", "guanaco": "Chinese-Vicuna/guanaco_belle_merge_v1.0"}
 NEEDED = ("instruction", "output")
 USED = ("instruction", "input", "output")  # of a sample's fields; the others are left out
+FEW = 100  # malformed rows of a hub data set that say nothing of the others
 ROWS_AT_ONCE = 1000  # read from a table
 
 
@@ -61,7 +62,7 @@ def load(data: str, wanted: int | None, skip_bad: bool) -> Loaded:
     if not samples:
         first = f"; the first: {name}{skipped[0]}" if skipped else ""
         raise BadInput(f"--data {data}: it holds no usable sample{first}")
-    if len(skipped) > len(samples) and not skip_bad:
+    if len(skipped) > max(FEW, len(samples)) and not skip_bad:
         raise BadInput(
             f"--data {data}: {len(skipped)} of the first {len(skipped) + len(samples)} samples are malformed, the "
             f"first: {name}{skipped[0]}; if that is as it should be, leave them out with --skip-bad"

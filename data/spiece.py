@@ -24,6 +24,7 @@ PLAIN: dict[str, tuple] = {
     "split_special_tokens": (None, False),
 }
 TIKTOKEN = rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n"
+NO_PREFIX = b"\x1a\x02\x18\x00"  # appended to a model: normalizer_spec { add_dummy_prefix: false }
 SPACE = "▁"
 
 
@@ -43,10 +44,14 @@ class SentencePiece:
     def __init__(self, path: Path, settings: dict[str, Any], named: dict[str, Any], added: dict[str, Any]) -> None:
         self._path = path
         content = path.read_bytes()
+        if not content:
+            raise self._refusal("it is empty")
         if re.match(TIKTOKEN, content):
             raise self._refusal("it is in tiktoken's format")
+        # Whether text after a special token gets a space before it, as all of transformers 4's had until 4.31.
+        self._legacy = settings.get("legacy") is not False
         try:
-            self._model = SentencePieceProcessor(model_proto=content)
+            self._model = SentencePieceProcessor(model_proto=content + NO_PREFIX * (not self._legacy))
         except (RuntimeError, OSError, ValueError) as error:
             raise self._refusal(f"sentencepiece cannot read it ({' '.join(str(error).split())})") from None
         if settings.get("tokenizer_class") not in CLASSES:
@@ -54,10 +59,6 @@ class SentencePiece:
         for name, harmless in PLAIN.items():
             if settings.get(name) not in harmless:
                 raise self._refusal(f"tokenizer_config.json asks for {name} {settings[name]!r}")
-        # Whether text after a special token gets a space before it, as all of transformers 4's had until 4.31.
-        self._legacy = settings.get("legacy") is not False
-        if not self._legacy:
-            self._model.override_normalizer_spec(add_dummy_prefix=False)
         self._special = self._named(settings, named)
         self._unknown = self._special.get("unk_token", DEFAULTS["unk_token"])
         self._ids = self._ids_of(settings, added)
@@ -77,12 +78,14 @@ class SentencePiece:
     def _encode(self, text: str) -> list[int]:
         if text and not self._legacy:
             text = SPACE + text.replace(SPACE, " ")
-        ids: list[int] = []
         parts = self._split.split(text)  # text and tokens by turns
+        if not self._legacy and len(parts) > 1 and parts[0] == SPACE and parts[1] in self._special.values():
+            parts[0] = ""
+        ids: list[int] = []
         for i, part in enumerate(parts):
             if i % 2:
                 ids.append(self._ids[part])
-            elif part and not (i == 0 and part == SPACE and parts[1:2] and parts[1] in self._special.values()):
+            elif part:
                 ids += self._pieces(part)
         return ids
 

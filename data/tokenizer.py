@@ -137,8 +137,8 @@ def _read(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput(f"{path} is not readable JSON: {error}") from None
     if not isinstance(content, dict):
         raise BadInput(f"{path} is not a JSON object")
     return content

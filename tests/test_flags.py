@@ -40,7 +40,7 @@ def test_flash_attention_in_float32_is_for_cpus():
     [
         (["--model=lama-tiny"], "--model lama-tiny: no such preset or folder; use one of llama-tiny, "),
         (["--model=me/mine", "--weights=random"], "--weights random is for presets"),
-        (["--data=squad"], "--data squad: use synthetic-en, synthetic-zh, alpaca, guanaco, or a .json"),
+        (["--data=squad"], "--data squad: use synthetic-en, synthetic-zh, alpaca, guanaco, fixed:N (samples"),
         (["--data=missing.json"], "--data missing.json: no such file"),
         (
             ["--bsz=6", "--micro-bsz=4"],

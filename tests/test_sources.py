@@ -31,7 +31,7 @@ def test_json_and_jsonl(tmp_path, name, content):
     loaded = sources.load(str(tmp_path / name), None, skip_bad=False)
     assert [sample.prompt for sample in loaded.samples] == PROMPTS
     assert [sample.response for sample in loaded.samples] == ["5", "早上好", "7"]
-    assert loaded.skipped == []
+    assert loaded.skipped == loaded.left_out == []
 
 
 def test_parquet(tmp_path):
@@ -41,7 +41,10 @@ def test_parquet(tmp_path):
 
 
 BAD = {
-    "missing": (b'{"instruction": "x", "input": ""}', "the field 'output' is missing"),
+    "missing": (
+        b'{"instruction": "x", "answer": ""}',
+        "the field 'output' is missing; there is instruction, answer",
+    ),
     "type": (b'{"instruction": "x", "output": 5}', "the field 'output' must be text, not int"),
     "input type": (b'{"instruction": "x", "input": [], "output": "y"}', "the field 'input' must be text"),
     "empty response": (b'{"instruction": "x", "output": " "}', "the response (the field 'output') is empty"),
@@ -68,7 +71,76 @@ def test_malformed_is_refused_with_file_and_line_or_skipped_and_counted(tmp_path
     loaded = sources.load(str(path), None, skip_bad=True)
     assert [sample.prompt for sample in loaded.samples] == PROMPTS
     assert len(loaded.skipped) == 2
-    assert loaded.skipped[0].startswith(first + message)
+    assert f"{path}{loaded.skipped[0]}".startswith(first + message)
+
+
+STRANGE = {
+    "beyond 9999": pyarrow.array([2**60] * 3, pyarrow.timestamp("ms")),
+    "decimal256": pyarrow.array([None] * 3, pyarrow.decimal256(70, 2)),
+    "nested": pyarrow.array([[{"a": b"\xff"}]] * 3),
+    "bytes": pyarrow.array([b"caf\xe9"] * 3),
+    "text": pyarrow.array([b"caf\xe9"] * 3).cast(pyarrow.string(), safe=False),
+    "output.text": pyarrow.array([{"text": "x"}] * 3),
+    "two\nlines": pyarrow.array([1] * 3),
+}
+
+
+def test_other_columns_are_named_and_never_read(tmp_path):
+    table = pyarrow.Table.from_pylist(GOOD)
+    for name, column in STRANGE.items():
+        table = table.append_column(name, column)
+    parquet.write_table(table, tmp_path / "a.parquet")
+    loaded = sources.load(str(tmp_path / "a.parquet"), None, skip_bad=False)
+    assert [sample.prompt for sample in loaded.samples] == PROMPTS
+    assert loaded.left_out == sorted(STRANGE)
+    assert "\n" not in sources.in_words(loaded.left_out)
+    assert sources.in_words(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_other_fields_are_named(tmp_path, ending):
+    samples = [GOOD[0] | {"system": "Be brief.", "history": []}, GOOD[1], GOOD[2] | {"history": [["a", "b"]]}]
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(array(samples) if ending == ".json" else lines(samples))
+    assert sources.load(str(path), None, skip_bad=False).left_out == ["history", "system"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"instruction": ["a"], "response": ["b"]}, "the column 'output' is missing; there is instruction, response"),
+        ({"output": ["a"]}, "the column 'instruction' is missing; there is output"),
+        ({"instruction": ["a"], "output": [[1]]}, "the column 'output' must be text, not list<element: int64>"),
+        ({"instruction": ["a"], "output": [b"b"]}, "the column 'output' must be text, not binary"),
+        ({"instruction": ["a"], "input": [1], "output": ["b"]}, "the column 'input' must be text, not int64"),
+        ({"instruction": ["a"], "input": [1.5], "output": ["b"]}, "a.parquet row 1: the field 'input' must be text"),
+    ],
+)
+def test_columns_that_are_missing_or_no_text(tmp_path, columns, message):
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(BadInput) as refusal:
+        sources.load(str(tmp_path / "a.parquet"), None, skip_bad=False)
+    assert message in str(refusal.value)
+
+
+def test_columns_of_text_in_other_forms(tmp_path):
+    table = pyarrow.table(
+        {
+            "instruction": pyarrow.array(["a", "b"]).dictionary_encode(),
+            "input": pyarrow.array([float("nan")] * 2),
+            "output": pyarrow.array(["c", "d"], pyarrow.large_string()),
+        }
+    )
+    parquet.write_table(table, tmp_path / "a.parquet")
+    samples = sources.load(str(tmp_path / "a.parquet"), None, skip_bad=False).samples
+    assert [(sample.prompt, sample.response) for sample in samples] == [("a", "c"), ("b", "d")]
+
+
+def test_a_column_that_is_there_twice(tmp_path):
+    table = pyarrow.Table.from_arrays([["a"], ["b"], ["c"]], names=["instruction", "output", "output"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(BadInput, match="2 columns are called 'output'; leave one"):
+        sources.load(str(tmp_path / "a.parquet"), None, skip_bad=False)
 
 
 def test_bad_rows_of_a_parquet_file_are_named(tmp_path):
@@ -122,6 +194,49 @@ def test_hub_data_sets_load_through_the_datasets_library(tmp_path, monkeypatch, 
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     loaded = sources.load(name, 2, skip_bad=False)
     assert [sample.prompt for sample in loaded.samples] == PROMPTS[:2]
+
+
+ODD = [  # rows as the two hub data sets have some, beside a column that is not used
+    {"instruction": "Draw a square", "input": "", "output": "", "text": "x"},
+    {"instruction": "", "input": None, "output": "y", "text": ""},
+    {"instruction": "x", "input": "", "output": None, "text": None},
+    {"instruction": None, "input": "x", "output": "y", "text": "x"},
+]
+
+
+@pytest.mark.parametrize("name", ["alpaca", "guanaco"])
+@pytest.mark.parametrize("ending", ["parquet", "jsonl"])
+def test_malformed_rows_of_hub_data_sets_are_skipped_and_counted(tmp_path, monkeypatch, name, ending):
+    folder = tmp_path / sources.HUB[name]
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+
+    def write(rows):
+        if ending == "jsonl":
+            (folder / "train.jsonl").write_bytes(lines(rows))
+        else:
+            table = pyarrow.Table.from_pylist(rows)
+            table = table.append_column("created", pyarrow.array([2**60] * len(rows), pyarrow.timestamp("ms")))
+            parquet.write_table(table, folder / "train.parquet")
+
+    write([GOOD[0] | {"text": "x"}, *ODD, *GOOD[1:], *GOOD])
+    loaded = sources.load(name, None, skip_bad=False)
+    assert [sample.prompt for sample in loaded.samples] == PROMPTS * 2
+    assert len(loaded.skipped) == 4
+    assert loaded.skipped[0] == " row 2: the response (the field 'output') is empty"
+    assert loaded.left_out == ["text"] if ending == "jsonl" else ["created", "text"]
+    assert len(sources.load(name, 2, skip_bad=False).skipped) == 4, "it reads on until there are as many as wanted"
+    write([*GOOD, *ODD * 30])
+    with pytest.raises(BadInput, match=r"120 of the first 123 samples are malformed, the first: .* row 4: "):
+        sources.load(name, None, skip_bad=False)
+    assert len(sources.load(name, None, skip_bad=True).skipped) == 120
+    write(ODD)
+    with pytest.raises(BadInput, match="it holds no usable sample; the first: "):
+        sources.load(name, None, skip_bad=True)
+    write([{"question": "x", "output": "y"}])
+    with pytest.raises(BadInput, match="the column 'instruction' is missing; there is question, output"):
+        sources.load(name, None, skip_bad=False)
 
 
 def test_hub_that_cannot_be_reached_is_one_line(tmp_path, monkeypatch):
