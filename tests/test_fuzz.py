@@ -57,10 +57,16 @@ PATHS = st.sampled_from(
         "/dev/null",
         "a\0b.jsonl",
         "x/y/z",
+        "fixed:16",
     ]
 )
 VALUES = st.one_of(
-    NUMBERS.map(str), TEXTS, PATHS, st.sampled_from(["llama-tiny", "lora", "O1", "bf16", "synthetic-en", "a", "random"])
+    NUMBERS.map(str),
+    TEXTS,
+    PATHS,
+    NUMBERS.map("fixed:{}".format),
+    TEXTS.map("fixed:{}".format),
+    st.sampled_from(["llama-tiny", "lora", "O1", "bf16", "synthetic-en", "a", "random"]),
 )
 HOSTS = st.text("0123456789:[].", max_size=12) | st.sampled_from(
     ["localhost:1", "localhost:99999", ":1", "localhost:٣"]
@@ -108,7 +114,7 @@ def test_flags(arguments, method):
 
 
 SAMPLES = st.fixed_dictionaries(
-    {}, optional={name: st.none() | TEXTS | st.integers() for name in ("instruction", "input", "output", "text")}
+    {}, optional={name: st.none() | TEXTS | st.integers() for name in ("instruction", "input", "output", "a\nb")}
 )
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -134,7 +140,7 @@ def read_whatever(path: Path, wanted: int | None, skip_bad: bool) -> None:
     else:
         assert loaded.samples
         assert skip_bad or not loaded.skipped
-        for line in loaded.skipped:
+        for line in (*loaded.skipped, sources.in_words(loaded.left_out) or "none"):
             one_line(line)
 
 
@@ -159,8 +165,12 @@ COLUMNS = st.lists(TEXTS.filter(lambda t: not any("\ud800" <= c <= "\udfff" for 
 @FUZZ
 @given(
     st.dictionaries(
-        st.sampled_from(["instruction", "input", "output", "other"]),
-        COLUMNS | st.lists(st.integers(0, 9), max_size=4) | st.lists(st.floats(), max_size=4) | st.lists(st.binary()),
+        st.sampled_from(["instruction", "input", "output", "other", "output.x", "a\nb"]),
+        st.one_of(
+            COLUMNS,
+            *(st.lists(kind, max_size=4) for kind in (st.integers(0, 9), st.floats(), st.binary(), st.datetimes())),
+            st.lists(st.lists(st.text(max_size=2), max_size=2), max_size=4),
+        ),
         max_size=4,
     ),
     st.integers(0, 60),

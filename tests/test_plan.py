@@ -7,18 +7,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT, refusal, run_program
 
 sys.path.insert(0, str(ROOT / "data"))
 import batching
+import synthetic
+import tokenizer
 
+from tunebench.cache import cache_folder, write_atomically
 from tunebench.checkpoint import find_checkpoint
 from tunebench.errors import BadInput
 from tunebench.flags import parse_flags
 from tunebench.plan import IGNORED, Rows, Samples, load_plan, plan_path, read_plan, write_plan
+from tunebench.suite_file import find_suite, plan_runs, read_suite
 
 SAMPLES = [(np.array([11, 12, 13, 21, 2]), 3), (np.array([14, 22, 23, 2]), 1), (np.array([15, 2]), 1)]
-ABOUT = {"data": "hand-made", "samples": 3, "skipped": 0, "bsz": 2, "pad_id": 0}
+ABOUT = {"data": "hand-made", "samples": 3, "skipped": 0, "bsz": 2, "pad_id": 0, "remarks": []}
 TWO_STEPS = Rows(np.array([0, 1, 2, 0]), np.arange(5))
 
 
@@ -201,8 +205,141 @@ def test_skipped_samples_are_counted(tmp_path):
     assert done.returncode == 2
     assert f"{path}:3: the field 'output' is missing" in done.stderr
     done = run_program("data/prepare.py", *arguments, "--skip-bad", check=True)
-    assert f"--skip-bad left 1 malformed samples out, the first: {path}:3:" in done.stdout.replace("\n", "")
+    assert "--data mine.jsonl: 1 malformed sample(s) left out, the first: mine.jsonl:3: the field " in done.stdout
     assert "from 6 samples of mine.jsonl" in done.stdout
+
+
+def test_what_is_left_out_is_said_in_one_line_each_time(tmp_path):
+    samples = [{"instruction": f"Say {i}.", "output": str(i), "system": "", "history": []} for i in range(6)]
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(samples))
+    for extra in ("--steps=6", "--steps=6", "--steps=5"):  # made, read again, and made of the same tokens
+        done = run_program("data/prepare.py", "--model=llama-tiny", f"--data={path}", "--bsz=2", extra, check=True)
+        assert done.stdout.count("--data mine.json: columns left out: history, system\n") == 1
+    other = path.rename(tmp_path / "other.json")
+    done = run_program("data/prepare.py", "--model=llama-tiny", f"--data={other}", "--bsz=2", "--steps=6", check=True)
+    assert "--data other.json: columns left out" in done.stdout, "the same tokens from another file"
+
+
+@pytest.mark.parametrize("name", ["n" * 250 + ".json", "名" * 83 + ".json"])
+def test_a_data_file_may_have_the_longest_name(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps([{"instruction": "Say 1.", "output": "1"}] * 4))
+    done = run_program("data/prepare.py", "--model=llama-tiny", f"--data={tmp_path / name}", "--bsz=2", check=True)
+    assert f"from 4 samples of {name}" in done.stdout
+
+
+def test_a_file_may_have_the_longest_name(tmp_path):
+    for name in ("n" * 255, "名" * 85):
+        write_atomically(tmp_path / name, b"x")
+        assert (tmp_path / name).read_bytes() == b"x"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def prepared(*extra):
+    flags = parse_flags("full", ["--model=llama-tiny", "--warmup-steps=1", *extra])
+    return load_plan(flags, find_checkpoint(flags.model, flags.weights, flags.seed))
+
+
+def test_samples_of_fixed_length():
+    plan = prepared("--data=fixed:512", "--bsz=4", "--steps=6")
+    assert (plan.info().data, plan.info().samples) == ("fixed:512", 1000)
+    assert set(np.diff(plan.offsets)) == {512}
+    assert plan.info().effective_tokens == plan.info().padded_tokens == 4 * 6 * 512
+    rows = plan.tokens.reshape(-1, 512)
+    assert len(np.unique(rows, axis=0)) == 24, "each sample has text of its own"
+    assert (rows == 2).sum() == 24, "only the last token of each is the end"
+    assert (rows[:, -1] == 2).all()
+    embedded = prepared("--samples=2000", "--bsz=100", "--steps=20")
+    share = embedded.prompt_lengths.sum() / len(embedded.tokens)
+    assert set(plan.prompt_lengths) == {plan.prompt_lengths[0]}
+    assert plan.prompt_lengths[0] == pytest.approx(512 * share, abs=2)
+    texts = synthetic.generate("en", 30)
+    words = tokenizer.embedded(cache_folder())
+    start = "".join(
+        f"{text['instruction']}\n{text['input']}" if text["input"] else text["instruction"] for text in texts
+    )
+    decoded = words.decode(rows[:3, : plan.prompt_lengths[0]].reshape(-1))
+    assert decoded == start[: len(decoded)], "the prompts, end to end"
+    assert words.decode(rows[0, plan.prompt_lengths[0] : -1]) in "".join(text["output"] for text in texts)
+
+
+def test_fixed_length_goes_with_the_other_flags():
+    base = prepared("--data=fixed:64", "--bsz=4", "--steps=6", "--samples=10")
+    assert base.info().samples == 10
+    assert np.array_equal(base.tokens[:640], prepared("--data=fixed:64", "--steps=3", "--bsz=8").tokens[:640])
+    assert np.array_equal(base.tokens[:640], base.tokens[640:1280]), "10 samples, again and again"
+    assert prepared("--data=fixed:64", "--samples=10", "--bsz=2", "--epochs=2").steps == 10
+    packed = prepared("--data=fixed:64", "--bsz=2", "--steps=3", "--packing=200", "--samples=30")
+    assert packed.samples(0) == 6
+    grouped = prepared("--data=fixed:64", "--bsz=2", "--steps=3", "--tuned", "--no-compile")
+    assert grouped.padding_free
+    assert {len(prepared(f"--data=fixed:{size}", "--bsz=1").tokens) for size in (3, 2048)} == {90, 30 * 2048}
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--data=fixed:2049"], "--data fixed:2049: max_position_embeddings of the model is 2048; use at most that"),
+        (["--data=fixed:64", "--packing=63"], "--packing 63: a sample has 64 tokens; use at least 64"),
+        (["--data=fixed:2048", "--samples=2147483647"], "--samples 2147483647 of fixed:2048 are too many"),
+        (["--data=fixed"], "--data fixed: use synthetic-en, "),
+        (["--data=fixed:8.json"], "--data fixed:8.json: no such file"),
+    ],
+)
+def test_fixed_length_out_of_range(extra, message):
+    assert message in refusal(run_program("data/prepare.py", "--model=llama-tiny", *extra))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["", "0", "1", "2", "-1", "abc", "2048.0", "１２", "+8", " 8", "8 ", "08", "8_0", "9" * 30, "0x10", "8:8", "8\n"],
+)
+def test_fixed_length_that_is_no_number(wrong):
+    with pytest.raises(BadInput) as refused:
+        parse_flags("full", ["--model=llama-tiny", f"--data=fixed:{wrong}"])
+    assert ": name the tokens of a sample in plain digits, 3 (" in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A folder with stand-ins of the hub's data sets that have their oddities: empty outputs (alpaca has 28), missing
+    values, columns that are not used."""
+    folder = tmp_path_factory.mktemp("hub")
+    rows = [
+        {"instruction": f"Add {i} to it.", "input": f"{i}" if i % 2 else "", "output": f"{2 * i}", "text": f"Below {i}"}
+        for i in range(10_100)
+    ]
+    for i in range(50, 10_000, 400):
+        rows[i]["output"] = ""
+        rows[i + 1]["input"] = None
+        rows[i + 2] |= {"output": None, "text": None}
+        rows[i + 3] |= {"instruction": " ", "input": ""}
+    for name in ("tatsu-lab/alpaca", "Chinese-Vicuna/guanaco_belle_merge_v1.0"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("suite", ["a100x4", "a100x4-as-published", "h100x8"])
+def test_the_suites_data_as_it_is_on_the_hub(hub, suite):
+    """Each run's data flags on a tiny model. What is the same in several runs is made once."""
+    runs = plan_runs(find_suite(suite), read_suite(find_suite(suite)), hub, 1, None)
+    names = ("data", "samples", "skip_bad", "order", "packing", "steps", "epochs", "seed")
+    setups = {tuple((name, run.flags.model_dump()[name]) for name in names) for run in runs}
+    assert {dict(setup)["data"] for setup in setups} <= {"alpaca", "guanaco"}
+    environment = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(hub / "home"), "PYTHONWARNINGS": "ignore"}
+    for setup in setups:
+        flags = [
+            f"--{name.replace('_', '-')}={value}" for name, value in setup if not isinstance(value, bool) and value
+        ]
+        flags += ["--skip-bad"] * dict(setup)["skip_bad"]
+        done = run_program("data/prepare.py", "--model=llama-tiny", "--bsz=16", *flags, cwd=hub, env=environment)
+        assert done.returncode == 0, done.stderr
+        data = dict(setup)["data"]
+        assert f"--data {data}: 75 malformed sample(s) left out, the first: {data} row 51: the response" in done.stdout
+        assert f"--data {data}: columns left out: text\n" in done.stdout
+        assert f"from 10000 samples of {data}" in done.stdout
 
 
 def test_padding_that_a_tokenizer_file_asks_for_is_no_token_of_a_sample(tmp_path):
