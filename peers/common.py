@@ -164,7 +164,7 @@ class Meter:
             "setup": setup,
             "peak_memory_bytes": _peak_resident_bytes(),
         }
-        part = self.job.out.with_name(f".{self.job.out.name}.{os.getpid()}.part")
+        part = self.job.out.with_name(f".part-{os.getpid()}")
         part.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(result, indent=1) + "\n")
         part.replace(self.job.out)
