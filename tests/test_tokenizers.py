@@ -114,6 +114,12 @@ def test_a_checkpoint_without_a_tokenizer_says_each_time_what_is_taken_instead(c
     assert "put the checkpoint's tokenizer.json into it" in refusal(run_program("data/prepare.py", *arguments))
 
 
+def test_a_tokenizer_that_cannot_be_read_is_not_replaced(checkpoint):
+    (checkpoint / "tokenizer.json").symlink_to("nowhere")  # as in a cache of the hub that was copied without its blobs
+    done = run_program("data/prepare.py", f"--model={checkpoint}", "--samples=8", "--bsz=2", "--steps=3")
+    assert "tokenizer.json cannot be read: No such file or directory" in refusal(done)
+
+
 def test_tokens_depend_on_every_file_of_the_tokenizer(checkpoint):
     flags = parse_flags("full", [f"--model={checkpoint}"])
 

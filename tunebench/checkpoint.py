@@ -360,7 +360,7 @@ def _sha256_of(files: list[Path]) -> str:
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that say how text becomes tokens, used here or not, in the order of names."""
-    return sorted({file for glob in TOKENIZER_FILES for file in folder.glob(glob) if file.is_file()})
+    return sorted({file for glob in TOKENIZER_FILES for file in folder.glob(glob) if not file.is_dir()})
 
 
 def _download(name: str) -> Path:
