@@ -42,7 +42,7 @@ from tunebench.plan import (
 
 CHUNK = 500  # samples encoded between two moves of the progress bar
 TEXTS = 2000  # embedded samples whose text --data fixed:N is made of
-MOST_TOKENS = 2**30  # of --data fixed:N: 4 GB
+MOST_TOKENS = 2**28  # of --data fixed:N: 1 GB
 
 
 def main() -> None:
@@ -153,7 +153,8 @@ def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id
 
     Prompts and responses have the shares of all tokens that they have in the embedded data.
     """
-    size, count = fixed_tokens(options["data"]), options["samples"] or DEFAULT_FIXED_SAMPLES
+    size = fixed_tokens(options["data"])
+    count = options["samples"] or min(DEFAULT_FIXED_SAMPLES, MOST_TOKENS // size)
     if positions is not None and size > positions:
         raise BadInput(
             f"--data {options['data']}: max_position_embeddings of the model is {positions}; use at most that"
@@ -161,7 +162,8 @@ def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id
     if size * count > MOST_TOKENS:
         raise BadInput(f"--samples {count} of {options['data']} are too many; use at most {MOST_TOKENS // size}")
     texts = sources.load("synthetic-en", TEXTS, skip_bad=False).samples
-    prompts, responses = (list(chain.from_iterable(ids)) for ids in zip(*_encoded(tokenizer, texts), strict=True))
+    encoded = zip(*_encoded(tokenizer, texts), strict=True)
+    prompts, responses = (np.fromiter(chain.from_iterable(ids), dtype=np.int32) for ids in encoded)
     share = len(prompts) / (len(prompts) + len(responses) + TEXTS)
     prompt = min(max(round(size * share), 1), size - 2)
     tokens = np.full((count, size), eos_id, dtype=np.int32)
