@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +121,12 @@ def pad_id(tokenizer: Tokenizer | SentencePiece, folder: Path | None) -> int:
 def _special_id(tokenizer: Tokenizer | SentencePiece, folder: Path, name: str) -> int | None:
     """From config.json (an id or a list of them) or else from tokenizer_config.json or special_tokens_map.json (a
     token)."""
-    value = _read(folder / "config.json").get(f"{name}_id")
+    config = _read(folder / "config.json")
+    value = config.get(f"{name}_id")
     if isinstance(value, list) and value:
         value = value[0]
-    if isinstance(value, int):
+    # -1 stands for none. Padding has no part in the model, so that one beyond its vocabulary may give way.
+    if isinstance(value, int) and value >= 0 and (name != "pad_token" or value < config.get("vocab_size", math.inf)):
         return value
     token = _read(folder / "tokenizer_config.json").get(name) or _read(folder / "special_tokens_map.json").get(name)
     if isinstance(token, dict):  # a serialized AddedToken
