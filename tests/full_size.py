@@ -244,12 +244,13 @@ class Torch:
         with hollow_checkpoint(flags, layers=layers) as checkpoint:
             model = script["build_model"](flags, checkpoint, group)
             facts = self.counts(script, model, group) | {"recompute": model.is_gradient_checkpointing}
+            built = script["built"].read(model)
             shapes = FakeTensorMode()
             for module in model.modules():
                 for tensors in (module._parameters, module._buffers):
                     tensors.update({k: shapes.from_tensor(v) for k, v in tensors.items() if v is not None})
         run = Run("torch", method, Job(flags, checkpoint, script["JOB"].plan, ALONE))
-        run.describe("cpu", facts["parameters"], facts["trainable"])
+        run.describe("cpu", facts["parameters"], facts["trainable"], built)
         trainable = [p for p in model.parameters() if p.requires_grad]
         script["compute"].watch(model, run.check_kernels)
         batch = run.plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz)[0][1]
@@ -393,7 +394,8 @@ def check_places(model: Any, checkpoint: Checkpoint) -> None:
     degree = model.config.tensor_parallel_degree
     slices = model.get_tensor_parallel_convert_actions(model.config, state) if degree > 1 else {}
     left = state.keys() - wholes.keys()
-    if any(not name.endswith(("lm_head.decoder_weight", "rotary_pos_emb.inv_freq")) for name in left):
+    tied = ("lm_head.decoder_weight", "lm_head.weight") if checkpoint.config["tie_word_embeddings"] else ()
+    if any(not name.endswith((*tied, "rotary_pos_emb.inv_freq")) for name in left):
         raise RuntimeError(f"no weight for {', '.join(sorted(left))}")
     for name, whole in wholes.items():
         pieces = [[n // degree if axis == i else n for i, n in enumerate(whole)] for axis in range(len(whole))]

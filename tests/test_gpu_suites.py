@@ -13,6 +13,7 @@ import pytest
 from conftest import FRAMEWORKS, ROOT
 
 from tunebench.checkpoint import Checkpoint, tensor_shapes
+from tunebench.config import normalise
 from tunebench.errors import BadInput
 from tunebench.flags import place
 from tunebench.presets import LORA_TARGETS, PRESETS
@@ -49,7 +50,7 @@ def test_a_machine_with_as_many_gpus_takes_the_flags(suite):
 @pytest.mark.parametrize("suite", GPUS)
 def test_the_models_can_be_split_so_and_both_frameworks_offer_it(suite):
     for run in runs(suite):
-        checkpoint = Checkpoint(Path(), PRESETS[run.flags.model].config, [], "")
+        checkpoint = Checkpoint(Path(), normalise(PRESETS[run.flags.model].config), [], "")
         check_tensor_parallel(run.framework, run.flags, checkpoint)
         reason = not_offered(run.framework, run.method, run.flags, checkpoint)
         assert reason is None or "CPUs" in reason, f"{run.name}: {reason}"
