@@ -4,6 +4,7 @@ import copy
 import json
 
 import pytest
+from conftest import HERE
 
 from tunebench.checkpoint import open_checkpoint, tensor_shapes, write_random
 from tunebench.config import FAMILIES, expected_model, normalise, paddle_lacks, read_config
@@ -335,6 +336,25 @@ def test_configs_of_the_hub_are_read_as_they_are(tmp_path, name, parameters):
     assert sum(size * shape[0] for size, shape in zip(sizes, tensor_shapes(config).values(), strict=True)) == parameters
     assert paddle_lacks(config) is None
     assert expected_model(config).layers == PUBLISHED[name].get("num_hidden_layers", 24)
+
+
+@pytest.mark.parametrize("base", [LLAMA, QWEN2, GLM, BLOOM], ids=lambda base: base["model_type"])
+def test_configs_are_read_as_this_environment_s_library_writes_them(base):
+    """All keys that transformers has, and those that PaddleNLP saves."""
+    if HERE == "torch":
+        from transformers import AutoConfig
+
+        written = AutoConfig.for_model(**base, pad_token_id=None).to_json_string(use_diff=False)
+    else:
+        from paddlenlp import transformers
+
+        names = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "bloom": "BloomConfig"}
+        if base["model_type"] not in names:
+            pytest.skip("PaddleNLP has Glm under another model_type, chatglm_v2")
+        written = getattr(transformers, names[base["model_type"]])(**base).to_json_string(use_diff=True)
+    told = json.loads(written)
+    assert len(told) > len(base)
+    assert normalise(told) | {"eos_token_id": None, "pad_token_id": None} == normalise(base) | {"eos_token_id": None}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -80,9 +80,10 @@ class Qwen2Shape(LlamaShape):
 class GlmShape(LlamaShape):
     """Glm, which PaddleNLP has as ChatGLMv2: half of each head is rotated."""
 
-    num_key_value_heads: Count
-    head_dim: Count
-    max_position_embeddings: Count
+    num_key_value_heads: Count | None = 2
+    head_dim: Count | None = 128
+    max_position_embeddings: Count = 131072
+    rms_norm_eps: Epsilon = 1.5625e-7
     partial_rotary_factor: Literal[0.5] = 0.5
     tie_word_embeddings: Literal[False] = False
 
@@ -155,7 +156,8 @@ UNUSED = {
     **dict.fromkeys(("enable_delay_scale_loss", "enable_parallel_cross_entropy", "parallel_attn_hcg"), LAYOUT),
     **dict.fromkeys(("use_fused_rms_norm", "use_fused_rope", "use_fused_linear", "use_fused_dropout_add"), LAYOUT),
     **dict.fromkeys(("use_fused_linear_cross_entropy", "use_fused_head_and_loss_fn", "use_recompute"), LAYOUT),
-    **dict.fromkeys(("skip_recompute_ops", "num_acc_steps", "use_fast_layer_norm", "dpo_config"), LAYOUT),
+    **dict.fromkeys(("refined_recompute", "offload_recompute_inputs", "skip_recompute_ops"), LAYOUT),
+    **dict.fromkeys(("num_acc_steps", "use_fast_layer_norm", "dpo_config"), LAYOUT),
     **dict.fromkeys(("unsloth_version", "unsloth_fixed", "unsloth_training_config", "trl_version"), NOTE),
     **dict.fromkeys(("model_name", "is_llama_config", "transformers.js_config"), NOTE),
     **dict.fromkeys(("loss_type", "loss_function", "ignore_index"), "is of a loss that is not called here"),
