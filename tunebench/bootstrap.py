@@ -6,24 +6,31 @@ Loaded by path, before anything of the project can be imported: standard library
 import hashlib
 import importlib.util
 import os
+import re
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}  # what MKL's kernels of that name use
 THREADS_LEFT_TO_US = "TUNEBENCH_THREADS"  # the cores to share out, where the user did not set OMP_NUM_THREADS
+MOST_THREADS = 4096
+# They put other libraries before the locked ones, or leave out asserts and docstrings.
+UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PYTHONOPTIMIZE")
 
 
-def enter(*environments: str) -> None:
+def enter(*environments: str, module: str = "") -> None:
     """Continues in an interpreter that has `tunebench` and, for one environment, its framework of the same name.
 
     With several names, the first environment that is complete will do (programs that need no framework). Where the
     running interpreter lacks them, this process is replaced by the same command in `.venv/<environment>`; where that
-    is not complete either, the program ends with exit code 2 and the command that makes it.
+    is not complete either, the program ends with exit code 2 and the command that makes it. The process is replaced
+    too where Python was started in a way that these programs are not for. `module` is what `python -m` started.
     """
     # Until a program says otherwise, Ctrl-C ends it as it ends any command: without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    open_streams()
     # On sys.path the repository root would offer torch/ and paddle/ as empty namespace packages.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     # PYTHONSAFEPATH leaves out a script's own folder, where modules are that it imports.
@@ -31,24 +38,61 @@ def enter(*environments: str) -> None:
     if folder not in (str(ROOT), *sys.path):
         sys.path.insert(0, folder)
     os.environ.update(maths_settings())
+    os.environ.update(home_settings("paddle" in environments[:1]))
+    unwanted = [name for name in UNWANTED if os.environ.pop(name, "")]
+    # In a locale of another encoding the paths and texts of files would be read in it. Workers inherit the variable.
+    foreign = sys.getfilesystemencoding().lower() != "utf-8"
+    if foreign:
+        os.environ["PYTHONUTF8"] = "1"
     needed = ["tunebench", *environments] if len(environments) == 1 else ["tunebench", "pydantic", "rich"]
-    if all(_importable(name) for name in needed):
+    command = ["-P", "-m", module, *sys.argv[1:]] if module else sys.argv
+    here = all(_importable(name) for name in needed)
+    if here and not (unwanted or foreign or sys.flags.optimize):
         return
-    for name in environments:
-        python = ROOT / ".venv" / name / "bin" / "python"
-        if is_complete(name) and Path(sys.executable) != python:
-            sys.stdout.flush()
-            os.execv(python, [str(python), *sys.argv])
-    program = Path(sys.argv[0]).name
+    program, unreachable = Path(sys.argv[0]).name, ""
+    pythons = [ROOT / ".venv" / name / "bin" / "python" for name in environments if is_complete(name)]
+    for python in [Path(sys.executable)] if here else pythons:
+        if here or unwanted or Path(sys.executable) != python:
+            try:
+                os.execv(str(python), [str(python), *command])
+            except OSError as error:
+                target = os.path.realpath(str(python))
+                unreachable = f"{python} cannot be started ({target}: {error.strerror}); let this user start it, or run"
     wanted = environments[0]
-    print(f"{program}: the environment .venv/{wanted} is not complete; run: bash setup.sh {wanted}", file=sys.stderr)
+    what = unreachable or f"the environment .venv/{wanted} is not complete; run"
+    print(f"{program}: {what}: bash setup.sh {wanted}", file=sys.stderr)
     sys.exit(2)
+
+
+def open_streams() -> None:
+    """Opens those standard streams that are closed, on the null device, and lets the others print any text.
+
+    Else the next file that is opened would take a closed one's number, and what is printed would go there.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.dup2(null, number)  # which lets child processes have it
+            if null != number:
+                os.close(null)
+            else:
+                os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            stream = open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+        if number and hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def is_complete(name: str) -> bool:
     """Whether an environment was made to its end, from the files that are here now."""
-    complete = ROOT / ".venv" / name / "complete"
-    return complete.exists() and complete.read_text().split("\n")[0] == stamp(name)
+    try:
+        return (ROOT / ".venv" / name / "complete").read_text().split("\n")[0] == stamp(name)
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
 def stamp(name: str) -> str:
@@ -57,7 +101,7 @@ def stamp(name: str) -> str:
     One call with --cpu thus decides for those after it.
     """
     files = (ROOT / name / "requirements.txt", ROOT / name / "constraints.txt", ROOT / "pyproject.toml")
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files) + str(ROOT).encode()).hexdigest()
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files) + os.fsencode(str(ROOT))).hexdigest()
 
 
 def maths_settings() -> dict:
@@ -68,16 +112,91 @@ def maths_settings() -> dict:
     MKL_DEBUG_CPU_TYPE names another: 5 is AVX2's, 7 AVX-512's; torch's newer MKL ignores it. On GPUs
     NVIDIA_TF32_OVERRIDE=0 keeps fp32 at fp32: Paddle alone would multiply in TF32 by default, torch not.
     """
-    threads = os.environ.get("OMP_NUM_THREADS") or str(_usable_cores())
-    if not threads.split(",")[0].strip().isdecimal():
-        print(f"OMP_NUM_THREADS={threads} is no number of threads; unset it, or give one", file=sys.stderr)
-        sys.exit(2)
+    chosen = _threads_of("OMP_NUM_THREADS")
+    threads = chosen or str(_usable_cores())
     settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NVIDIA_TF32_OVERRIDE": "0"}
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not chosen:
         settings[THREADS_LEFT_TO_US] = threads
+    else:
+        _threads_of(THREADS_LEFT_TO_US)
     if "AuthenticAMD" in cpuinfo("vendor_id"):
         settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "7" if has_instructions(AVX512) else "5")
     return settings
+
+
+def _threads_of(variable: str) -> str:
+    """The number of threads that a variable gives, the first of a list; empty where it gives none."""
+    given = os.environ.get(variable, "").strip()
+    numbers = [number.strip() for number in given.split(",")] if given else []
+    for number in numbers:
+        if not re.match("[0-9]{1,9}$", number) or not 1 <= int(number) <= MOST_THREADS:
+            fault = f"{variable}={given} is no number of threads; unset it, or give one of 1 to {MOST_THREADS}"
+            print(f"{Path(sys.argv[0]).name}: {fault}", file=sys.stderr)
+            sys.exit(2)
+    return str(int(numbers[0])) if numbers else ""
+
+
+def home_settings(paddle: bool) -> dict:
+    """The environment variables that name other folders than those in a home folder that is missing or not writable.
+
+    Libraries write there when they download or compile, and PaddleNLP when it is imported, for `paddle`.
+    """
+    if not os.environ.get("HOME"):
+        os.environ.pop("HOME", None)  # empty, it would be the root folder; unset, the system's table of users counts
+    settings = {}
+    home = _home()
+    if home is None:
+        home = _own_home()
+        settings["HOME"] = str(home)
+    elif not os.access(str(home), os.W_OK):
+        for name, usual, own in (("HF_HOME", ".cache/huggingface", "huggingface"), ("TRITON_HOME", ".triton", ".")):
+            if not os.environ.get(name) and not os.access(str(home / usual), os.F_OK):
+                settings[name] = str(_own_home() / own)
+    if paddle:
+        folder = Path(os.environ.get("PPNLP_HOME") or str(home / ".paddlenlp"))
+        fault = _not_for_paddlenlp(folder)
+        if fault:
+            own = _own_home() / ".paddlenlp"
+            settings["PPNLP_HOME"] = str(own)
+            if _not_for_paddlenlp(own):
+                fault = f"PaddleNLP writes to {folder}: {fault}; name another folder by PPNLP_HOME"
+                print(f"{Path(sys.argv[0]).name}: {fault}", file=sys.stderr)
+                sys.exit(2)
+    return settings
+
+
+def _home():
+    """The user's home folder; None where there is none that can be entered."""
+    try:
+        home = Path("~").expanduser()
+    except (KeyError, RuntimeError):
+        return None
+    return home if home.is_absolute() and os.access(f"{home}/.", os.X_OK) else None
+
+
+def _own_home() -> Path:
+    """A folder for what libraries write to a home folder: in the cache, or else among the temporary files."""
+    cache = Path(os.environ.get("TUNEBENCH_CACHE") or str(ROOT / ".cache"))
+    name = f"home-{os.getuid()}"
+    folders = [cache / name, Path(tempfile.gettempdir()) / f"tunebench-{name}"]
+    for folder in folders:
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if folder.stat().st_uid == os.getuid() and os.access(str(folder), os.W_OK | os.X_OK):
+                return folder.resolve()
+        except OSError:
+            continue
+    return folders[0]
+
+
+def _not_for_paddlenlp(home: Path) -> str:
+    """Why PaddleNLP cannot make its folders there, as it does when it is imported; empty where it can."""
+    try:
+        for name in ("models", "datasets", "packages"):
+            (home / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return str(error.strerror)
+    return ""
 
 
 def _importable(name: str) -> bool:

@@ -3,12 +3,13 @@
 import contextlib
 import fcntl
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from tunebench.bootstrap import ROOT
-from tunebench.errors import BadInput, cannot_write
+from tunebench.errors import NOT_ALLOWED, BadInput, cannot_write
 
 
 def cache_folder() -> Path:
@@ -34,18 +35,26 @@ def _folder(variable: str, name: str) -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Puts `content` at `path` whole or not at all; a reader never sees half a file. Raises `BadInput`."""
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")  # a longer one has no room for what is added
+    part = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}")
     with cannot_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as part:
-            try:
-                part.write(content)
-                part.flush()
-                os.fsync(part.fileno())
-                Path(part.name).chmod(0o644)
-                Path(part.name).replace(path)
-            except BaseException:
-                Path(part.name).unlink(missing_ok=True)
-                raise
+        try:
+            with part.open("xb") as file:  # with the permissions that the umask leaves
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def follow_umask(path: Path) -> None:
+    """Gives a file, which a library may have made for this user alone, the permissions of any new file."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 @contextlib.contextmanager
@@ -53,7 +62,21 @@ def only_one(name: str) -> Iterator[None]:
     """Holds the machine-wide lock `name` of the cache, so that two runs at once make a thing once."""
     path = cache_folder() / f".{name}.lock"
     with cannot_write(path):
-        lock = path.open("w")
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = _lock_file(path)
+    with lock or contextlib.nullcontext():
+        if lock is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def _lock_file(path: Path) -> IO | None:
+    """Opened to write, or else to read, as another user's; None where neither is allowed, so that nothing is made."""
+    try:
+        return path.open("a")
+    except OSError as error:
+        if error.errno not in NOT_ALLOWED:
+            raise
+    try:
+        return path.open("r")
+    except OSError:
+        return None

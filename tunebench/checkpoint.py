@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import shutil
 import tempfile
 import zlib
@@ -20,7 +21,7 @@ from rich.progress import track
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tunebench.cache import cache_folder, only_one
+from tunebench.cache import cache_folder, follow_umask, only_one
 from tunebench.config import expected_model, read_config
 from tunebench.errors import BadInput, cannot_write
 from tunebench.presets import PRESETS, Preset
@@ -143,6 +144,8 @@ def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint
                     if tensor.get_dtype() not in ("F32", "F16", "BF16"):
                         raise BadInput(f"{file}: {name} is {tensor.get_dtype()}; use weights in F32, F16 or BF16")
         except (SafetensorError, OSError) as error:
+            if not os.access(file, os.R_OK):  # safetensors says of such a file that there is none
+                raise BadInput(f"{file}: Permission denied; let this user read it") from None
             raise BadInput(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
     for name, shape in wanted.items():
         if name not in found:
@@ -286,6 +289,7 @@ def write_random(
     for index, names in enumerate(track(shards, description=description, disable=len(shards) == 1), 1):
         file = _weight_file_name(index, len(shards))
         save_file({name: _random_tensor(name, shapes[name], preset, seed, dtype) for name in names}, folder / file)
+        follow_umask(folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
         total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+ADVICE = dict.fromkeys(NO_ROOM, "make room there") | dict.fromkeys(NOT_ALLOWED, "let this user in there")
 
 
 class BadInput(Exception):
@@ -22,7 +24,7 @@ def one_line_refusals(program: str) -> Iterator[None]:
     """Ends the process with exit code 2 and the message alone when the body raises `BadInput`.
 
     The body prints: where nobody reads that any more, the process ends with 130, silently; where there is no room for
-    it, with 2 and one line.
+    it, with 2 and one line, as where a file may not be read or written.
     """
     try:
         yield
@@ -33,10 +35,11 @@ def one_line_refusals(program: str) -> Iterator[None]:
         forget_stdout()
         sys.exit(130)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in ADVICE or (error.errno in NOT_ALLOWED and not error.filename):
             raise
         forget_stdout()
-        print(f"{program}: {error.filename or 'what it prints'}: {error.strerror}; make room there", file=sys.stderr)
+        where = error.filename or "what it prints"
+        print(f"{program}: {where}: {error.strerror}; {ADVICE[error.errno]}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -51,5 +54,5 @@ def cannot_write(path: Path, *otherwise: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = " or ".join(["make room there", *otherwise])
+        advice = " or ".join([ADVICE.get(error.errno, "mend that"), *otherwise])
         raise BadInput(f"{path} cannot be written: {error.strerror}; {advice}, and run it again") from None
