@@ -2,10 +2,13 @@
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import itertools
+import json
 import os
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -18,14 +21,26 @@ from pydantic import BaseModel, ConfigDict
 
 from tunebench.bootstrap import cpuinfo
 
-# What decides threads and kernels before a library loads. Recorded as found, unset ones left out.
-MATHS_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "MKL_DEBUG_CPU_TYPE",
-    "NVIDIA_TF32_OVERRIDE",
-    "CUDA_VISIBLE_DEVICES",
+# The one list of what can change speed or numbers: threads, kernels, compilers, memory, libraries, communication, and
+# the switches of both stacks. Recorded as found, and part of what makes a machine the same.
+DECISIVE = re.compile(
+    r"(G|LIB)?OMP_|KMP_|MKL(DNN)?_|ONEDNN_|DNNL_|OPENBLAS_|GOTO_|BLIS_|BLAS_|VECLIB_|NUMEXPR_|TBB_|ATEN_|C10_|NPY_|SLEEF_"
+    r"|TORCH|PYTORCH_|INDUCTOR_|TRITON_|(CC|CXX|CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|CPATH|LIBRARY_PATH)$"
+    r"|FLAGS?_|PADDLE_|CINN_|CPU_NUM$|USE_|PARALLEL_CROSS_ENTROPY$|(skip_sharding3|stride_in_no_check)_"
+    r"|TRANSFORMERS_|PEFT_|ACCELERATE_|FSDP_|DS_|DEEPSPEED_|HF_(EN|DE)A|FLASH_|XFORMERS_|BNB_|XLA_"
+    r"|CUDA_|CUBLAS|CUDNN_|CUSPARSE|CUSOLVER|CUTLASS_|NVIDIA_|NVTE_|HIP_|HSA_|ROCR_"
+    r"|(N|R)CCL_|GLOO_|UC[XC]_|FI_|IBV_|MLX5_|TP_SOCKET_"
+    r"|MALLOC_|GLIBC_|(JE|TC|MI)MALLOC_|JE_|LD_|PYTHON(MALLOC|DEVMODE|TRACEMALLOC|FAULTHANDLER|ASYNCIO|HASHSEED)"
 )
+# But for what launchers set for each process, folders and files of one run, and secrets.
+OF_A_LAUNCHER = re.compile(
+    r"TORCHELASTIC_|TORCH_NCCL_ASYNC_ERROR_HANDLING$|FLAGS_(selected_|START_PORT|FIXED_PORT)"
+    r"|PADDLE_(TRAINER|MASTER|GLOBAL|LOCAL|RANK|CURRENT|NNODES|JOB|PORT|WORKER|AUTO_CLUSTER|LOG|DISTRI|ELASTIC|WORLD)"
+)
+OF_ONE_RUN = re.compile(r"(_HOME|_DIR|_CACHE|_CACHE_PATH|_(DEBUG|OUTPUT|LOG|DUMP|TEMP|ERROR)_FILE)$", re.IGNORECASE)
+SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS(WORD|WD|PHRASE)|CREDENTIAL", re.IGNORECASE)
+LEFT_OUT = (OF_A_LAUNCHER.match, OF_ONE_RUN.search, SECRET.search)
+RUN_ENVIRONMENT = "TUNEBENCH_RUN_ENVIRONMENT"  # what a run tells its workers, as JSON
 # mallopt(3): never map, never trim, grow by 64 MiB, one arena.
 MALLOC = {-4: 0, -1: 2**31 - 1, -2: 2**26, -8: 1}
 LINKS = {
@@ -83,8 +98,9 @@ class Hardware(BaseModel):
     cuda: str | None
 
     def lasting(self) -> dict[str, Any]:
-        """What does not change from run to run, by field; a GPU's fields are `accelerators.INDEX.FIELD`."""
-        fields = {name: value for name, value in self if name not in ("device", "accelerators")}
+        """What does not change from run to run, by field; a GPU's are `accelerators.INDEX.FIELD`."""
+        fields = {name: value for name, value in self if name not in ("device", "accelerators", "environment")}
+        fields |= {f"environment.{name}": value for name, value in self.environment.items()}
         for i, accelerator in enumerate(self.accelerators):
             fields |= {f"accelerators.{i}.{name}": value for name, value in accelerator if name != "sm_clock_mhz"}
         return fields
@@ -114,13 +130,30 @@ def read_hardware() -> Hardware:
             governor=_governor(),
             memory_bytes=psutil.virtual_memory().total,
             kernel=platform.release(),
-            environment={name: os.environ[name] for name in MATHS_VARIABLES if name in os.environ},
+            environment=read_environment(),
             device=None,
             accelerators=list(map(_describe, gpus)),
             links=[["X" if a is b else _link(a, b) for b in gpus] for a in gpus],
             driver=_ask(pynvml.nvmlSystemGetDriverVersion) if gpus else None,
             cuda=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
         )
+
+
+@functools.cache
+def read_environment() -> dict[str, str]:
+    """The environment variables that can change speed or numbers, as the user's command had them.
+
+    Asked for once, before a framework is imported: importing one sets variables too. What started this worker has told
+    it, since its launcher has added some.
+    """
+    if RUN_ENVIRONMENT in os.environ:
+        return json.loads(os.environ[RUN_ENVIRONMENT])
+    found = (name for name in sorted(os.environ) if DECISIVE.match(name) and not any(out(name) for out in LEFT_OUT))
+    return {_as_text(name): _as_text(os.environ[name]) for name in found}
+
+
+def _as_text(text: str) -> str:
+    return os.fsencode(text).decode(errors="backslashreplace")  # a record holds no bytes that are no text
 
 
 def peak_resident_bytes() -> int:

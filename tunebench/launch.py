@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import psutil
+
 from tunebench.bootstrap import THREADS_LEFT_TO_US
 from tunebench.errors import BadInput
 from tunebench.hardware import visible_accelerators
@@ -12,6 +14,7 @@ from tunebench.hardware import visible_accelerators
 # What a run tells its own workers: where they report to, whose record it is, who must be alive, which GPUs are hidden.
 RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR = "TUNEBENCH_RUN_FOLDER", "TUNEBENCH_RUN_RECORD", "TUNEBENCH_RUN_SUPERVISOR"
 HIDDEN_DEVICES = "TUNEBENCH_HIDDEN_DEVICES"
+LOOPBACK = "127.0.0.1"  # where the processes of one node meet: the host's name may stand for nothing
 SLURM_PORTS = 20_000, 12_000  # the first port that a job step on Slurm may take, and how many there are
 
 
@@ -67,21 +70,31 @@ def read_world(framework: str, environment: Mapping[str, str] = os.environ) -> W
 
 
 def export(world: World, framework: str) -> None:
-    """Sets what the framework itself reads, where Slurm and no launcher has started this process."""
+    """Sets what the framework itself reads, where Slurm and no launcher has started this process; for one node gloo's
+    device, which otherwise is the one that the host's name stands for."""
+    if world.nnodes == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", device_of(LOOPBACK))
     if not world.hosts:
         return
-    rank, size, local, host = str(world.rank), str(world.size), str(world.local_rank), world.hosts[0]
+    hosts = world.hosts if world.nnodes > 1 else (LOOPBACK,)
+    rank, size, local, host = str(world.rank), str(world.size), str(world.local_rank), hosts[0]
     if framework == "torch":
         settings = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": str(world.nproc)}
         settings |= {"MASTER_ADDR": host, "MASTER_PORT": str(world.port)}
     else:
-        ends = [f"{world.hosts[i // world.nproc]}:{world.port + 1 + i}" for i in range(world.size)]
+        ends = [f"{hosts[i // world.nproc]}:{world.port + 1 + i}" for i in range(world.size)]
         settings = {"PADDLE_TRAINER_ID": rank, "PADDLE_TRAINERS_NUM": size, "PADDLE_MASTER": f"{host}:{world.port}"}
         settings |= {"PADDLE_TRAINER_ENDPOINTS": ",".join(ends), "PADDLE_CURRENT_ENDPOINT": ends[world.rank]}
         settings |= {"PADDLE_RANK_IN_NODE": local, "PADDLE_LOCAL_RANK": local, "PADDLE_LOCAL_SIZE": str(world.nproc)}
         settings |= {"FLAGS_selected_gpus": local}
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+
+
+def device_of(address: str) -> str:
+    """The network device with this IP address."""
+    devices = psutil.net_if_addrs().items()
+    return next(name for name, addresses in devices if address in [each.address for each in addresses])
 
 
 def share_threads(nproc: int) -> dict[str, str]:

@@ -27,7 +27,14 @@ from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.config import paddle_lacks
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Flags, parse_flags
-from tunebench.hardware import Hardware, keep_freed_memory, read_hardware, read_versions, visible_accelerators
+from tunebench.hardware import (
+    Hardware,
+    keep_freed_memory,
+    read_environment,
+    read_hardware,
+    read_versions,
+    visible_accelerators,
+)
 from tunebench.launch import ALONE, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, World, export, read_world, share_threads
 from tunebench.plan import Plan, load_plan
 from tunebench.record import LOG_LINES, Built, Git, Kernels, Model, Record, Setup, Steps
@@ -52,6 +59,7 @@ def read_job(framework: Framework, method: Method) -> Job:
     It needs no framework, so that bad input is refused at once: with one line and exit code 2. Where the run is to have
     several processes and no launcher has started this one, it starts them, and ends this process when they have ended.
     """
+    read_environment()
     with one_line_refusals(Path(sys.argv[0]).name):
         world = read_world(framework)
         # What a worker would say here, its supervisor or rank 0 has said.

@@ -17,14 +17,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple, NoReturn
 
-import psutil
-
 from tunebench import processes
 from tunebench.bootstrap import ROOT
 from tunebench.errors import cannot_write
 from tunebench.flags import Flags
-from tunebench.hardware import visible_accelerators
-from tunebench.launch import HIDDEN_DEVICES, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, share_threads
+from tunebench.hardware import RUN_ENVIRONMENT, read_environment, visible_accelerators
+from tunebench.launch import (
+    HIDDEN_DEVICES,
+    LOOPBACK,
+    RUN_FOLDER,
+    RUN_RECORD,
+    RUN_SUPERVISOR,
+    device_of,
+    share_threads,
+)
 from tunebench.record import LOG_LINES, Steps
 from tunebench.run import TIMEOUT_EXIT, Framework, Run
 
@@ -91,8 +97,9 @@ def launcher(framework: Framework, flags: Flags, folder: Path) -> list[str | Pat
     worker = [ROOT / "tunebench" / "worker.py", Path(sys.argv[0]).resolve(), *sys.argv[1:]]
     python = [sys.executable, "-P", "-m"]
     if framework == "torch":
-        # --standalone takes a free port.
-        meeting = ["--standalone"]
+        # As --standalone, which takes a free port, but by address.
+        meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--rdzv-id={uuid.uuid4().hex}"]
+        meeting += [f"--local-addr={LOOPBACK}"]
         if flags.master is not None:
             host, _, port = flags.master.rpartition(":")
             meeting = [f"--nnodes={flags.nnodes}", f"--node-rank={flags.node_rank}"]
@@ -107,6 +114,8 @@ def launcher(framework: Framework, flags: Flags, folder: Path) -> list[str | Pat
         host, _, port = flags.master.rpartition(":")
         meeting += ["--master", f"{socket.gethostbyname(host)}:{port}", "--host", _own_address(host)]
         meeting += ["--nnodes", str(flags.nnodes), "--rank", str(flags.node_rank)]
+    else:
+        meeting += ["--host", LOOPBACK]
     return [*python, "paddle.distributed.launch", *meeting, *worker]
 
 
@@ -117,23 +126,18 @@ def _own_address(master: str) -> str:
         return probe.getsockname()[0]
 
 
-def _device(address: str) -> str:
-    """The network device with this IP address."""
-    devices = psutil.net_if_addrs().items()
-    return next(name for name, addresses in devices if address in [each.address for each in addresses])
-
-
 def _environment(run: Run, folder: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
     environment |= share_threads(run.flags.nproc)
     if run.flags.master is not None:
         # gloo would take the network device that the host's name stands for.
-        environment.setdefault("GLOO_SOCKET_IFNAME", _device(_own_address(run.flags.master.rpartition(":")[0])))
+        environment.setdefault("GLOO_SOCKET_IFNAME", device_of(_own_address(run.flags.master.rpartition(":")[0])))
     if "CUDA_VISIBLE_DEVICES" in environment and not visible_accelerators():
         # Paddle's launcher takes the variable itself for a GPU, even where it is empty. The workers get it back.
         environment[HIDDEN_DEVICES] = environment.pop("CUDA_VISIBLE_DEVICES")
     own = {RUN_FOLDER: str(folder), RUN_RECORD: str(run.out), RUN_SUPERVISOR: str(os.getpid())}
-    return environment | own | {"PYTHONUNBUFFERED": "1"}
+    own[RUN_ENVIRONMENT] = json.dumps(read_environment())
+    return environment | own | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
 
 
 def _watch(process: subprocess.Popen, folder: Path, printed: deque[str], deadline: float) -> bool:
