@@ -2,7 +2,8 @@
 
     bash peers/run.sh [--rounds 5] [--methods full lora] [--only GLOB ...] [--samples 96] [--steps N] [--fresh]
 
-Records go to results/peers/METHOD/NAME-rROUND.json; what is there already is not run again.
+Records go to results/peers/METHOD/NAME-rROUND.json; what is there already, of the same flags, commit and machine, is
+not run again.
 """
 
 import pathlib
@@ -29,6 +30,7 @@ from tunebench.flags import Flags, Parser, parse_flags, positive
 from tunebench.plan import Plan, load_plan
 from tunebench.presets import LORA_TARGETS
 from tunebench.record import LOG_LINES, Model, Record, Steps, read_record
+from tunebench.resume import record_before, set_aside
 from tunebench.run import describe_run
 from tunebench.tables import print_tables
 
@@ -122,7 +124,8 @@ def main() -> int:
         for setting in (settings if number % 2 else reversed(settings))
     ]
     frameworks = {setting.framework for setting in settings}
-    for out in sorted(folder.glob("*/*.json")):  # of other steps a record would get into the same table
+    # Of other steps a record would get into the same table.
+    for out in sorted({*folder.glob("*/*.json")} - {out for *_, out in todo}):
         record = read_record(out)
         if record.framework in frameworks and not set(shared) <= set(record.argv):
             raise BadInput(
@@ -130,26 +133,35 @@ def main() -> int:
             )
     bad = 0
     for i, (number, method, setting, out) in enumerate(todo, 1):
-        if out.exists():
+        record, why = record_before(out, arguments(setting, method, shared, out), nproc=1)
+        title = f"[{i}/{len(todo)}] {method} {setting.name} r{number}"
+        if record is not None:
             continue
+        if why:
+            print(f"{title}: again, since {why}; the old one moves to {set_aside(folder, out)}/", flush=True)
         started = time.monotonic()
         run = run_peer if setting.script else run_ours
         record = run(setting, method, jobs[method], shared, out)
         bad += record.status != "ok"
         rate = f"{record.effective_tokens_per_second:.0f} effective tokens/s" if record.steps else record.reason
-        print(
-            f"[{i}/{len(todo)}] {method} {setting.name} r{number}: {rate}, {time.monotonic() - started:.0f} s",
-            flush=True,
-        )
+        print(f"{title}: {rate}, {time.monotonic() - started:.0f} s", flush=True)
     print_tables([folder])
     return 1 if bad else 0
+
+
+def arguments(setting: Setting, method: str, shared: list[str], out: pathlib.Path) -> list[str]:
+    """A run's command line, as its record has it."""
+    script, own = f"finetune_{method}.py", setting.flags
+    if setting.script:
+        script, own = setting.script, [f"--peer={setting.name}"]
+    return [script, *own, *shared, f"--out={out}"]
 
 
 def run_ours(setting: Setting, method: str, _: Any, shared: list[str], out: pathlib.Path) -> Record:
     """This project's own script, which writes its record."""
     python = ROOT / ".venv" / setting.framework / "bin" / "python"
-    script = ROOT / setting.framework / f"finetune_{method}.py"
-    said = execute([python, script, *shared, *setting.flags, f"--out={out}"])
+    script, *flags = arguments(setting, method, shared, out)
+    said = execute([python, ROOT / setting.framework / script, *flags])
     try:
         return read_record(out)
     except BadInput:
@@ -165,8 +177,7 @@ def run_peer(
 ) -> Record:
     """A peer's script in its environment, and the record of it. It gets all samples, also for few steps."""
     flags, checkpoint, plan, every_sample = job
-    argv = [setting.script, f"--peer={setting.name}", *shared, f"--out={out}"]
-    about = describe_run(setting.framework, method, flags, argv)
+    about = describe_run(setting.framework, method, flags, arguments(setting, method, shared, out))
     packed = setting.name.endswith(("packed", "zero-padding"))
     with tempfile.TemporaryDirectory(prefix="peer-") as scratch:
         measured = pathlib.Path(scratch) / "measured.json"
@@ -234,9 +245,8 @@ def run_peer(
 
 def execute(command: list[object]) -> list[str]:
     """Runs a command to its end, or for 30 minutes, and gives the lines it printed; nothing of it is left running."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with tempfile.TemporaryFile() as log:
-        process = processes.start([*map(str, command)], env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = processes.start([*map(str, command)], stdout=log, stderr=subprocess.STDOUT)
         try:
             process.wait(TIMEOUT)
         except subprocess.TimeoutExpired:

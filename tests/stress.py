@@ -23,7 +23,7 @@ import psutil
 
 from tunebench import processes
 from tunebench.record import parse_record
-from tunebench.suite import FINAL
+from tunebench.resume import FINAL
 
 SUITE = """
 title = "short runs to be killed"

@@ -35,7 +35,7 @@ def enter(*environments: str, module: str = "") -> None:
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
     # PYTHONSAFEPATH leaves out a script's own folder, where modules are that it imports.
     folder = str(Path(sys.argv[0]).resolve().parent)
-    if folder not in (str(ROOT), *sys.path):
+    if not module and folder not in (str(ROOT), *sys.path):
         sys.path.insert(0, folder)
     os.environ.update(maths_settings())
     os.environ.update(home_settings("paddle" in environments[:1]))

@@ -3,22 +3,22 @@
 run_all.sh calls it. A suite is a TOML file: flags for all runs, and pairs of runs, one run per framework.
 """
 
-import signal
+from tunebench import bootstrap
 
-if __name__ == "__main__":  # until `main` takes over, Ctrl-C ends the slow imports below without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+if __name__ == "__main__":
+    bootstrap.enter("torch", "paddle", module="tunebench.suite")
 
 import contextlib
 import datetime
 import errno
 import fcntl
-import functools
 import itertools
 import json
 import math
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -29,21 +29,18 @@ from rich.live import Live
 from rich.text import Text
 
 from tunebench import processes
-from tunebench.bootstrap import is_complete, maths_settings
 from tunebench.cache import results_folder
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Parser, positive
-from tunebench.hardware import Hardware, read_hardware
-from tunebench.record import LOG_LINES, Git, Record, read_record
-from tunebench.run import as_workers_have_it, describe_run, read_git
+from tunebench.record import LOG_LINES, Record, read_record
+from tunebench.resume import FINAL, record_before, set_aside
+from tunebench.run import describe_run
 from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
 
 PROGRAM = "run_all.sh"
-FINAL = ("ok", "oom", "unsupported")  # what another try would not change
 GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
 LOOK, LINE = 0.25, 10.0  # seconds between two looks at a run, two lines about it; rare: the cores are the run's
 STEP = re.compile(rb"step (\d+)/(\d+): ([\d.]+) s, (\d+) effective tokens/s")
-NOW = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 stop_signals: list[int] = []  # the signals that asked this process to end
 
@@ -67,7 +64,6 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, lambda number, _: stop_signals.append(number))
-    os.environ.update(maths_settings())  # what each run sets for itself; here for the records of those that could not
 
     path = find_suite(options.suite)
     suite, folder = read_suite(path), results_folder() / path.stem
@@ -77,7 +73,7 @@ def main() -> int:
             print(f"{run.name}{': done already' if _before(run)[0] else ''}\n  {shlex.join(run.command)}")
         return 0
     for framework in sorted({run.framework for run in runs}):
-        if not is_complete(framework):
+        if not bootstrap.is_complete(framework):
             raise BadInput(f"the environment .venv/{framework} is not complete; run: bash setup.sh {framework}")
     with _locked(results_folder()):
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +82,7 @@ def main() -> int:
                 part.unlink()
         if options.fresh:
             only_these = options.only or options.aa
-            _set_aside(folder, *((p for r in runs for p in (r.record, r.log)) if only_these else folder.iterdir()))
+            set_aside(folder, *((p for r in runs for p in (r.record, r.log)) if only_these else folder.iterdir()))
         print(f"suite {path.stem} ({suite.title}), records in {folder}/")
         return run_all(runs, folder, suite.minutes and suite.minutes * 60 / (2 * len(suite.pair)))
 
@@ -117,7 +113,7 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None) -> int:
                 continue
             title = f"[{i + 1}/{len(runs)}] {run.name}"
             if why:  # what is there could pass for the record to come
-                print(f"{title}: again, since {why}; the old one moves to {_set_aside(folder, run.record, run.log)}/")
+                print(f"{title}: again, since {why}; the old one moves to {set_aside(folder, run.record, run.log)}/")
             record = None if stop_signals else _execute(run, title, took, to_run - len(took) - 1)
             if record is None:
                 done = sum(_before(run)[0] is not None for run in runs)
@@ -140,8 +136,6 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None) -> int:
 def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record | None:
     """Runs it to its end and gives the record that is there then; None where a signal to this process ended it."""
     run.record.parent.mkdir(parents=True, exist_ok=True)
-    # On PYTHONPATH the repository's root would offer torch/ and paddle/ as empty packages.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     oom_kills = processes.oom_kills()
     started_at, started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     limit = started + run.flags.timeout + GRACE
@@ -152,7 +146,7 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
         process = processes.start(
             run.command,
             cwd=run.cwd,
-            env=environment | {"PYTHONUNBUFFERED": "1"},
+            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -176,7 +170,7 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
 
 def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills: int) -> Record:
     """Writes the record of a run that ended without leaving one; `exit_code` None: it overran its time."""
-    log = run.log.read_text(errors="replace").splitlines()
+    log = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
     status = "failed"
     if exit_code is None:
         status = "timeout"
@@ -196,32 +190,9 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
     return record
 
 
-@functools.cache
-def _here() -> tuple[Git, Hardware]:
-    """The commit and the machine, asked for once."""
-    return read_git(), read_hardware()
-
-
 def _before(run: Planned) -> tuple[Record | None, str]:
     """The record of a run that is done, or why the one that is there does not do."""
-    if not run.record.exists():
-        return None, ""
-    try:
-        record = read_record(run.record)
-    except BadInput:
-        return None, "its record is broken"
-    if record.argv[:-1] != run.argv[:-1]:  # without --out: results may be moved
-        return None, "its flags changed"
-    if record.status not in FINAL:
-        return None, f"it ended as {record.status}"
-    git, hardware = _here()
-    if record.git != git:
-        return None, "the code is of another commit, or was changed since"
-    now = as_workers_have_it(hardware, run.flags.nproc).lasting()
-    changed = [name for name, value in record.hardware.lasting().items() if now.get(name) != value]
-    if changed:
-        return None, f"the machine changed ({', '.join(changed)})"
-    return record, ""
+    return record_before(run.record, run.argv, run.flags.nproc)
 
 
 def _progress(steps: list[tuple[float, ...]], warmup: int, elapsed: float, took: list[float], rest: int) -> str:
@@ -272,16 +243,6 @@ def _locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             lock.write(f"process {os.getpid()} ({shlex.join(['run_all.sh', *sys.argv[1:]])})".encode())
         yield
-
-
-def _set_aside(folder: Path, *paths: Path) -> Path:
-    """Moves what there is of `paths` out of the suite's results, and says where to."""
-    previous = folder.parent / ".previous" / f"{folder.name}-{NOW}"
-    for path in filter(Path.exists, paths):
-        target = previous / path.relative_to(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        path.rename(target)
-    return previous
 
 
 def _result(record: Record) -> str:
