@@ -14,6 +14,7 @@ runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter"]("torch")
 
 import fnmatch
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -35,6 +36,7 @@ from tunebench.run import describe_run
 from tunebench.tables import print_tables
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, so the scripts beside them do too
+SAMPLES, BSZ = 96, 8  # by default
 ROW_TOKENS = 1024  # of a packed row, one a step: about as many as 8 samples have
 TIMEOUT = 1800.0  # seconds of one run
 
@@ -72,15 +74,15 @@ def main() -> int:
     add = parser.add_argument
     add("--model", default="llama-65b-tiny", help="a Llama preset (default: llama-65b-tiny, of 34M parameters)")
     add("--data", default="synthetic-en", help="as in the scripts")
-    add("--samples", type=positive, default=96, help="how many of it (default: 96)")
+    add("--samples", type=positive, help=f"how many of it (default: {SAMPLES}, or what --steps need)")
     add(
         "--steps",
         type=positive,
         help="the first so many of a pass over the samples (default: all of them); hf-trainer-grouped sorts pools of "
         "at most 50, the longest samples first, so take whole pools",
     )
-    add("--bsz", type=positive, default=8, help="samples of a step (default: 8)")
-    add("--warmup-steps", type=positive, default=2, help="first steps, not timed (default: 2)")
+    add("--bsz", type=positive, help=f"samples of a step (default: {BSZ}, or all of fewer)")
+    add("--warmup-steps", type=positive, help="first steps, not timed (default: 2, or all but the last)")
     add("--rounds", type=positive, default=5, help="how often, every second time in reverse (default: 5)")
     add("--methods", nargs="+", choices=["full", "lora"], default=["full", "lora"])
     add(
@@ -96,6 +98,8 @@ def main() -> int:
             f"--only {' '.join(options.only)} fits none of {', '.join(setting.name for setting in SETTINGS)}"
         )
     folder = results_folder() / "peers"
+    options.bsz = options.bsz or min(BSZ, max((options.samples or math.inf) // (options.steps or 1), 1))
+    options.samples = options.samples or max(SAMPLES, (options.steps or 1) * options.bsz)
     whole = options.samples // options.bsz
     steps = options.steps or max(whole, 1)
     if steps > whole:
@@ -103,8 +107,9 @@ def main() -> int:
             f"--samples {options.samples} has {whole} steps of --bsz {options.bsz}; "
             f"{steps} need {steps * options.bsz} samples"
         )
+    warmup = options.warmup_steps or min(2, steps - 1)
     shared = [f"--model={options.model}", f"--data={options.data}", f"--samples={options.samples}"]
-    shared += [f"--bsz={options.bsz}", f"--steps={steps}", f"--warmup-steps={options.warmup_steps}"]
+    shared += [f"--bsz={options.bsz}", f"--steps={steps}", f"--warmup-steps={warmup}"]
     jobs = {}
     for method in options.methods:
         for setting in settings:

@@ -147,7 +147,16 @@ def test_paddle_cuts_up_whole_widths_only(tmp_path, width, called):
 
 
 def test_more_processes_than_gpus_are_refused():
-    options = {"nproc": 4, "nnodes": None, "node_rank": None, "master": None, "mp": 1, "zero": 0}
+    options = {
+        "nproc": 4,
+        "nnodes": None,
+        "node_rank": None,
+        "master": None,
+        "mp": 1,
+        "zero": 0,
+        "bsz": None,
+        "micro_bsz": None,
+    }
     with pytest.raises(BadInput, match=r"^--nproc 4: 2 GPU\(s\) visible; use at most 2, or hide"):
         place(options, gpus=2)
     options["nproc"] = None

@@ -34,11 +34,13 @@ TUNED: dict[str, Any] = {
     "keep_memory": True,
 }
 NAMED_DATA = f"{', '.join(DATA_NAMES)}, {FIXED}N (samples of N tokens)"
+BSZ, WARMUP_STEPS, STEPS = 4, 5, 30  # the defaults, where nothing given asks for others
+COMPILED_STEPS = 2  # the first ones of --compile, which are not to be timed
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Flags(BaseModel):
-    """The checked flags of one run. Batch sizes are in samples, `timeout` in seconds."""
+    """The checked flags of one run. Batch sizes are in samples, `timeout` in seconds; `given` are not by default."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -75,13 +77,14 @@ class Flags(BaseModel):
     timeout: float
     aa: str | None
     out: Path | None
+    given: frozenset[str] = frozenset()
     lora_r: int = 0
     lora_alpha: int = 0
 
     @property
     def model_name(self) -> str:
         """The preset's name, or a checkpoint folder's without its path."""
-        return Path(self.model).name
+        return Path(os.path.abspath(Path(self.model).expanduser())).name or "root"  # noqa: PTH100 (links keep their names)
 
     @property
     def world_size(self) -> int:
@@ -125,18 +128,8 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def parse_flags(
-    method: str,
-    argv: Sequence[str] | None = None,
-    prog: str | None = None,
-    world: World | None = None,
-    framework: str | None = None,
-) -> Flags:
-    """Reads the flags of a script. `method` is `full` or `lora`; `world` is this process's place, if it was given one.
-    --tuned leaves out what `framework` does not have.
-
-    A wrong flag ends the process with exit code 2; what only shows in combination raises `BadInput`.
-    """
+def flag_parser(method: str, prog: str | None = None) -> Parser:
+    """The parser of a script's flags; `method` is `full` or `lora`."""
     parser = Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_plan_flags(parser)
     add = parser.add_argument
@@ -202,7 +195,12 @@ def parse_flags(
         default=False,
         help="let the C library keep freed memory, instead of having each page of a new tensor made anew",
     )
-    add("--warmup-steps", type=not_negative, default=5, help="first steps, recorded but not timed")
+    add(
+        "--warmup-steps",
+        type=not_negative,
+        default=WARMUP_STEPS,
+        help="first steps, recorded but not timed; fewer where there are not more steps",
+    )
     add("--lr", type=positive_float, default=1e-4, help="learning rate, constant")
     add("--timeout", type=positive_float, default=3600.0, help="seconds after which the run ends as `timeout`")
     add("--aa", choices=["a", "b"], help="one side of a comparison of this run with itself (run_all.sh --aa)")
@@ -210,24 +208,60 @@ def parse_flags(
     if method == "lora":
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")
         add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
-    options = vars(parser.parse_args(argv))
+    return parser
+
+
+def arguments_of(method: str, table: dict[str, Any]) -> list[str]:
+    """A table of flags as on a command line: true stands for a bare flag, false for its opposite. Raises `BadInput`."""
+    actions = flag_parser(method)._option_string_actions
+    arguments = []
+    for name, value in table.items():
+        opposite = name.removeprefix("no-") if name.startswith("no-") else f"no-{name}"
+        if value is not False:
+            arguments.append(f"--{name}" if value is True else f"--{name}={value}")
+        elif f"--{opposite}" in actions:
+            arguments.append(f"--{opposite}")
+        elif f"--{name}" not in actions:
+            raise BadInput(f"{name} = false: there is no flag --{name}")
+        elif actions[f"--{name}"].nargs != 0:
+            raise BadInput(f"{name} = false: --{name} takes a value; give one, or leave it out")
+    return arguments
+
+
+def parse_flags(
+    method: str,
+    argv: Sequence[str] | None = None,
+    prog: str | None = None,
+    world: World | None = None,
+    framework: str | None = None,
+) -> Flags:
+    """Reads the flags of a script. `method` is `full` or `lora`; `world` is this process's place, if it was given one.
+    --tuned leaves out what `framework` does not have.
+
+    A wrong flag ends the process with exit code 2; what only shows in combination raises `BadInput`.
+    """
+    options = vars(flag_parser(method, prog).parse_args(argv))
+    given = _given(method, prog, argv)
     if options["tuned"]:
+        parser = flag_parser(method, prog)
         parser.set_defaults(**tuned(options, framework))
         options = vars(parser.parse_args(argv))
+    if options["packing"] and "padding_free" in given and not options["padding_free"]:
+        raise BadInput("--packing has no padding; leave --no-padding-free out, or --packing")
     options["padding_free"] |= options["packing"] > 0
     if options["head"] == "labels" and options["mp"] > 1:
         raise BadInput("--head labels with --mp: not combined here; use --head all, or --mp 1")
     if options["compile"] and not goes_with_compile(options):
         raise BadInput("--compile with --mp or --recompute: not combined here; use --no-compile")
-    if options["compile"] and options["warmup_steps"] < 2:
-        raise BadInput(
-            f"--warmup-steps {options['warmup_steps']} would time --compile too; use 2 or more, or --no-compile"
-        )
     gpus = len(visible_accelerators())
     if world is None:
         place(options, gpus)
     else:
         _join(options, world, gpus)
+    if "dtype" not in given and (options["amp"] or (options["attention"] == "flash" and gpus)):
+        options["dtype"] = "bf16"
+        asks = f"--amp {options['amp']}" if options["amp"] else "--attention flash"
+        print(f"--dtype bf16 (not the default fp32: {asks} is for low precision)", flush=True)
     settle_precision(options, gpus)
     size, mp = options["nproc"] * options["nnodes"], options["mp"]
     if options["nproc"] % mp:
@@ -242,27 +276,74 @@ def parse_flags(
         )
     if options["zero"] and size == 1:
         raise BadInput(f"--zero {options['zero']} has nothing to shard over in one process; use --nproc 2 or --zero 0")
-    replicas, bsz = size // mp, options["bsz"]
+    replicas = size // mp
+    if options["bsz"] is None:
+        options["bsz"] = default_bsz(options, replicas * (options["micro_bsz"] or 1))
+    bsz = options["bsz"]
     if bsz % replicas:
         raise BadInput(
             f"--bsz {bsz} does not divide over {replicas} replicas; "
             f"use {' or '.join(str(n * replicas) for n in (bsz // replicas, bsz // replicas + 1) if n)}"
         )
     options["micro_bsz"] = options["micro_bsz"] or bsz // replicas
-    flags = Flags(**resolve_plan_flags(options))
+    flags = Flags(**resolve_plan_flags(options), given=given)
     if bsz // replicas % flags.micro_bsz:
         raise BadInput(
             f"--micro-bsz {flags.micro_bsz} does not divide --bsz {bsz} over {replicas} replica(s); "
             f"use one of {_divisors(bsz // replicas)}"
         )
-    if flags.steps is not None and flags.warmup_steps >= flags.steps:
-        raise BadInput(
-            f"--warmup-steps {flags.warmup_steps} leaves none of --steps {flags.steps} to time; "
-            f"use at most {flags.steps - 1}"
-        )
     if flags.out is not None:
         _check_out(flags.out)
-    return flags
+    return flags if flags.steps is None else fit_to_steps(flags, flags.steps)
+
+
+def _given(method: str, prog: str | None, argv: Sequence[str] | None) -> frozenset[str]:
+    """Which flags are not left to their defaults."""
+    parser = flag_parser(method, prog)
+    options = vars(parser.parse_args([]))
+    parser.set_defaults(**dict.fromkeys(options))
+    return frozenset(name for name, value in vars(parser.parse_args(argv)).items() if value is not None)
+
+
+def fit_to_steps(flags: Flags, steps: int) -> Flags:
+    """The flags of a run of so many steps: defaults give way, and it says so. Raises `BadInput` where a given one is
+    wrong."""
+    warmup, compiled = flags.warmup_steps, flags.compile
+    if "warmup_steps" in flags.given:
+        if warmup >= steps:
+            raise BadInput(
+                f"--warmup-steps {warmup} leaves none of the {steps} step(s) to time; use at most {steps - 1}"
+            )
+    elif warmup >= steps:
+        warmup = steps - 1
+        print(f"--warmup-steps {warmup} (not the default {flags.warmup_steps}: of {steps} step(s))", flush=True)
+    if compiled and warmup < COMPILED_STEPS:
+        if "compile" not in flags.given:
+            compiled = False
+            print(f"--no-compile (though --tuned: it takes {COMPILED_STEPS} steps before those timed)", flush=True)
+        elif "warmup_steps" in flags.given:
+            raise BadInput(
+                f"--warmup-steps {warmup} would time --compile too; use {COMPILED_STEPS} or more, or --no-compile"
+            )
+        else:
+            raise BadInput(
+                f"--compile takes {COMPILED_STEPS} steps before those timed, of {steps}; use --steps "
+                f"{COMPILED_STEPS + 1} or more, or --no-compile"
+            )
+    return flags.model_copy(update={"warmup_steps": warmup, "compile": compiled})
+
+
+def default_bsz(options: dict, unit: int) -> int:
+    """The default of --bsz, or the next multiple of `unit` samples, or what few --samples and --epochs fill."""
+    bsz = math.ceil(BSZ / unit) * unit
+    why = f"a multiple of {unit}"
+    if options["samples"] and options["epochs"] and not options["packing"]:
+        most = options["samples"] * options["epochs"]
+        if unit <= most < bsz:
+            bsz, why = most // unit * unit, f"there are {most} samples"
+    if bsz != BSZ:
+        print(f"--bsz {bsz} (not the default {BSZ}: {why})", flush=True)
+    return bsz
 
 
 def tuned(options: dict, framework: str | None) -> dict:
@@ -287,7 +368,13 @@ def in_words(options: dict) -> str:
 def place(options: dict, gpus: int) -> None:
     """Fills in processes and nodes where no launcher has started this and `gpus` are visible. Raises `BadInput`."""
     if options["nproc"] is None:
-        options["nproc"] = gpus or options["mp"] * (2 if options["zero"] and not options["nnodes"] else 1)
+        nodes = options["nnodes"] or 1
+        options["nproc"] = options["mp"] * (2 if options["zero"] and nodes == 1 else 1)
+        if gpus:
+            fitting = (n for n in range(gpus, 0, -1) if _fits(options, n, nodes))
+            options["nproc"] = next(fitting, gpus)
+            if options["nproc"] < gpus:
+                print(f"--nproc {options['nproc']} (not all {gpus} GPUs: --bsz and --mp allow no more)", flush=True)
     if gpus and options["nproc"] > gpus:
         raise BadInput(
             f"--nproc {options['nproc']}: {gpus} GPU(s) visible; use at most {gpus}, or hide them for a run on the "
@@ -312,6 +399,14 @@ def place(options: dict, gpus: int) -> None:
         except (OSError, UnicodeError):
             raise BadInput(f"--master {options['master']}: {host} is not known here; name node 0") from None
     options["node_rank"] = options["node_rank"] or 0
+
+
+def _fits(options: dict, nproc: int, nodes: int) -> bool:
+    """Whether given batch sizes and degrees go with so many processes on each node."""
+    if nproc % options["mp"] or (options["zero"] and nproc * nodes == 1):
+        return False
+    replicas = nproc * nodes // options["mp"]
+    return options["bsz"] is None or options["bsz"] % (replicas * (options["micro_bsz"] or 1)) == 0
 
 
 def settle_precision(options: dict, gpus: int) -> None:
@@ -352,7 +447,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
         "all)",
     )
     add("--skip-bad", action="store_true", help="leave malformed samples out and count them, instead of refusing them")
-    add("--bsz", type=positive, default=4, help="global batch size: samples, or rows with --packing")
+    add("--bsz", type=positive, help=f"global batch size: samples, or rows with --packing (default: {BSZ})")
     add(
         "--order",
         choices=["plan", "grouped"],
@@ -361,7 +456,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--packing", type=not_negative, default=0, help="pack samples into rows of so many tokens (0: do not)")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive, help="optimizer steps (default: 30)")
+    length.add_argument("--steps", type=positive, help=f"optimizer steps (default: {STEPS})")
     length.add_argument("--epochs", type=positive, help="passes over the samples, instead of --steps")
     add("--seed", type=not_negative, default=0, help="of the random start weights and of LoRA's A")
 
@@ -394,8 +489,10 @@ def resolve_plan_flags(options: dict) -> dict:
         options["data"] = str(path.resolve())
     if options["packing"] and options["order"] == "grouped":
         raise BadInput("--order grouped is for rows of one sample, and --packing fills rows with more; leave one out")
+    if options["bsz"] is None:
+        options["bsz"] = default_bsz(options, 1)
     if options["steps"] is None and options["epochs"] is None:
-        options["steps"] = 30
+        options["steps"] = STEPS
     return options
 
 

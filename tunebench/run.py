@@ -26,7 +26,7 @@ from tunebench.cache import cache_folder, results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.config import paddle_lacks
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
-from tunebench.flags import Flags, parse_flags
+from tunebench.flags import Flags, fit_to_steps, parse_flags
 from tunebench.hardware import (
     Hardware,
     keep_freed_memory,
@@ -69,8 +69,7 @@ def read_job(framework: Framework, method: Method) -> Job:
             check_tensor_parallel(framework, flags, checkpoint)
             prepare_compiler(framework, flags)
             plan = load_plan(flags, checkpoint)
-        if flags.warmup_steps >= plan.steps:
-            raise BadInput(f"--warmup-steps {flags.warmup_steps} leaves none of the {plan.steps} steps to time")
+            flags = fit_to_steps(flags, plan.steps)
     if flags.keep_memory:
         keep_freed_memory()
     job = Job(flags, checkpoint, plan, world or ALONE)
@@ -434,9 +433,8 @@ def recorded(framework: Framework, method: Method, job: Job) -> Iterator[Run]:
 def new_record_path(framework: str, method: str, flags: Flags) -> Path:
     """Where the record of a run without --out goes: a new file for each run."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return (
-        results_folder() / "runs" / f"{framework}-{method}-{flags.model_name}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
-    )
+    model = os.fsencode(flags.model_name)[:100].decode(errors="ignore")  # a file's name has room for 255 bytes
+    return results_folder() / "runs" / f"{framework}-{method}-{model}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
 
 
 def read_git() -> Git:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from tunebench.bootstrap import ROOT
 from tunebench.errors import BadInput
-from tunebench.flags import Flags, parse_flags, path_of
+from tunebench.flags import Flags, arguments_of, parse_flags, path_of
 from tunebench.record import Strict
 from tunebench.run import Framework, Method
 
@@ -54,7 +54,8 @@ class Pair(Strict):
 
 
 class Suite(Strict):
-    """A suite file. Flags are named as on the command line, without dashes; true stands for a bare flag."""
+    """A suite file. Flags are named as on the command line, without dashes; true stands for a bare flag, false
+    for its opposite."""
 
     title: str
     repeats: int = Field(default=1, gt=0)  # rounds, unless --repeats says otherwise
@@ -134,9 +135,8 @@ def plan_runs(
     checked: dict[tuple[str, str], tuple[Flags, list[str]]] = {}
     for pair, framework in itertools.product(suite.pair, ("paddle", "torch")):
         table = suite.defaults | pair.flags | getattr(pair, framework)
-        arguments = [f"--{k}" if v is True else f"--{k}={v}" for k, v in table.items() if v is not False]
         where = f"{path}: pair {pair.name} ({framework})"
-        flags = _parse(where, METHODS[pair.script], framework, arguments, path.parent)
+        flags, arguments = _parse(where, METHODS[pair.script], framework, table, path.parent)
         checked[pair.name, framework] = flags, arguments
     wanted = [key for key in checked if only is None or fnmatch.fnmatchcase("/".join(key), only)]
     if not wanted:
@@ -156,12 +156,18 @@ def plan_runs(
     return runs
 
 
-def _parse(where: str, method: Method, framework: Framework, arguments: list[str], folder: Path) -> Flags:
-    """The flags as the script will read them; relative paths count from the suite file. Raises `BadInput`."""
+def _parse(
+    where: str, method: Method, framework: Framework, table: dict[str, Any], folder: Path
+) -> tuple[Flags, list[str]]:
+    """The flags as the script will read them, and as they are spelled on its command line. Raises `BadInput`.
+
+    Relative paths count from the suite file.
+    """
     said = io.StringIO()
     try:
+        arguments = arguments_of(method, table)
         with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            return parse_flags(method, arguments, prog=where, framework=framework)
+            return parse_flags(method, arguments, prog=where, framework=framework), arguments
     except BadInput as refusal:
         raise BadInput(f"{where}: {refusal}") from None
     except SystemExit:
