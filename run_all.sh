@@ -15,6 +15,9 @@
 # TUNEBENCH_RESULTS and TUNEBENCH_CACHE move the two folders that it writes to. Exit code: 0, 1 where a run failed,
 # 2 for bad input, 130 when interrupted.
 set -euo pipefail
+# A closed stream's number would be given to the next file.
+[ -e /dev/fd/0 ] || exec 0</dev/null; [ -e /dev/fd/1 ] || exec 1>/dev/null; [ -e /dev/fd/2 ] || exec 2>/dev/null
+unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 setup=() suite=()

@@ -4,6 +4,7 @@
 #
 #   bash run_tests.sh [pytest arguments]     -n0: one test at a time, as --pdb and -s need it
 set -euo pipefail
+unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # Two files of tests at a time, and their programs with a thread each.

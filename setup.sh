@@ -10,6 +10,10 @@
 # An environment carries a stamp, written last, of everything it was built from. One without the stamp was interrupted,
 # one with another stamp is out of date: either is removed and built anew, and nothing ever runs in it.
 set -euo pipefail
+# A closed stream's number would be given to the next file.
+[ -e /dev/fd/0 ] || exec 0</dev/null; [ -e /dev/fd/1 ] || exec 1>/dev/null; [ -e /dev/fd/2 ] || exec 2>/dev/null
+unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
+export PYTHONUTF8=1 PIP_USER=0
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 trap 'exit 130' INT  # before it says that an installation failed
@@ -90,7 +94,7 @@ build() {
 }
 
 mkdir -p .venv
-if [ -z "${TUNEBENCH_SETUP_HOLDS_LOCK:-}" ] && command -v flock >/dev/null 2>&1; then
+if [ -z "${TUNEBENCH_SETUP_HOLDS_LOCK:-}" ] && command -v flock >/dev/null 2>&1 && { : >>.venv/lock; } 2>/dev/null; then
   exec 9>.venv/lock
   flock --nonblock 9 || { say "another setup is running here: waiting for it"; flock 9; }
 fi

@@ -6,6 +6,7 @@
 # Records go to results/peers/; what is there already is not run again. `python3 summarize.py results/peers` prints the
 # tables again.
 set -euo pipefail
+unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash setup.sh
 bash peers/setup.sh

@@ -8,6 +8,10 @@
 #
 # As in setup.sh, a stamp is written last, and an environment without it, or with another one, is built anew.
 set -euo pipefail
+# A closed stream's number would be given to the next file.
+[ -e /dev/fd/0 ] || exec 0</dev/null; [ -e /dev/fd/1 ] || exec 1>/dev/null; [ -e /dev/fd/2 ] || exec 2>/dev/null
+unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
+export PYTHONUTF8=1 PIP_USER=0
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 say() { printf 'peers/setup: %s\n' "$*"; }

@@ -15,6 +15,7 @@ from tunebench.hardware import visible_accelerators
 RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR = "TUNEBENCH_RUN_FOLDER", "TUNEBENCH_RUN_RECORD", "TUNEBENCH_RUN_SUPERVISOR"
 HIDDEN_DEVICES = "TUNEBENCH_HIDDEN_DEVICES"
 LOOPBACK = "127.0.0.1"  # where the processes of one node meet: the host's name may stand for nothing
+SLURM_SHELLS = 2**32 - 6  # the first id of a step that is none: the shell of salloc, a batch script and others
 SLURM_PORTS = 20_000, 12_000  # the first port that a job step on Slurm may take, and how many there are
 
 
@@ -47,24 +48,30 @@ def read_world(framework: str, environment: Mapping[str, str] = os.environ) -> W
     """
     variables = {"torch": ("RANK", "torchrun"), "paddle": ("PADDLE_TRAINER_ID", "python -m paddle.distributed.launch")}
     ours, theirs = variables.pop(framework), *variables.values()
+    by_slurm = "SLURM_PROCID" in environment and ours[0] not in environment
+    hint = "; where srun did not start this script itself, unset SLURM_PROCID" if by_slurm else ""
     try:
         if ours[0] in environment:
             world = _of_torchrun(environment) if framework == "torch" else _of_paddle(environment)
         elif theirs[0] in environment:
             raise BadInput(f"{theirs[0]} is set, as {theirs[1]} does; start this script by {ours[1]}, or plainly")
-        elif int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and "SLURM_PROCID" in environment:
-            # A step by srun: a batch script has the job's variables too, but is no worker.
+        elif _is_slurm_task(environment):
             world = _of_slurm(environment)
+            if os.isatty(0):  # srun gives one to an interactive shell, whose other tasks start nothing
+                raise BadInput(
+                    f"SLURM_PROCID says that this is one of {world.size} tasks, but it was started on a terminal; "
+                    "unset SLURM_PROCID for a run of this node's processes (--nproc), or start the script by srun"
+                )
         else:
             return None
     except KeyError as missing:
-        raise BadInput(f"the launcher's variables are incomplete: {missing.args[0]} is not set") from None
+        raise BadInput(f"the launcher's variables are incomplete: {missing.args[0]} is not set{hint}") from None
     except ValueError as error:
-        raise BadInput(f"the launcher's variables are wrong: {error}") from None
+        raise BadInput(f"the launcher's variables are wrong: {error}{hint}") from None
     if world.nproc < 1 or world.size % world.nproc or not 0 <= world.rank < world.size:
         raise BadInput(
             f"the launcher's variables give rank {world.rank} of {world.size} with {world.nproc} on this node; "
-            "start as many on each node"
+            f"start as many on each node{hint}"
         )
     return world
 
@@ -76,6 +83,8 @@ def export(world: World, framework: str) -> None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", device_of(LOOPBACK))
     if not world.hosts:
         return
+    if not world.rank:
+        print(f"Slurm's task 0 of {world.size}; in a shell of your own unset SLURM_PROCID first", flush=True)
     hosts = world.hosts if world.nnodes > 1 else (LOOPBACK,)
     rank, size, local, host = str(world.rank), str(world.size), str(world.local_rank), hosts[0]
     if framework == "torch":
@@ -120,6 +129,12 @@ def expand(nodes: str) -> tuple[str, ...]:
     if not hosts:
         raise ValueError(f"{nodes!r} names no host")
     return tuple(hosts)
+
+
+def _is_slurm_task(environment: Mapping[str, str]) -> bool:
+    """Whether srun started this: batch scripts and the shells of salloc have the job's variables too."""
+    shell = int(environment.get("SLURM_STEP_ID") or 0) >= SLURM_SHELLS
+    return "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and not shell
 
 
 def _of_torchrun(environment: Mapping[str, str]) -> World:
