@@ -18,6 +18,7 @@ set -euo pipefail
 # A closed stream's number would be given to the next file.
 [ -e /dev/fd/0 ] || exec 0</dev/null; [ -e /dev/fd/1 ] || exec 1>/dev/null; [ -e /dev/fd/2 ] || exec 2>/dev/null
 unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
+export PYTHONUTF8=1
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 setup=() suite=()

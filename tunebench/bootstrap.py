@@ -52,7 +52,7 @@ def enter(*environments: str, module: str = "") -> None:
     program, unreachable = Path(sys.argv[0]).name, ""
     pythons = [ROOT / ".venv" / name / "bin" / "python" for name in environments if is_complete(name)]
     for python in [Path(sys.executable)] if here else pythons:
-        if here or unwanted or Path(sys.executable) != python:
+        if here or unwanted or foreign or Path(sys.executable) != python:
             try:
                 os.execv(str(python), [str(python), *command])
             except OSError as error:
