@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from tunebench import bootstrap
 from tunebench.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,4 +136,6 @@ def script():
         patch.setattr(sys, "path", [str(ROOT / HERE), *sys.path])
         arguments = ["--model=llama-tiny", "--bsz=1", "--samples=2", "--steps=2", "--warmup-steps=1"]
         patch.setattr(sys, "argv", ["finetune_full.py", *arguments])
+        for name in bootstrap.UNWANTED:  # the script would be started anew without them
+            patch.delenv(name, raising=False)
         yield runpy.run_path(str(ROOT / HERE / "finetune_full.py"))

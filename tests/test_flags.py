@@ -4,7 +4,7 @@ import pytest
 from conftest import refusal, run_program
 
 from tunebench.errors import BadInput
-from tunebench.flags import parse_flags, settle_precision
+from tunebench.flags import arguments_of, parse_flags, settle_precision
 
 
 def test_a_bare_call(capsys):
@@ -36,6 +36,42 @@ def test_flash_attention_in_float32_is_for_cpus():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "gpus", "found", "said"),
+    [
+        (["--steps=4"], 0, {"warmup_steps": 3}, "--warmup-steps 3 (not the default 5: of 4 step(s))"),
+        (["--steps=1"], 0, {"warmup_steps": 0}, "--warmup-steps 0"),
+        (["--steps=3", "--tuned"], 0, {"warmup_steps": 2, "compile": True}, "--warmup-steps 2"),
+        (["--steps=2", "--tuned"], 0, {"warmup_steps": 1, "compile": False}, "--no-compile (though --tuned"),
+        (["--nproc=3"], 0, {"bsz": 6, "micro_bsz": 2}, "--bsz 6 (not the default 4: a multiple of 3)"),
+        (["--nproc=2", "--micro-bsz=3"], 0, {"bsz": 6}, "--bsz 6"),
+        (["--samples=2", "--epochs=1"], 0, {"bsz": 2}, "--bsz 2 (not the default 4: there are 2 samples)"),
+        (["--amp=O1"], 0, {"dtype": "bf16"}, "--dtype bf16 (not the default fp32: --amp O1 is for low precision)"),
+        (["--attention=flash"], 4, {"dtype": "bf16", "nproc": 4}, "--dtype bf16"),
+        (["--bsz=2"], 4, {"nproc": 2}, "--nproc 2 (not all 4 GPUs: --bsz and --mp allow no more)"),
+        (["--mp=3"], 4, {"nproc": 3}, "--nproc 3"),
+        (["--bsz=2", "--zero=2"], 4, {"nproc": 2}, "--nproc 2"),
+        (["--bsz=8"], 4, {"nproc": 4, "bsz": 8}, ""),
+        ([], 3, {"nproc": 3, "bsz": 6}, "--bsz 6"),
+    ],
+)
+def test_a_default_gives_way_to_a_given_flag_and_says_so(monkeypatch, capsys, arguments, gpus, found, said):
+    monkeypatch.setattr("tunebench.flags.visible_accelerators", lambda: ["a GPU"] * gpus)
+    flags = parse_flags("full", ["--model=llama-tiny", *arguments], framework="torch").model_dump()
+    assert found.items() <= flags.items()
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert bool(printed) == bool(said)
+
+
+def test_a_suites_table_as_a_command_line():
+    table = {"tuned": True, "padding-free": False, "recompute": False, "steps": 4, "no-compile": False}
+    assert arguments_of("full", table) == ["--tuned", "--no-padding-free", "--steps=4", "--compile"]
+    for name, fault in (("steps", "--steps takes a value"), ("speed", "there is no flag --speed")):
+        with pytest.raises(BadInput, match=f"{name} = false: {fault}"):
+            arguments_of("full", {name: False})
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model=lama-tiny"], "--model lama-tiny: no such preset or folder; use one of llama-tiny, "),
@@ -56,12 +92,17 @@ def test_flash_attention_in_float32_is_for_cpus():
             ["--compile", "--warmup-steps=1"],
             "--warmup-steps 1 would time --compile too; use 2 or more, or --no-compile",
         ),
-        (["--amp=O1"], "--amp O1 is for low precision; use --dtype bf16 or fp16, or leave --amp out"),
+        (
+            ["--amp=O1", "--dtype=fp32"],
+            "--amp O1 is for low precision; use --dtype bf16 or fp16, or leave --amp out",
+        ),
         (["--master=here:1"], "--master is for several nodes; add --nnodes"),
         (["--nnodes=2"], "--master is missing; with --nnodes name node 0"),
         (["--nnodes=2", "--master=here"], "--master here is no HOST:PORT"),
         (["--nnodes=2", "--master=here:1", "--node-rank=2"], "--node-rank 2: use 0 to 1, as --nnodes is 2"),
-        (["--steps=5"], "--warmup-steps 5 leaves none of --steps 5 to time; use at most 4"),
+        (["--steps=5", "--warmup-steps=5"], "--warmup-steps 5 leaves none of the 5 step(s) to time; use at most 4"),
+        (["--steps=2", "--compile"], "--compile takes 2 steps before those timed, of 2; use --steps 3 or more"),
+        (["--packing=1024", "--no-padding-free"], "--packing has no padding; leave --no-padding-free out"),
         (["--out=/tmp"], "--out /tmp is a folder; name a file"),
         (["--out=/dev/null/r.json"], "--out /dev/null/r.json: "),
         (["--weights=pretrained"], "--weights pretrained needs a checkpoint: llama-tiny is a preset"),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, assert_one_curve, assert_one_model, refusal, run_program, train
+from conftest import ROOT, assert_one_curve, assert_one_model, refusal, run_program, train, train_altered
 
 from tunebench.bootstrap import maths_settings
 from tunebench.checkpoint import tensor_shapes, write_random
@@ -263,6 +263,7 @@ class TestTables:
             ("hardware", {"machine": "0123456789ab"}, "hardware.machine: 0123456789ab ≠ "),
             ("hardware", {"governor": "powersave"}, "hardware.governor: powersave ≠ "),
             ("hardware", {"kernel": "1.0"}, "hardware.kernel: 1.0 ≠ "),
+            ("hardware", {"environment": {}}, "hardware.environment.OMP_NUM_THREADS: None ≠ "),
             ("git", {"revision": "abc"}, "git.revision: abc ≠ "),
             ("git", {"changes": "abc"}, "git.changes: abc ≠ "),
             ("model", {"parameters": 7}, "model.parameters: 7 ≠ "),
@@ -529,21 +530,20 @@ class TestEnds:
 
 
 SPY = """
-import atexit, importlib.util, json, os, sys
+import atexit, importlib.util, json
 def tell():
-    if "torch" in sys.modules or "paddle" in sys.modules:
-        found = {n: getattr(importlib.util.find_spec(n), "origin", None) for n in ("torch", "paddle", "suites")}
-        open(os.environ["SPY_FILE"], "w").write(json.dumps([sys.path, found]))
+    found = {{n: getattr(importlib.util.find_spec(n), "origin", None) for n in ("torch", "paddle", "suites")}}
+    open({seen!r}, "w").write(json.dumps([sys.path, found]))
 atexit.register(tell)
+sys.path.insert(0, {root!r})
 """
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_root_is_not_on_the_path_of_a_process_that_trains(tmp_path, framework):
-    """Even where PYTHONPATH names it, as some editors do."""
-    (tmp_path / "sitecustomize.py").write_text(SPY)
-    env = {"PYTHONPATH": f"{tmp_path}:{ROOT}", "SPY_FILE": str(tmp_path / "seen.json")}
-    run_program(f"{framework}/finetune_lora.py", *SHORT, f"--out={tmp_path / 'r.json'}", env=env, check=True)
+    """Even where it was at first, as some editors have it."""
+    code = SPY.format(seen=str(tmp_path / "seen.json"), root=str(ROOT))
+    train_altered(code, framework, "lora", tmp_path / "r.json", *SHORT)
     path, found = json.loads((tmp_path / "seen.json").read_text())
     assert str(ROOT) not in path
     other = {"torch": "paddle", "paddle": "torch"}[framework]

@@ -142,3 +142,20 @@ def test_an_incomplete_environment_is_never_used(project):
     assert done.stderr.strip() == (
         "finetune_full.py: the environment .venv/torch is not complete; run: bash setup.sh torch"
     )
+
+
+def test_an_interpreter_that_cannot_be_started_is_named(project):
+    shutil.copytree(ROOT / "torch", project / "torch", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "tunebench", project / "tunebench", dirs_exist_ok=True)
+    python = project / ".venv/torch/bin/python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(project / "gone")
+    stamp = runpy.run_path(str(project / "tunebench/bootstrap.py"))["stamp"]("torch")
+    (project / ".venv/torch/complete").write_text(f"{stamp}\ncpu\n")
+    bare = ["/usr/bin/env", "-i", shutil.which("python3", path=os.defpath) or "/usr/bin/python3", "-S"]
+    done = subprocess.run([*bare, project / "torch/finetune_full.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"finetune_full.py: {python} cannot be started ({project / 'gone'}: No such file or directory); "
+        "let this user start it, or run: bash setup.sh torch"
+    )

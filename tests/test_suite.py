@@ -104,6 +104,7 @@ def mini(tmp_path):
         ("finetune_lora", "finetune_lore", ["pair lora: script"]),
         ("samples = 40", "samples = 0", ["pair full (paddle): argument --samples: 0 is out of range"]),
         ("samples = 40", "sample = 40", ["pair full (paddle): unrecognized arguments: --sample=40"]),
+        ("samples = 40", "samples = false", ["pair full (paddle): samples = false: --samples takes a value"]),
         ("samples = 40", "samples = [40]", ["defaults: samples: a flag is"]),
         ("samples = 40", 'out = "x.json"', ["defaults: out is no flag for a suite"]),
         ("steps = 20", "bsz = 3, micro-bsz = 2", ["pair lora (paddle): --micro-bsz 2 does not divide --bsz 3"]),
