@@ -146,17 +146,17 @@ def home_settings(paddle: bool) -> dict:
     settings = {}
     home = _home()
     if home is None:
-        home = _own_home()
+        home = own_home()
         settings["HOME"] = str(home)
     elif not os.access(str(home), os.W_OK):
         for name, usual, own in (("HF_HOME", ".cache/huggingface", "huggingface"), ("TRITON_HOME", ".triton", ".")):
             if not os.environ.get(name) and not os.access(str(home / usual), os.F_OK):
-                settings[name] = str(_own_home() / own)
+                settings[name] = str(own_home() / own)
     if paddle:
         folder = Path(os.environ.get("PPNLP_HOME") or str(home / ".paddlenlp"))
         fault = _not_for_paddlenlp(folder)
         if fault:
-            own = _own_home() / ".paddlenlp"
+            own = own_home() / ".paddlenlp"
             settings["PPNLP_HOME"] = str(own)
             if _not_for_paddlenlp(own):
                 fault = f"PaddleNLP writes to {folder}: {fault}; name another folder by PPNLP_HOME"
@@ -174,7 +174,7 @@ def _home():
     return home if home.is_absolute() and os.access(f"{home}/.", os.X_OK) else None
 
 
-def _own_home() -> Path:
+def own_home() -> Path:
     """A folder for what libraries write to a home folder: in the cache, or else among the temporary files."""
     cache = Path(os.environ.get("TUNEBENCH_CACHE") or str(ROOT / ".cache"))
     name = f"home-{os.getuid()}"

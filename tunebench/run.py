@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 import psutil
 
 from tunebench import processes
-from tunebench.bootstrap import ROOT, has_instructions
+from tunebench.bootstrap import ROOT, has_instructions, own_home
 from tunebench.cache import cache_folder, results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.config import paddle_lacks
@@ -113,7 +113,10 @@ def prepare_compiler(framework: Framework, flags: Flags) -> None:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.exists():
         raise BadInput(f"--compile needs Python's headers, and there is no {header}; use --no-compile")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))  # before torch is imported
+    folder = cache_folder() / "inductor"
+    if not os.access(folder if folder.exists() else cache_folder(), os.W_OK):  # another user's
+        folder = own_home() / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))  # before torch is imported
 
 
 def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: Checkpoint) -> str | None:
@@ -442,7 +445,8 @@ def read_git() -> Git:
 
     def git(*arguments: str, given: bytes = b"") -> bytes | None:
         try:
-            done = subprocess.run(["git", "-C", ROOT, *arguments], input=given, capture_output=True, check=False)
+            command = ["git", "-c", f"safe.directory={ROOT}", "-C", ROOT, *arguments]  # also in another user's clone
+            done = subprocess.run(command, input=given, capture_output=True, check=False)
         except FileNotFoundError:
             return None
         return done.stdout if done.returncode == 0 else None
