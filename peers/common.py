@@ -24,7 +24,9 @@ BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0  # t
 # The repository root on sys.path would offer torch/ and paddle/ as empty namespace packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
 # The same threads and kernels as the project's own scripts; no GPU, no hub, no reports to anyone.
-os.environ.update(runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["maths_settings"]())
+BOOTSTRAP = runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))
+os.environ.update(BOOTSTRAP["maths_settings"]())
+os.environ.update(BOOTSTRAP["home_settings"](paddle="paddle" in Path(sys.argv[0]).name))
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "WANDB_DISABLED": "true"}
 
