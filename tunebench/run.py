@@ -25,7 +25,7 @@ from tunebench.bootstrap import ROOT, has_instructions, own_home
 from tunebench.cache import cache_folder, results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.config import paddle_lacks
-from tunebench.errors import BadInput, forget_stdout, one_line_refusals
+from tunebench.errors import NO_ROOM, BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Flags, fit_to_steps, parse_flags
 from tunebench.hardware import (
     Hardware,
@@ -472,8 +472,9 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
     out_of_memory = isinstance(error, MemoryError) or any(
         sign in text.lower() for sign in ("out of memory", "can't allocate memory", "resourceexhausted")
     )
-    # A record that could not be written, a loss that is no number.
+    # A record that could not be written, a loss that is no number, no room for what is printed.
     expected = out_of_memory or isinstance(error, BadInput | FloatingPointError)
+    expected |= isinstance(error, OSError) and error.errno in NO_ROOM
     log = traceback.format_exc().splitlines()
     if not expected:
         print("\n".join(log), file=sys.stderr)
