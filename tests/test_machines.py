@@ -77,7 +77,15 @@ def test_what_is_recorded_of_the_environment(monkeypatch):
         "TORCH_HOME",
         "PADDLE_TRAINER_ID",
     )
-    left_out += ("HF_TOKEN", "NVIDIA_API_KEY", "PADDLE_PASSWORD", "FLAGS_secret", "LANG", "OMPLIKE")
+    left_out += (
+        "PADDLE_BACKUP_ENV_PATH",
+        "HF_TOKEN",
+        "NVIDIA_API_KEY",
+        "PADDLE_PASSWORD",
+        "FLAGS_secret",
+        "LANG",
+        "OMPLIKE",
+    )
     for name in (*recorded, *left_out):
         monkeypatch.setenv(name, recorded.get(name, "x"))
     monkeypatch.setenv("LD_LIBRARY_PATH", "/\udcff")  # a record holds text
