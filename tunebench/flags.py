@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from tunebench.errors import BadInput
 from tunebench.hardware import visible_accelerators
@@ -77,7 +77,7 @@ class Flags(BaseModel):
     timeout: float
     aa: str | None
     out: Path | None
-    given: frozenset[str] = frozenset()
+    given: frozenset[str] = Field(default=frozenset(), exclude=True)
     lora_r: int = 0
     lora_alpha: int = 0
 
