@@ -116,8 +116,13 @@ def main() -> int:
             parse_flags(method, [*shared, *setting.flags], framework=setting.framework)  # refuses before anything runs
         flags = parse_flags(method, shared)
         checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
-        if checkpoint.config["model_type"] != "llama":
-            raise BadInput(f"--model {options.model}: the peers are set up for Llama; use llama-tiny or llama-65b-tiny")
+        config = checkpoint.config
+        plain = config["model_type"] == "llama" and not config["rope_scaling"] and not config["tie_word_embeddings"]
+        if not plain or config["num_key_value_heads"] != config["num_attention_heads"]:
+            raise BadInput(
+                f"--model {options.model}: the peers are set up for Llama's first releases, without grouped queries, "
+                "rotary scaling and a tied head; use llama-tiny or llama-65b-tiny"
+            )
         every_sample = load_plan(parse_flags(method, [*shared, f"--steps={whole}"]), checkpoint)
         jobs[method] = flags, checkpoint, load_plan(flags, checkpoint), every_sample.path
     if options.fresh:
