@@ -58,7 +58,7 @@ def main() -> None:
         except (FileNotFoundError, BadInput):
             make_plan(options, checkpoint)
             plan = read_plan(path)
-    plan.say_what_to_know()
+    plan.print_remarks()
     info = plan.info()
     print(
         f"plan {plan.sha256[:12]}: {plan.steps} steps of {plan.bsz} from {info.samples} samples of {info.data}, "

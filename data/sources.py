@@ -10,13 +10,13 @@ from typing import Any
 import synthetic
 
 from tunebench.errors import BadInput
-from tunebench.flags import DATA_NAMES, DEFAULT_SAMPLES
+from tunebench.flags import DATA_NAMES, DEFAULT_SAMPLES, HUB
 
 # Both hold rows that no model can be trained on: 28 of the 52,002 of tatsu-lab/alpaca have an empty output.
-HUB = {"alpaca": "tatsu-lab/alpaca", "guanaco": "Chinese-Vicuna/guanaco_belle_merge_v1.0"}
 NEEDED = ("instruction", "output")
 USED = ("instruction", "input", "output")  # of a sample's fields; the others are left out
-FEW = 100  # malformed rows of a hub data set that say nothing of the others
+# Malformed rows of a hub data set that say nothing of the others: so many, or such a share of the usable ones.
+FEW, MOST_BAD = 100, 0.1
 ROWS_AT_ONCE = 1000  # read from a table
 
 
@@ -62,7 +62,7 @@ def load(data: str, wanted: int | None, skip_bad: bool) -> Loaded:
     if not samples:
         first = f"; the first: {name}{skipped[0]}" if skipped else ""
         raise BadInput(f"--data {data}: it holds no usable sample{first}")
-    if len(skipped) > max(FEW, len(samples)) and not skip_bad:
+    if len(skipped) > max(FEW, MOST_BAD * len(samples)) and not skip_bad:
         raise BadInput(
             f"--data {data}: {len(skipped)} of the first {len(skipped) + len(samples)} samples are malformed, the "
             f"first: {name}{skipped[0]}; if that is as it should be, leave them out with --skip-bad"

@@ -111,22 +111,22 @@ def eos_id(tokenizer: Tokenizer | SentencePiece, folder: Path | None) -> int:
 
 
 def pad_id(tokenizer: Tokenizer | SentencePiece, folder: Path | None) -> int:
-    """The id that fills short rows; the end-of-sequence id where a checkpoint names none."""
+    """The id that fills short rows; the end-of-sequence id where a checkpoint names none of its vocabulary."""
     if folder is None:
         return PAD_ID
     found = _special_id(tokenizer, folder, "pad_token")
-    return eos_id(tokenizer, folder) if found is None else found
+    # Padding has no part in the model, so that a token beyond its vocabulary may give way.
+    beyond = found is not None and found >= _read(folder / "config.json").get("vocab_size", math.inf)
+    return eos_id(tokenizer, folder) if found is None or beyond else found
 
 
 def _special_id(tokenizer: Tokenizer | SentencePiece, folder: Path, name: str) -> int | None:
     """From config.json (an id or a list of them) or else from tokenizer_config.json or special_tokens_map.json (a
     token)."""
-    config = _read(folder / "config.json")
-    value = config.get(f"{name}_id")
+    value = _read(folder / "config.json").get(f"{name}_id")
     if isinstance(value, list) and value:
         value = value[0]
-    # -1 stands for none. Padding has no part in the model, so that one beyond its vocabulary may give way.
-    if isinstance(value, int) and value >= 0 and (name != "pad_token" or value < config.get("vocab_size", math.inf)):
+    if isinstance(value, int) and value >= 0:  # -1 stands for none
         return value
     token = _read(folder / "tokenizer_config.json").get(name) or _read(folder / "special_tokens_map.json").get(name)
     if isinstance(token, dict):  # a serialized AddedToken

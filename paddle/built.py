@@ -2,18 +2,14 @@
 
 import functools
 import sys
-from collections.abc import Iterable
 from types import SimpleNamespace
-from typing import Any
 
 import paddle
-import paddle.nn.functional as F
 from paddlenlp import peft
 
+from tunebench.readback import PROBES, activation_name, only
 from tunebench.record import Built
 
-PROBES = (-2.0, -0.5, 0.0, 1.0, 3.0)  # where activations are told apart
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate=True), "relu": F.relu}
 ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "SelfAttention", "BloomAttention")
 
 
@@ -35,7 +31,7 @@ def read(model: paddle.nn.Layer) -> Built:
         activation=only(activation_of(layer) for name, layer in named(model) if name.endswith("MLP")),
         norm_epsilon=only(epsilon_of(norm) for norm in norms),
         tied=tied,
-        window=only(getattr(layer, "sliding_window", None) for layer in attentions),
+        window=None,  # PaddleNLP's models of these families have none, whatever their config says
         padding_row=padding_row_of(embedding),
         rotary=angles,
         rotary_scale=scale,
@@ -117,18 +113,15 @@ def alibi_of(model: paddle.nn.Layer, heads: int) -> list[float] | None:
 def activation_of(layer: paddle.nn.Layer) -> str:
     """The activation of a feed-forward layer, by what its forward pass makes of some numbers, its products left out."""
     probes = paddle.to_tensor(PROBES)
-    own = vars(layer).get("forward")  # where `--lean` has put one
-    forward = own.func if isinstance(own, functools.partial) else type(layer).forward
     if hasattr(layer, "gelu_impl"):
-        values = layer.gelu_impl(probes)
-    else:
-        ones = paddle.ones_like(probes)
-        plain = {"gate_proj": lambda x: x, "up_proj": lambda x: ones, "down_proj": lambda x: x}
-        plain |= {"dense_h_to_4h": lambda x: paddle.concat([x, ones]), "dense_4h_to_h": lambda x: x}
-        switches = {name: vars(layer)[name] for name in ("act_fn", "fuse_swiglu") if name in vars(layer)}
-        values = forward(SimpleNamespace(fuse_attention_ffn=False, **plain, **switches), probes)
-    fitting = [name for name, known in ACTIVATIONS.items() if paddle.allclose(values, known(probes), atol=1e-6)]
-    return fitting[0] if fitting else f"unknown ({type(layer).__name__})"
+        return activation_name(layer.gelu_impl(probes).tolist())
+    ones = paddle.ones_like(probes)
+    plain = {"gate_proj": lambda x: x, "up_proj": lambda x: ones, "down_proj": lambda x: x}
+    plain |= {"dense_h_to_4h": lambda x: paddle.concat([x, ones]), "dense_4h_to_h": lambda x: x}
+    own = {name: vars(layer)[name] for name in ("act_fn", "fuse_swiglu") if name in vars(layer)}
+    replaced = vars(layer).get("forward")  # where `--lean` has put one
+    forward = replaced.func if isinstance(replaced, functools.partial) else type(layer).forward
+    return activation_name(forward(SimpleNamespace(fuse_attention_ffn=False, **plain, **own), probes).tolist())
 
 
 def epsilon_of(norm: paddle.nn.Layer) -> float:
@@ -142,11 +135,3 @@ def whole(weight: paddle.Tensor, degree: int) -> list[int]:
     if weight.is_distributed:
         shape[weight.split_axis] *= degree
     return shape
-
-
-def only(values: Iterable[Any]) -> Any:
-    """The value that all have; RuntimeError where they differ."""
-    found = list(dict.fromkeys(values))
-    if len(found) != 1:
-        raise RuntimeError(f"the layers of the model differ: {found}")
-    return found[0]

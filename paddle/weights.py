@@ -34,7 +34,8 @@ CONFIGS = {
     "qwen2": (transformers.Qwen2Config, "Qwen2ForCausalLM"),
     "bloom": (transformers.BloomConfig, "BloomForCausalLM"),
 }
-OWN = ("model_type", "eos_token_id", "pad_token_id", "rope_scaling", "partial_rotary_factor", "head_dim")
+# Of the checkpoint's config: what PaddleNLP has under other names or derives, and token ids, no part of the model.
+NOT_PASSED = ("model_type", "eos_token_id", "pad_token_id", "rope_scaling", "partial_rotary_factor", "head_dim")
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
@@ -64,7 +65,7 @@ def read_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
             add_qkv_bias=True,
         )
     make, architecture = CONFIGS[config["model_type"]]
-    fields = {name: value for name, value in config.items() if name not in OWN}
+    fields = {name: value for name, value in config.items() if name not in NOT_PASSED}
     scaling = config.get("rope_scaling")
     if scaling and scaling["rope_type"] == "linear":
         fields |= {"rope_scaling_type": "linear", "rope_scaling_factor": scaling["factor"]}

@@ -16,7 +16,6 @@ import fnmatch
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Flags, Parser, parse_flags, positive
 from tunebench.plan import Plan, load_plan
-from tunebench.presets import LORA_TARGETS
+from tunebench.presets import LORA_TARGETS, PRESETS
 from tunebench.record import LOG_LINES, Model, Record, Steps, read_record
 from tunebench.resume import record_before, set_aside
 from tunebench.run import describe_run
@@ -88,7 +87,7 @@ def main() -> int:
     add(
         "--only", metavar="GLOB", nargs="+", default=["*"], help=f"of {', '.join(setting.name for setting in SETTINGS)}"
     )
-    add("--fresh", action="store_true", help="remove earlier records first")
+    add("--fresh", action="store_true", help="from the start; earlier records move to results/.previous/")
     options = parser.parse_args()
     settings = [
         setting for setting in SETTINGS if any(fnmatch.fnmatchcase(setting.name, glob) for glob in options.only)
@@ -117,8 +116,8 @@ def main() -> int:
         flags = parse_flags(method, shared)
         checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
         config = checkpoint.config
-        plain = config["model_type"] == "llama" and not config["rope_scaling"] and not config["tie_word_embeddings"]
-        if not plain or config["num_key_value_heads"] != config["num_attention_heads"]:
+        plain = options.model in PRESETS and config["model_type"] == "llama" and not config["rope_scaling"]
+        if not plain or config["tie_word_embeddings"] or config["num_key_value_heads"] != config["num_attention_heads"]:
             raise BadInput(
                 f"--model {options.model}: the peers are set up for Llama's first releases, without grouped queries, "
                 "rotary scaling and a tied head; use llama-tiny or llama-65b-tiny"
@@ -126,7 +125,7 @@ def main() -> int:
         every_sample = load_plan(parse_flags(method, [*shared, f"--steps={whole}"]), checkpoint)
         jobs[method] = flags, checkpoint, load_plan(flags, checkpoint), every_sample.path
     if options.fresh:
-        shutil.rmtree(folder, ignore_errors=True)
+        set_aside(folder, *folder.glob("*"))
     todo = [
         (number, method, setting, folder / method / f"{setting.name}-r{number}.json")
         for number in range(1, options.rounds + 1)
@@ -146,6 +145,7 @@ def main() -> int:
         record, why = record_before(out, arguments(setting, method, shared, out), nproc=1)
         title = f"[{i}/{len(todo)}] {method} {setting.name} r{number}"
         if record is not None:
+            bad += record.status != "ok"
             continue
         if why:
             print(f"{title}: again, since {why}; the old one moves to {set_aside(folder, out)}/", flush=True)

@@ -3,8 +3,8 @@
 #
 #   bash peers/run.sh [--rounds 5] [--methods full lora] [--only GLOB ...] [--samples 96] [--steps N] [--fresh]
 #
-# Records go to results/peers/; what is there already is not run again. `python3 summarize.py results/peers` prints the
-# tables again.
+# Records go to results/peers/; what is there already, of the same flags, commit and machine, is not run again.
+# `python3 summarize.py results/peers` prints the tables again.
 set -euo pipefail
 unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

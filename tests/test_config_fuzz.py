@@ -48,7 +48,7 @@ ROTARY = st.fixed_dictionaries(
     optional={
         "rope_type": st.sampled_from(["default", "linear", "llama3", "yarn", None, 1]),
         "type": st.sampled_from(["default", "linear", "dynamic", None]),
-        "factor": st.sampled_from([1, 2.0, 8, "2", 0, None, True]),
+        "factor": st.sampled_from([1, 2.0, 8, 1e8, "2", 0, None, True]),
         "rope_theta": st.sampled_from([1e4, 10000, 300.0, "1e4", -1, None]),
         "low_freq_factor": st.sampled_from([1.0, 4.0]),
         "high_freq_factor": st.sampled_from([4.0, 1]),
@@ -57,7 +57,31 @@ ROTARY = st.fixed_dictionaries(
         "full_attention": st.just({"rope_theta": 1.0}),
     },
 )
-PLAIN = [None, True, False, 0, 1, 2, 4, 8, 16, 32, 2.0, 1e-5, 1e4, 3e2, -1, 95, 96, 10**12, "", "2", "silu", "linear"]
+PLAIN = [
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    4,
+    8,
+    16,
+    32,
+    2.0,
+    1e-5,
+    1e4,
+    3e2,
+    -1,
+    95,
+    96,
+    2**31 - 1,
+    10**12,
+    "",
+    "2",
+    "silu",
+    "linear",
+]
 VALUES = st.one_of(
     st.sampled_from([*PLAIN, "gelu", "swish", "LlamaForCausalLM", [], [1], {}, {"a": 1}, ["full_attention"] * 2]),
     st.sampled_from([["LLaMAForCausalLM"], ["LlamaForSequenceClassification"], ["sliding_attention"] * 2, [2, 3]]),

@@ -38,10 +38,10 @@ def test_flash_attention_in_float32_is_for_cpus():
 @pytest.mark.parametrize(
     ("arguments", "gpus", "found", "said"),
     [
-        (["--steps=4"], 0, {"warmup_steps": 3}, "--warmup-steps 3 (not the default 5: of 4 step(s))"),
+        (["--steps=4"], 0, {"warmup_steps": 3}, "--warmup-steps 3 (the default 5 leaves none of 4 to time)"),
         (["--steps=1"], 0, {"warmup_steps": 0}, "--warmup-steps 0"),
         (["--steps=3", "--tuned"], 0, {"warmup_steps": 2, "compile": True}, "--warmup-steps 2"),
-        (["--steps=2", "--tuned"], 0, {"warmup_steps": 1, "compile": False}, "--no-compile (though --tuned"),
+        (["--steps=2", "--tuned"], 0, {"warmup_steps": 1, "compile": False}, "--no-compile (the default of --tuned"),
         (["--nproc=3"], 0, {"bsz": 6, "micro_bsz": 2}, "--bsz 6 (not the default 4: a multiple of 3)"),
         (["--nproc=2", "--micro-bsz=3"], 0, {"bsz": 6}, "--bsz 6"),
         (["--samples=2", "--epochs=1"], 0, {"bsz": 2}, "--bsz 2 (not the default 4: there are 2 samples)"),

@@ -321,6 +321,7 @@ def test_embedded_ids(tokenizer):
         ({"config": {"eos_token_id": [5, 6]}}, 5, 5),
         ({"config": {"eos_token_id": 7, "pad_token_id": -1}}, 7, 7),
         ({"config": {"eos_token_id": 7, "pad_token_id": 32000, "vocab_size": 32000}}, 7, 7),
+        ({"config": {"eos_token_id": 2, "vocab_size": 3}, "tokenizer_config": {"pad_token": "!"}}, 2, 2),
         ({"config": {"eos_token_id": 0, "pad_token_id": None}, "tokenizer_config": {"pad_token": "<s>"}}, 0, 1),
         ({"tokenizer_config": {"eos_token": "</s>", "pad_token": {"content": "<pad>"}}}, 2, 0),
     ],

@@ -1,15 +1,11 @@
 """What a PyTorch model computes with, read back from its modules: a config that is silently ignored is no result."""
 
-from collections.abc import Iterable
-from typing import Any
+from types import SimpleNamespace
 
 import torch
-import torch.nn.functional as F
 
+from tunebench.readback import PROBES, activation_name, only
 from tunebench.record import Built
-
-PROBES = (-2.0, -0.5, 0.0, 1.0, 3.0)  # where activations are told apart
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
 def read(model: torch.nn.Module) -> Built:
@@ -52,12 +48,15 @@ def heads_of(attention: torch.nn.Module) -> tuple[int, int, int]:
 
 def rotary_of(model: torch.nn.Module) -> tuple[list[float] | None, float | None]:
     """By how much position 1 turns each pair of numbers, in radians, and the factor of what is turned."""
-    found = [module for name, module in named(model) if name.endswith("RotaryEmbedding")]
-    if not found:
+    tables = []
+    for name, module in named(model):
+        if name.endswith("RotaryEmbedding"):
+            device = module.inv_freq.device
+            cos, sin = module(torch.ones(1, device=device), torch.ones(1, 1, dtype=torch.long, device=device))
+            tables.append([half(table.flatten()) for table in (cos, sin)])
+    if not tables:
         return None, None
-    device = found[0].inv_freq.device
-    cos, sin = found[0](torch.ones(1, device=device), torch.ones(1, 1, dtype=torch.long, device=device))
-    cos, sin = (half(table.flatten().double()) for table in (cos, sin))
+    cos, sin = (torch.tensor(only(tuple(pair[i].tolist()) for pair in tables), dtype=torch.float64) for i in (0, 1))
     scale = torch.hypot(cos, sin)
     if not torch.allclose(scale, scale[0], rtol=1e-5):
         raise RuntimeError("the rotary embedding scales its numbers differently")
@@ -85,22 +84,17 @@ def alibi_of(model: torch.nn.Module, heads: int) -> list[float] | None:
 
 
 def activation_of(layer: torch.nn.Module) -> str:
-    """The activation of a feed-forward layer, by what it makes of some numbers."""
-    own = next(getattr(layer, name) for name in ("act_fn", "activation_fn", "gelu_impl") if hasattr(layer, name))
+    """The activation of a feed-forward layer, by what its forward pass makes of some numbers, its products left out."""
     probes = torch.tensor(PROBES)
-    values = own(probes)
-    fitting = [name for name, known in ACTIVATIONS.items() if torch.allclose(values, known(probes), atol=1e-6)]
-    return fitting[0] if fitting else f"unknown ({type(own).__name__})"
+    if hasattr(layer, "gelu_impl"):
+        return activation_name(layer.gelu_impl(probes).tolist())
+    ones = torch.ones_like(probes)
+    plain = {"gate_proj": lambda x: x, "up_proj": lambda x: ones, "down_proj": lambda x: x}
+    plain["gate_up_proj"] = lambda x: torch.cat([x, ones])
+    own = {name: getattr(layer, name) for name in ("act_fn", "activation_fn") if hasattr(layer, name)}
+    return activation_name(type(layer).forward(SimpleNamespace(**plain, **own), probes).tolist())
 
 
 def shape_of(weight: torch.Tensor) -> tuple[int, ...]:
     """The whole weight's shape, however it is spread."""
     return tuple(getattr(weight, "ds_shape", weight.shape))
-
-
-def only(values: Iterable[Any]) -> Any:
-    """The value that all have; RuntimeError where they differ."""
-    found = list(dict.fromkeys(values))
-    if len(found) != 1:
-        raise RuntimeError(f"the modules of the model differ: {found}")
-    return found[0]

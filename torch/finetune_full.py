@@ -29,7 +29,6 @@ import head
 import parallel
 import precision
 import torch
-import transformers
 import weights
 
 GPU = torch.cuda.is_available()
@@ -39,15 +38,13 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     """The checkpoint as transformers' model, with every parameter trainable."""
     config = weights.read_config(checkpoint)
     config.use_cache = False
-    with checkpoint.weights_alone() as folder:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            generation_config=transformers.GenerationConfig(),  # or it would be read from the folder
-            dtype=getattr(torch, flags.weights_dtype),
-            attn_implementation=attention.implementation(flags, checkpoint),
-            **parallel.loading(flags, checkpoint),
-        )
+    model = weights.load(
+        config,
+        checkpoint,
+        dtype=getattr(torch, flags.weights_dtype),
+        attn_implementation=attention.implementation(flags, checkpoint),
+        **parallel.loading(flags, checkpoint),
+    )
     parallel.take_heads(model, group)
     attention.fuse(flags, model)
     head.fuse(flags, model)

@@ -20,6 +20,7 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 Layers = Annotated[int, Field(gt=0, lt=10_000)]
 Epsilon = Annotated[float, Field(gt=0, lt=10)]
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1: there is none
+PADDLE_MOST_TABLES = 8 * 2**30  # bytes; llama-3.1-8b has 4 GiB
 PADDLE_LARGEST_EPSILON = 1e-3  # paddle/phi/infermeta/ternary.cc, LayerNormInferMeta
 SHOWN = 80  # characters of a refused value
 
@@ -117,52 +118,51 @@ class Family(NamedTuple):
     unused: dict[str, str]
 
 
-GENERATION = "steers generation, and nothing is generated here"
-RETURNS = "says what a forward pass returns beside the logits"
-LABELS = "describes a classification head, which a causal language model lacks"
-START = "is for weights that are made anew, and all are read"
-BOOKKEEPING = "says how the file came to be"
-LAYOUT = "lets PaddleNLP split or compute the same sums in another way; the flags decide that here"
-DECIDED = "is decided by the flags"
-NOTE = "a note of a training tool"
+def _by_key(reasons: dict[str, str]) -> dict[str, str]:
+    """The reason of each key, from the keys of each reason."""
+    return {key: reason for reason, keys in reasons.items() for key in keys.split()}
 
-UNUSED = {
-    **dict.fromkeys(("_name_or_path", "name_or_path", "transformers_version", "paddlenlp_version"), BOOKKEEPING),
-    **dict.fromkeys(("_commit_hash", "model_max_length", "tokenizer_class", "original_architectures"), BOOKKEEPING),
-    **dict.fromkeys(("torch_dtype", "dtype", "_attn_implementation", "attn_implementation"), DECIDED),
-    **dict.fromkeys(("_attn_implementation_autoset", "_experts_implementation", "use_bfloat16"), DECIDED),
-    **dict.fromkeys(("torchscript", "tf_legacy_loss", "compile_config", "_flash_attn_2_enabled"), DECIDED),
-    **dict.fromkeys(("use_flash_attention", "recompute", "recompute_granularity", "recompute_use_reentrant"), DECIDED),
-    **dict.fromkeys(("no_recompute_layers", "pp_recompute_interval", "gradient_checkpointing"), DECIDED),
-    **dict.fromkeys(("use_cache", "max_length", "min_length", "do_sample", "early_stopping", "num_beams"), GENERATION),
-    **dict.fromkeys(("num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p"), GENERATION),
-    **dict.fromkeys(("repetition_penalty", "length_penalty", "no_repeat_ngram_size", "bad_words_ids"), GENERATION),
-    **dict.fromkeys(("encoder_no_repeat_ngram_size", "num_return_sequences", "forced_bos_token_id"), GENERATION),
-    **dict.fromkeys(("forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty"), GENERATION),
-    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "max_new_tokens", "generation_config"), GENERATION),
-    **dict.fromkeys(("use_last_token_for_generation", "immediate_clear_past_key_value"), GENERATION),
-    **dict.fromkeys(("use_flash_attention_for_generation", "task_specific_params", "prefix"), GENERATION),
-    **dict.fromkeys(("decoder_start_token_id", "user_token_id", "assistant_token_id", "chat_template"), GENERATION),
-    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_scores", "return_dict"), RETURNS),
-    **dict.fromkeys(("return_dict_in_generate", "keys_to_ignore_at_inference"), RETURNS),
-    **dict.fromkeys(("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"), LABELS),
-    **dict.fromkeys(("classifier_dropout", "num_choices", "classifier_bias"), LABELS),
-    **dict.fromkeys(("initializer_range", "init_class", "init_std"), START),
-    **dict.fromkeys(("bos_token_id", "unk_token_id", "sep_token_id", "mask_token_id", "cls_token_id"), GENERATION),
-    **dict.fromkeys(("pretraining_tp", "seq_length", "max_sequence_length"), LAYOUT),
-    **dict.fromkeys(("tensor_parallel_degree", "tensor_parallel_rank", "tensor_parallel_output"), LAYOUT),
-    **dict.fromkeys(("pipeline_parallel_degree", "virtual_pp_degree", "sequence_parallel"), LAYOUT),
-    **dict.fromkeys(("sep_parallel_degree", "context_parallel_degree", "fuse_sequence_parallel_allreduce"), LAYOUT),
-    **dict.fromkeys(("enable_delay_scale_loss", "enable_parallel_cross_entropy", "parallel_attn_hcg"), LAYOUT),
-    **dict.fromkeys(("use_fused_rms_norm", "use_fused_rope", "use_fused_linear", "use_fused_dropout_add"), LAYOUT),
-    **dict.fromkeys(("use_fused_linear_cross_entropy", "use_fused_head_and_loss_fn", "use_recompute"), LAYOUT),
-    **dict.fromkeys(("refined_recompute", "offload_recompute_inputs", "skip_recompute_ops"), LAYOUT),
-    **dict.fromkeys(("num_acc_steps", "use_fast_layer_norm", "dpo_config"), LAYOUT),
-    **dict.fromkeys(("unsloth_version", "unsloth_fixed", "unsloth_training_config", "trl_version"), NOTE),
-    **dict.fromkeys(("model_name", "is_llama_config", "transformers.js_config"), NOTE),
-    **dict.fromkeys(("loss_type", "loss_function", "ignore_index"), "is of a loss that is not called here"),
-    **dict.fromkeys(("cache_implementation", "pad_token", "eos_token", "bos_token"), GENERATION),
-}
+
+OTHER_ORDER = "lets a library compute the same sums in another order or layout; the flags decide that here"
+UNUSED = _by_key(
+    {
+        "says how the file came to be": "_name_or_path name_or_path model_name transformers_version paddlenlp_version "
+        "_commit_hash original_architectures is_llama_config transformers.js_config unsloth_version unsloth_fixed "
+        "unsloth_training_config trl_version",
+        "is of the tokenizer, which has files of its own": "tokenizer_class model_max_length pad_token eos_token "
+        "bos_token bos_token_id unk_token_id sep_token_id mask_token_id cls_token_id chat_template",
+        "is decided by the flags": "torch_dtype dtype _attn_implementation attn_implementation use_bfloat16 "
+        "torchscript _attn_implementation_autoset _experts_implementation compile_config _flash_attn_2_enabled "
+        "use_flash_attention recompute use_recompute recompute_granularity recompute_use_reentrant no_recompute_layers "
+        "pp_recompute_interval gradient_checkpointing refined_recompute offload_recompute_inputs skip_recompute_ops",
+        "steers generation, and nothing is generated here": "use_cache max_length min_length do_sample early_stopping "
+        "num_beams num_beam_groups diversity_penalty temperature top_k top_p typical_p repetition_penalty "
+        "length_penalty no_repeat_ngram_size bad_words_ids encoder_no_repeat_ngram_size num_return_sequences "
+        "forced_bos_token_id forced_eos_token_id remove_invalid_values exponential_decay_length_penalty "
+        "suppress_tokens begin_suppress_tokens max_new_tokens generation_config cache_implementation "
+        "use_last_token_for_generation immediate_clear_past_key_value use_flash_attention_for_generation "
+        "task_specific_params prefix decoder_start_token_id user_token_id assistant_token_id",
+        "says what a forward pass returns beside the logits": "output_attentions output_hidden_states output_scores "
+        "return_dict return_dict_in_generate keys_to_ignore_at_inference",
+        "describes a classification head, which a causal language model lacks": "id2label label2id num_labels "
+        "problem_type finetuning_task classifier_dropout classifier_bias num_choices",
+        "is of a loss that is not called here": "loss_type loss_function ignore_index tf_legacy_loss dpo_config "
+        "enable_delay_scale_loss",
+        "is for weights that are drawn anew, and all are read": "initializer_range init_class init_std",
+        OTHER_ORDER: "pretraining_tp seq_length max_sequence_length tensor_parallel_degree tensor_parallel_rank "
+        "tensor_parallel_output pipeline_parallel_degree virtual_pp_degree sequence_parallel sep_parallel_degree "
+        "context_parallel_degree fuse_sequence_parallel_allreduce enable_parallel_cross_entropy parallel_attn_hcg "
+        "use_fused_rms_norm use_fused_rope use_fused_linear use_fused_dropout_add use_fused_linear_cross_entropy "
+        "use_fused_head_and_loss_fn use_fast_layer_norm num_acc_steps",
+    }
+)
+BLOOM_UNUSED = UNUSED | _by_key(
+    {
+        OTHER_ORDER: "skip_bias_add skip_bias_add_qkv bias_dropout_fusion masked_softmax_fusion "
+        "attention_softmax_in_fp32 pretraining_pp",
+        "is read by neither library: ALiBi needs no table of positions": "offset_alibi max_position_embeddings",
+    }
+)
 # Of all families: what would be another model, or another task, in the values that mean that it is not.
 ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
@@ -211,11 +211,6 @@ LLAMA_ONLY = ONLY | {
     "mrope_section": (),
     "use_qk_norm": (False,),
     "qk_layernorm": (False,),
-}
-BLOOM_UNUSED = UNUSED | {
-    **dict.fromkeys(("skip_bias_add", "skip_bias_add_qkv", "bias_dropout_fusion", "masked_softmax_fusion"), LAYOUT),
-    **dict.fromkeys(("attention_softmax_in_fp32", "pretraining_pp"), LAYOUT),
-    **dict.fromkeys(("offset_alibi", "max_position_embeddings"), "is read by neither library: ALiBi has no table"),
 }
 FAMILIES: dict[str, Family] = {
     "llama": Family(LlamaShape, ("LlamaForCausalLM", "LLaMAForCausalLM"), {}, LLAMA_ONLY, UNUSED),
@@ -300,8 +295,8 @@ def normalise(raw: Any) -> dict[str, Any]:
                 raise ValueError(_not_offered(key, value, family.only[key]))
         elif key not in family.unused:
             raise ValueError(
-                f"{key} {_shown(value)} is not offered: it is not known what this key does to the model; remove it "
-                "if it does nothing"
+                f"{key if key.isprintable() else repr(key)} {_shown(value)} is not offered: it is not known what this "
+                "key does to the model; remove it if it does nothing"
             )
     if name != "bloom":
         fields |= _rotary(rotary)
@@ -329,6 +324,12 @@ def paddle_lacks(config: dict[str, Any]) -> str | None:
                 f"layer_norm_epsilon is {config['layer_norm_epsilon']:g}"
             )
         return None
+    tables = paddle_table_bytes(config)
+    if tables > PADDLE_MOST_TABLES:
+        return (
+            f"PaddleNLP 3.0.0b4 keeps rotary tables of max_position_embeddings {config['max_position_embeddings']:,}, "
+            f"{tables / 2**30:,.0f} GiB of them here; at most {PADDLE_MOST_TABLES / 2**30:.0f} GiB are offered"
+        )
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         return (
             f"PaddleNLP 3.0.0b4 derives the head size from hidden_size, and head_dim is {config['head_dim']} here, not "
@@ -339,6 +340,16 @@ def paddle_lacks(config: dict[str, Any]) -> str | None:
     if family == "glm" and config["rope_theta"] != 10000:
         return f"PaddleNLP 3.0.0b4 has the rotary base 10000 alone in ChatGLMv2, not {config['rope_theta']:g}"
     return None
+
+
+def paddle_table_bytes(config: dict[str, Any]) -> int:
+    """Bytes of PaddleNLP's float32 cosines and sines of all positions, which Llama and Qwen2 keep in each layer."""
+    scaling = config["rope_scaling"] or {}
+    positions = config["max_position_embeddings"]
+    if scaling.get("rope_type") == "linear":
+        positions *= scaling["factor"]
+    layers = 1 if config["model_type"] == "glm" else config["num_hidden_layers"]
+    return int(positions * layers * config["head_dim"] * config["partial_rotary_factor"]) * 2 * 4
 
 
 def expected_model(config: dict[str, Any]) -> Built:
@@ -430,15 +441,17 @@ def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     scaling: dict[str, Any] = {"rope_type": kind}
     for name in ROTARY_KINDS[kind]:
         key, value = found.pop(name, (name, None))
-        least = 1 if name == "factor" else 0
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e9 or not value:
-            raise ValueError(f"{key} {_shown(value)} is not offered: {kind} scaling needs a number above {least}")
+        if value is None:
+            raise ValueError(f"{kind_key} {_shown(kind)} needs {name}, which is missing")
+        least = 1 if name == "factor" else 1e-9
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e9:
+            raise ValueError(f"{key} {_shown(value)} is not offered: use a number of {least:g} to 1e9")
         scaling[name] = value
     # The length that a model was trained for may be told of a model without scaling, too.
     found.pop("original_max_position_embeddings", None)
     for key, value in found.values():
         if value is not None:
-            raise ValueError(f"{key} {_shown(value)} is not offered beside {kind_key} {_shown(kind)}")
+            raise ValueError(f"{key} {_shown(value)} is not offered without a kind of scaling that has it")
     if kind == "llama3" and not scaling["low_freq_factor"] < scaling["high_freq_factor"]:
         raise ValueError(
             f"low_freq_factor {scaling['low_freq_factor']} is not offered: it has to be below high_freq_factor "

@@ -18,7 +18,8 @@ from tunebench.hardware import visible_accelerators
 from tunebench.launch import World
 from tunebench.presets import PRESETS
 
-DATA_NAMES = ("synthetic-en", "synthetic-zh", "alpaca", "guanaco")
+HUB = {"alpaca": "tatsu-lab/alpaca", "guanaco": "Chinese-Vicuna/guanaco_belle_merge_v1.0"}  # data sets by name
+DATA_NAMES = ("synthetic-en", "synthetic-zh", *HUB)
 SUFFIXES = (".json", ".jsonl", ".parquet")
 FIXED = "fixed:"  # and a number: the embedded data's text, cut into samples of so many tokens
 LONGEST_FIXED = 2**20
@@ -316,11 +317,11 @@ def fit_to_steps(flags: Flags, steps: int) -> Flags:
             )
     elif warmup >= steps:
         warmup = steps - 1
-        print(f"--warmup-steps {warmup} (not the default {flags.warmup_steps}: of {steps} step(s))", flush=True)
+        print(f"--warmup-steps {warmup} (the default {flags.warmup_steps} leaves none of {steps} to time)", flush=True)
     if compiled and warmup < COMPILED_STEPS:
         if "compile" not in flags.given:
             compiled = False
-            print(f"--no-compile (though --tuned: it takes {COMPILED_STEPS} steps before those timed)", flush=True)
+            print(f"--no-compile (the default of --tuned needs {COMPILED_STEPS} warm-up steps)", flush=True)
         elif "warmup_steps" in flags.given:
             raise BadInput(
                 f"--warmup-steps {warmup} would time --compile too; use {COMPILED_STEPS} or more, or --no-compile"

@@ -20,14 +20,17 @@ import pynvml
 from pydantic import BaseModel, ConfigDict
 
 from tunebench.bootstrap import cpuinfo
+from tunebench.errors import BadInput
 
 # The one list of what can change speed or numbers: threads, kernels, compilers, memory, libraries, communication, and
 # the switches of both stacks. Recorded as found, and part of what makes a machine the same.
 DECISIVE = re.compile(
     r"(G|LIB)?OMP_|KMP_|MKL(DNN)?_|ONEDNN_|DNNL_|OPENBLAS_|GOTO_|BLIS_|BLAS_|VECLIB_|NUMEXPR_|TBB_|ATEN_|C10_|NPY_|SLEEF_"
     r"|TORCH|PYTORCH_|INDUCTOR_|TRITON_|(CC|CXX|CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|CPATH|LIBRARY_PATH)$"
-    r"|FLAGS?_|PADDLE_|CINN_|CPU_NUM$|USE_|PARALLEL_CROSS_ENTROPY$|(skip_sharding3|stride_in_no_check)_"
-    r"|TRANSFORMERS_|PEFT_|ACCELERATE_|FSDP_|DS_|DEEPSPEED_|HF_(EN|DE)A|FLASH_|XFORMERS_|BNB_|XLA_"
+    r"|FLAGS_|PADDLE_|CINN_|CPU_NUM$|PARALLEL_CROSS_ENTROPY$|(skip_sharding3|stride_in_no_check)_"  # all of Paddle's
+    r"|USE_(CASUAL_MASK|SAGE_ATTN|FAST|TYPE$|TORCH|TF$|JAX$|FLAX$|KERNELS|HUB_KERNELS|CUDA|NCCL|GLOO|LIBUV)"
+    r"|TRANSFORMERS_|PEFT_|ACCELERATE_|FSDP_|DS_(ACCELERATOR|BUILD|SKIP)|DEEPSPEED_|HF_(ENABLE|DEACTIVATE)_"
+    r"|FLASH_ATT|XFORMERS_|BNB_|XLA_"
     r"|CUDA_|CUBLAS|CUDNN_|CUSPARSE|CUSOLVER|CUTLASS_|NVIDIA_|NVTE_|HIP_|HSA_|ROCR_"
     r"|(N|R)CCL_|GLOO_|UC[XC]_|FI_|IBV_|MLX5_|TP_SOCKET_"
     r"|MALLOC_|GLIBC_|(JE|TC|MI)MALLOC_|JE_|LD_|PYTHON(MALLOC|DEVMODE|TRACEMALLOC|FAULTHANDLER|ASYNCIO|HASHSEED)"
@@ -39,6 +42,7 @@ OF_A_LAUNCHER = re.compile(
 )
 OF_ONE_RUN = re.compile(r"(_HOME|_DIR|_CACHE|_CACHE_PATH|_(DEBUG|OUTPUT|LOG|DUMP|TEMP|ERROR)_FILE)$", re.IGNORECASE)
 SECRET = re.compile(r"TOKEN|KEY|SECRET|PASS(WORD|WD|PHRASE)|CREDENTIAL", re.IGNORECASE)
+LOGIN = re.compile(r"://[^/]*@")  # in a value: a name and a password before a host
 LEFT_OUT = (OF_A_LAUNCHER.match, OF_ONE_RUN.search, SECRET.search)
 RUN_ENVIRONMENT = "TUNEBENCH_RUN_ENVIRONMENT"  # what a run tells its workers, as JSON
 # mallopt(3): never map, never trim, grow by 64 MiB, one arena.
@@ -54,7 +58,7 @@ LINKS = {
 PACKAGES = {
     "torch": ("torch", "transformers", "peft", "accelerate", "deepspeed"),
     "paddle": ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp"),
-    "shared": ("numpy", "datasets", "tokenizers", "safetensors"),
+    "shared": ("numpy", "datasets", "tokenizers", "sentencepiece", "safetensors"),
 }
 
 
@@ -147,9 +151,12 @@ def read_environment() -> dict[str, str]:
     it, since its launcher has added some.
     """
     if RUN_ENVIRONMENT in os.environ:
-        return json.loads(os.environ[RUN_ENVIRONMENT])
+        try:
+            return json.loads(os.environ[RUN_ENVIRONMENT])
+        except ValueError:
+            raise BadInput(f"{RUN_ENVIRONMENT} is what a run tells its own workers; unset it") from None
     found = (name for name in sorted(os.environ) if DECISIVE.match(name) and not any(out(name) for out in LEFT_OUT))
-    return {_as_text(name): _as_text(os.environ[name]) for name in found}
+    return {_as_text(name): _as_text(os.environ[name]) for name in found if not LOGIN.search(os.environ[name])}
 
 
 def _as_text(text: str) -> str:

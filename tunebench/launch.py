@@ -41,9 +41,10 @@ class World(NamedTuple):
 ALONE = World(rank=0, local_rank=0, nproc=1, size=1)
 
 
-def read_world(framework: str, environment: Mapping[str, str] = os.environ) -> World | None:
+def read_world(framework: str, environment: Mapping[str, str] = os.environ, on_terminal: bool = False) -> World | None:
     """The place that torchrun, Paddle's launcher or Slurm gave this process; None where none of them started it.
 
+    `on_terminal`: somebody types here. srun gives a terminal to an interactive shell, whose other tasks start nothing.
     Raises `BadInput` where the variables contradict each other, or are those of the other framework's launcher.
     """
     variables = {"torch": ("RANK", "torchrun"), "paddle": ("PADDLE_TRAINER_ID", "python -m paddle.distributed.launch")}
@@ -57,7 +58,7 @@ def read_world(framework: str, environment: Mapping[str, str] = os.environ) -> W
             raise BadInput(f"{theirs[0]} is set, as {theirs[1]} does; start this script by {ours[1]}, or plainly")
         elif _is_slurm_task(environment):
             world = _of_slurm(environment)
-            if os.isatty(0):  # srun gives one to an interactive shell, whose other tasks start nothing
+            if on_terminal:
                 raise BadInput(
                     f"SLURM_PROCID says that this is one of {world.size} tasks, but it was started on a terminal; "
                     "unset SLURM_PROCID for a run of this node's processes (--nproc), or start the script by srun"
@@ -79,8 +80,8 @@ def read_world(framework: str, environment: Mapping[str, str] = os.environ) -> W
 def export(world: World, framework: str) -> None:
     """Sets what the framework itself reads, where Slurm and no launcher has started this process; for one node gloo's
     device, which otherwise is the one that the host's name stands for."""
-    if world.nnodes == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", device_of(LOOPBACK))
+    if world.nnodes == 1 and (device := device_of(LOOPBACK)):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", device)
     if not world.hosts:
         return
     if not world.rank:
@@ -100,10 +101,10 @@ def export(world: World, framework: str) -> None:
         os.environ.setdefault(name, value)
 
 
-def device_of(address: str) -> str:
-    """The network device with this IP address."""
+def device_of(address: str) -> str | None:
+    """The network device with this IP address; None where no device has it."""
     devices = psutil.net_if_addrs().items()
-    return next(name for name, addresses in devices if address in [each.address for each in addresses])
+    return next((name for name, addresses in devices if address in [each.address for each in addresses]), None)
 
 
 def share_threads(nproc: int) -> dict[str, str]:

@@ -21,7 +21,7 @@ from tunebench.bootstrap import ROOT
 from tunebench.cache import cache_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, tokenizer_files
 from tunebench.errors import BadInput
-from tunebench.flags import FIXED, Flags, is_named
+from tunebench.flags import FIXED, HUB, Flags, is_named
 from tunebench.processes import dying_with_parent
 from tunebench.record import PlanInfo
 
@@ -139,7 +139,7 @@ class Plan:
             last = start + micro_bsz == first + share
             yield last, MicroBatch(**arrays, lengths=lengths if self.padding_free else None)
 
-    def say_what_to_know(self) -> None:
+    def print_remarks(self) -> None:
         """Prints what a reader of the result would not expect of the data, a line each."""
         for remark in self.about["remarks"]:
             print(remark, flush=True)
@@ -152,6 +152,7 @@ class Plan:
             sha256=self.sha256,
             samples=self.about["samples"],
             skipped=self.about["skipped"],
+            remarks=self.about["remarks"],
             effective_tokens=sum(map(self.effective_tokens, run)),
             padded_tokens=sum(map(self.padded_tokens, run)),
             label_tokens=sum(map(self.label_tokens, run)),
@@ -197,7 +198,7 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
     path = plan_path(flags.model_dump(), checkpoint)
     try:
         plan = read_plan(path)
-        plan.say_what_to_know()
+        plan.print_remarks()
     except (FileNotFoundError, BadInput):
         _prepare(flags)  # which says it
         plan = read_plan(path)
@@ -263,11 +264,15 @@ def tokens_key(options: dict[str, Any], checkpoint: Checkpoint) -> str:
     """A name for the tokenized data: it changes with the data, the tokenizer and the limits."""
     code = [_file_key(ROOT / "data" / name) for name in ("sources.py", "prepare.py")]
     generator = [_file_key(ROOT / "data" / name) for name in ("synthetic.py", "tokenizer.py", "spiece.py")]
-    ids = [checkpoint.config.get(name) for name in ("eos_token_id", "pad_token_id")]
-    tokenizer = [*ids, generator, options["weights"]]
+    read = [checkpoint.config.get(name) for name in ("eos_token_id", "pad_token_id", "vocab_size", "model_type")]
+    tokenizer = [*read, generator, options["weights"]]
     tokenizer += [(file.name, _file_key(file)) for file in tokenizer_files(checkpoint.folder)]
     data = options["data"]
-    source = generator if data.startswith(("synthetic-", FIXED)) else [] if is_named(data) else [_file_key(Path(data))]
+    if data in HUB:  # a folder of that name goes before the hub
+        files = sorted(file for file in Path(HUB[data]).rglob("*") if file.is_file())
+    else:
+        files = [] if is_named(data) else [Path(data)]
+    source = generator if data.startswith(("synthetic-", FIXED)) else [_file_key(file) for file in files]
     limits = [PROMPT_TOKENS, RESPONSE_TOKENS, options["samples"], options["skip_bad"]]
     return _key([PLAN_VERSION, code, tokenizer, data if is_named(data) else Path(data).suffix, source, limits])
 

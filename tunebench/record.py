@@ -73,7 +73,7 @@ class Built(Strict):
     alibi: list[Positive] | None
 
     def contradiction(self, other: Self) -> str | None:
-        """The first field in which two models differ, with both values; None where they compute the same.
+        """The first field in which this model differs from another, with both values; None where they are the same.
 
         Numbers may differ by what float32 rounds.
         """
@@ -148,7 +148,10 @@ class Kernels(Strict):
 
 
 class PlanInfo(Strict):
-    """Which tokens were trained on, counted over all steps of the run; `skipped` samples were malformed."""
+    """Which tokens were trained on, counted over all steps of the run; `skipped` samples were malformed.
+
+    `remarks` are what was printed of the data, such as the columns that were left out.
+    """
 
     data: str
     sha256: str
@@ -157,6 +160,7 @@ class PlanInfo(Strict):
     effective_tokens: Amount
     padded_tokens: Amount
     label_tokens: Amount
+    remarks: list[str] = []
 
 
 class Steps(Strict):

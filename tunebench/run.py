@@ -59,9 +59,9 @@ def read_job(framework: Framework, method: Method) -> Job:
     It needs no framework, so that bad input is refused at once: with one line and exit code 2. Where the run is to have
     several processes and no launcher has started this one, it starts them, and ends this process when they have ended.
     """
-    read_environment()
     with one_line_refusals(Path(sys.argv[0]).name):
-        world = read_world(framework)
+        read_environment()
+        world = read_world(framework, on_terminal=os.isatty(0))
         # What a worker would say here, its supervisor or rank 0 has said.
         with contextlib.redirect_stdout(None if world and (world.rank or RUN_FOLDER in os.environ) else sys.stdout):
             flags = parse_flags(method, world=world, framework=framework)
@@ -212,7 +212,9 @@ class Run:
             )
         self.model = self.model.model_copy(update={"trainable_parameters": trainable, "built": built})
         if found := built.contradiction(self.checkpoint.expected):
-            raise RuntimeError(f"the model that {self.framework} built contradicts the config: {found}")
+            raise RuntimeError(
+                f"the model that {self.framework} built is not that of the config: {found} of the config"
+            )
         self.about["hardware"] = self.about["hardware"].model_copy(update={"device": device})
 
     def check_kernels(self, weights: set[str], matmuls: set[str], attention: set[str]) -> None:

@@ -70,7 +70,8 @@ def main() -> int:
     runs = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only, options.aa)
     if options.dry_run:
         for run in runs:
-            print(f"{run.name}{': done already' if _before(run)[0] else ''}\n  {shlex.join(run.command)}")
+            done = record_before(run.record, run.argv, run.flags.nproc)[0] is not None
+            print(f"{run.name}{': done already' * done}\n  {shlex.join(run.command)}")
         return 0
     for framework in sorted({run.framework for run in runs}):
         if not bootstrap.is_complete(framework):
@@ -94,7 +95,7 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None) -> int:
     """
     from tunebench.tables import print_tables
 
-    before = [_before(run) for run in runs]
+    before = [record_before(run.record, run.argv, run.flags.nproc) for run in runs]
     to_run = sum(record is None for record, _ in before)
     print(f"runs: {len(runs)}, done already: {len(runs) - to_run}")
     if expected and to_run:
@@ -116,7 +117,7 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None) -> int:
                 print(f"{title}: again, since {why}; the old one moves to {set_aside(folder, run.record, run.log)}/")
             record = None if stop_signals else _execute(run, title, took, to_run - len(took) - 1)
             if record is None:
-                done = sum(_before(run)[0] is not None for run in runs)
+                done = sum(record_before(run.record, run.argv, run.flags.nproc)[0] is not None for run in runs)
                 command = ["bash", PROGRAM, *(argument for argument in sys.argv[1:] if argument != "--fresh")]
                 print(f"interrupted with {done} of {len(runs)} runs done; `{shlex.join(command)}` goes on from here")
                 return 130
@@ -188,11 +189,6 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
     record = Record(status=status, reason=reason, log=log[-LOG_LINES:], peak_memory_bytes=[], **unknown, **about)
     record.write(run.record)
     return record
-
-
-def _before(run: Planned) -> tuple[Record | None, str]:
-    """The record of a run that is done, or why the one that is there does not do."""
-    return record_before(run.record, run.argv, run.flags.nproc)
 
 
 def _progress(steps: list[tuple[float, ...]], warmup: int, elapsed: float, took: list[float], rest: int) -> str:

@@ -129,9 +129,10 @@ def _own_address(master: str) -> str:
 def _environment(run: Run, folder: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
     environment |= share_threads(run.flags.nproc)
-    if run.flags.master is not None:
+    own_address = run.flags.master and _own_address(run.flags.master.rpartition(":")[0])
+    if own_address and (device := device_of(own_address)):
         # gloo would take the network device that the host's name stands for.
-        environment.setdefault("GLOO_SOCKET_IFNAME", device_of(_own_address(run.flags.master.rpartition(":")[0])))
+        environment.setdefault("GLOO_SOCKET_IFNAME", device)
     if "CUDA_VISIBLE_DEVICES" in environment and not visible_accelerators():
         # Paddle's launcher takes the variable itself for a GPU, even where it is empty. The workers get it back.
         environment[HIDDEN_DEVICES] = environment.pop("CUDA_VISIBLE_DEVICES")
