@@ -47,6 +47,8 @@ def measure(framework: str, script: dict, folder: Path) -> dict:
         return {"refused": str(refusal)}
     if reason := not_offered(framework, "full", flags, checkpoint):
         return {"unsupported": reason}
+    if checkpoint.config.get("max_position_embeddings", 12) < 12:
+        return {"refused": "the samples are longer than max_position_embeddings"}  # as load_plan says
     generator, shape = np.random.default_rng(0), (2, 12)
     ids = generator.integers(0, checkpoint.config["vocab_size"], shape)
     labels = np.where(np.arange(12) < 4, IGNORED, np.roll(ids, -1, axis=1))

@@ -61,6 +61,11 @@ def test_spellings_of_one_model(one, other):
     assert normalise(LLAMA | one) == normalise(LLAMA | other)
 
 
+@pytest.mark.parametrize("nothing", ["rope_theta", "rope_scaling", "n_inner", "hidden_act"])
+def test_null_is_as_if_it_were_not_there(nothing):
+    assert normalise(BLOOM | {nothing: None}) == normalise(BLOOM)
+
+
 def test_names_of_bloom():
     told = {k: v for k, v in BLOOM.items() if k not in ("n_layer", "n_head", "hidden_size")}
     told |= {"num_hidden_layers": 2, "num_attention_heads": 4, "n_embed": 64}
@@ -120,6 +125,10 @@ def test_names_of_bloom():
         (LLAMA, {"attention_dropout": 0.1}, "attention_dropout 0.1 is not offered"),
         (LLAMA, {"attention_dropout": "0"}, "attention_dropout '0' is not offered"),
         (LLAMA, {"tie_word_embeddings": 1}, "tie_word_embeddings 1 is not offered"),
+        (BLOOM, {"tie_word_embeddings": 1}, "tie_word_embeddings 1 is not offered"),
+        (LLAMA, {"partial_rotary_factor": True}, "partial_rotary_factor True is not offered"),
+        (LLAMA, {"original_max_position_embeddings": "x"}, "original_max_position_embeddings 'x' is not offered"),
+        (LLAMA, {"rope_theta": 1e4, "rotary_emb_base": 5e5}, "rotary_emb_base 500000.0 contradicts rope_theta 10000.0"),
         (LLAMA, {"tie_word_embeddings": "false"}, "tie_word_embeddings 'false' is not offered"),
         (LLAMA, {"pad_token_id": "0"}, "pad_token_id '0' is not offered"),
         (LLAMA, {"eos_token_id": [1, "2"]}, "eos_token_id [1, '2'] is not offered"),
@@ -187,8 +196,9 @@ def test_content_that_is_no_config(tmp_path, text):
         (GLM, {"head_dim": 32}, "head_dim is 32 here, not 16"),
         (QWEN2, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "does not scale the rotary embedding of qwen2"),
         (GLM, {"rope_theta": 5e5}, "rotary base 10000 alone"),
-        (LLAMA, {"max_position_embeddings": 2**31 - 1}, "rotary tables of max_position_embeddings 2,147,483,647"),
-        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 1e8}}, "GiB of them here"),
+        (LLAMA, {"max_position_embeddings": 2**31 - 1}, "rotary tables of all positions"),
+        (LLAMA, {"max_position_embeddings": 2**20}, None),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 1e8}}, "GiB here, of at most 32"),
         (LLAMA, {"rope_scaling": {"rope_type": "llama3"} | LLAMA_3}, None),
         (QWEN2, {"rope_theta": 5e5}, None),
         (BLOOM, {"layer_norm_epsilon": 0.01}, "an epsilon of at most 0.001"),

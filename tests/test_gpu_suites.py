@@ -51,7 +51,7 @@ def test_a_machine_with_as_many_gpus_takes_the_flags(suite):
 def test_the_models_can_be_split_so_and_both_frameworks_offer_it(suite):
     for run in runs(suite):
         checkpoint = Checkpoint(Path(), normalise(PRESETS[run.flags.model].config), [], "")
-        check_tensor_parallel(run.framework, run.flags, checkpoint)
+        check_tensor_parallel(run.flags, checkpoint)
         reason = not_offered(run.framework, run.method, run.flags, checkpoint)
         assert reason is None or "CPUs" in reason, f"{run.name}: {reason}"
 

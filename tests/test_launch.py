@@ -139,11 +139,14 @@ def test_refused_before_anything_starts(framework, arguments, message):
 @pytest.mark.parametrize(
     ("width", "called"), [("vocab_size", "8194 (vocabulary)"), ("intermediate_size", "690 (feed-forward width)")]
 )
-def test_paddle_cuts_up_whole_widths_only(tmp_path, width, called):
+def test_a_width_that_paddle_cannot_slice_is_unsupported(tmp_path, width, called):
     preset = PRESETS["llama-tiny"]
     write_random(tmp_path, Preset(preset.config | {width: int(called.split()[0])}, preset.checkpoint_dtype), seed=0)
-    line = refusal(run_program("paddle/finetune_full.py", f"--model={tmp_path}", "--mp=4"))
-    assert f"--mp 4 does not divide the model's {called}; use 1 or 2" in line
+    out = tmp_path / "r.json"
+    assert run_program("paddle/finetune_full.py", f"--model={tmp_path}", "--mp=4", f"--out={out}").returncode == 1
+    record = read_record(out)
+    assert record.status == "unsupported"
+    assert f"slices into equal parts, and --mp 4 does not divide {called}" in record.reason
 
 
 def test_more_processes_than_gpus_are_refused():

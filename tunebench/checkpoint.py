@@ -324,14 +324,15 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.exists():
         raise BadInput(f"{folder} has neither {SINGLE} nor {INDEX}; only those are read")
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if not all(isinstance(name, str) for name in names):
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        if not all(isinstance(name, str) for name in named):
             raise TypeError("a shard's name is no text")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        names = sorted(set(named))
+        missing = [name for name in names if not (folder / name).exists()]
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError, OSError) as error:
         raise BadInput(f"{index} is not a readable index ({error})") from None
-    for name in names:
-        if not (folder / name).exists():
-            raise BadInput(f"{folder / name} is missing, which {index.name} names; copy or download it again")
+    for name in missing:
+        raise BadInput(f"{folder / name} is missing, which {index.name} names; copy or download it again")
     return [folder / name for name in names]
 
 

@@ -20,7 +20,7 @@ Count = Annotated[int, Field(gt=0, lt=2**31)]
 Layers = Annotated[int, Field(gt=0, lt=10_000)]
 Epsilon = Annotated[float, Field(gt=0, lt=10)]
 TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1: there is none
-PADDLE_MOST_TABLES = 8 * 2**30  # bytes; llama-3.1-8b has 4 GiB
+PADDLE_MOST_TABLES = 32 * 2**30  # bytes: those of a model of 8 billion parameters with a million positions
 PADDLE_LARGEST_EPSILON = 1e-3  # paddle/phi/infermeta/ternary.cc, LayerNormInferMeta
 SHOWN = 80  # characters of a refused value
 
@@ -206,12 +206,31 @@ LLAMA_ONLY = ONLY | {
     "sliding_window": (),
     "use_sliding_window": (False,),
     "layer_types": ("full_attention",),
+    "bias": (False,),
     "rope_interleaved": (False,),
     "use_mrope": (False,),
     "mrope_section": (),
     "use_qk_norm": (False,),
     "qk_layernorm": (False,),
 }
+# Where rotary embedding is described: in one of these, or at the top level, by these names.
+ROTARY_TABLES = ("rope_parameters", "rope_scaling")
+ROTARY_NAMES = {
+    "rope_theta": "rope_theta",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_percent": "partial_rotary_factor",
+    "rotary_emb_base": "rope_theta",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+    "rope_scaling_type": "rope_type",  # PaddleNLP's
+    "rope_scaling_factor": "factor",
+}
+# What each kind of scaling needs; `rope_type` None is "default".
+ROTARY_KINDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+ROTARY_OPTIONS = ("rope_theta", "partial_rotary_factor", "rope_type", *ROTARY_KINDS["llama3"])
 FAMILIES: dict[str, Family] = {
     "llama": Family(LlamaShape, ("LlamaForCausalLM", "LLaMAForCausalLM"), {}, LLAMA_ONLY, UNUSED),
     "qwen2": Family(
@@ -235,27 +254,11 @@ FAMILIES: dict[str, Family] = {
         {"n_embed": "hidden_size", "num_hidden_layers": "n_layer", "num_attention_heads": "n_head"},
         ONLY
         | {"apply_residual_connection_post_layernorm": (False,), "slow_but_exact": (False,), "n_inner": ()}
-        | {"hidden_act": ("gelu",), "alibi": (True,)},
+        | {"hidden_act": ("gelu",), "alibi": (True,)}
+        | dict.fromkeys((*ROTARY_TABLES, *ROTARY_NAMES), ()),
         BLOOM_UNUSED,
     ),
 }
-# Where rotary embedding is described: in one of these, or at the top level, by these names.
-ROTARY_TABLES = ("rope_parameters", "rope_scaling")
-ROTARY_NAMES = {
-    "rope_theta": "rope_theta",
-    "partial_rotary_factor": "partial_rotary_factor",
-    "rotary_percent": "partial_rotary_factor",
-    "original_max_position_embeddings": "original_max_position_embeddings",
-    "rope_scaling_type": "rope_type",  # PaddleNLP's
-    "rope_scaling_factor": "factor",
-}
-# What each kind of scaling needs; `rope_type` None is "default".
-ROTARY_KINDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-ROTARY_OPTIONS = ("rope_theta", "partial_rotary_factor", "rope_type", *ROTARY_KINDS["llama3"])
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -302,6 +305,7 @@ def normalise(raw: Any) -> dict[str, Any]:
         fields |= _rotary(rotary)
     try:
         given = {field: value for field, (_, value) in fields.items()}
+        _check_kinds(fields)
         optional = ("num_key_value_heads", "head_dim")  # null has a meaning of its own there
         shape = family.shape.model_validate({k: v for k, v in given.items() if v is not None or k in optional})
     except ValidationError as error:
@@ -327,8 +331,8 @@ def paddle_lacks(config: dict[str, Any]) -> str | None:
     tables = paddle_table_bytes(config)
     if tables > PADDLE_MOST_TABLES:
         return (
-            f"PaddleNLP 3.0.0b4 keeps rotary tables of max_position_embeddings {config['max_position_embeddings']:,}, "
-            f"{tables / 2**30:,.0f} GiB of them here; at most {PADDLE_MOST_TABLES / 2**30:.0f} GiB are offered"
+            f"PaddleNLP 3.0.0b4 keeps rotary tables of all positions (max_position_embeddings, times the factor of "
+            f"linear scaling): {tables / 2**30:,.0f} GiB here, of at most {PADDLE_MOST_TABLES / 2**30:.0f} offered"
         )
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         return (
@@ -448,7 +452,9 @@ def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
             raise ValueError(f"{key} {_shown(value)} is not offered: use a number of {least:g} to 1e9")
         scaling[name] = value
     # The length that a model was trained for may be told of a model without scaling, too.
-    found.pop("original_max_position_embeddings", None)
+    key, value = found.pop("original_max_position_embeddings", ("", None))
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+        raise ValueError(f"{key} {_shown(value)} is not offered: it has to be a number above 0")
     for key, value in found.values():
         if value is not None:
             raise ValueError(f"{key} {_shown(value)} is not offered without a kind of scaling that has it")
@@ -458,6 +464,14 @@ def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
             f"{scaling['high_freq_factor']}"
         )
     return fields | ({} if kind == "default" else {"rope_scaling": (kind_key, scaling)})
+
+
+def _check_kinds(fields: dict[str, tuple[str, Any]]) -> None:
+    """Raises ValueError where a number stands for true or false, or the other way round: Python finds them equal."""
+    for field, kind in (("tie_word_embeddings", "true or false"), ("partial_rotary_factor", "a number")):
+        key, value = fields.get(field, (field, None))
+        if value is not None and isinstance(value, bool) != (kind == "true or false"):
+            raise ValueError(f"{key} {_shown(value)} is not offered: it has to be {kind}")
 
 
 def _check_architectures(value: Any, family: Family) -> None:

@@ -66,7 +66,7 @@ def read_job(framework: Framework, method: Method) -> Job:
         with contextlib.redirect_stdout(None if world and (world.rank or RUN_FOLDER in os.environ) else sys.stdout):
             flags = parse_flags(method, world=world, framework=framework)
             checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
-            check_tensor_parallel(framework, flags, checkpoint)
+            check_tensor_parallel(flags, checkpoint)
             prepare_compiler(framework, flags)
             plan = load_plan(flags, checkpoint)
             flags = fit_to_steps(flags, plan.steps)
@@ -89,13 +89,9 @@ def read_job(framework: Framework, method: Method) -> Job:
     return job
 
 
-def check_tensor_parallel(framework: Framework, flags: Flags, checkpoint: Checkpoint) -> None:
-    """Raises `BadInput` where the framework cannot cut the model up as --mp asks for.
-
-    Both need whole heads. transformers also takes a last slice that is shorter; Paddle's layers do not.
-    """
-    widths = checkpoint.tensor_parallel_widths()
-    needed = {name: width for name, width in widths.items() if framework == "paddle" or "heads" in name}
+def check_tensor_parallel(flags: Flags, checkpoint: Checkpoint) -> None:
+    """Raises `BadInput` where no framework can cut the model up as --mp asks for: both need whole heads."""
+    needed = {name: width for name, width in checkpoint.tensor_parallel_widths().items() if "heads" in name}
     for name, width in needed.items():
         if width % flags.mp:
             smaller = range(1, min(flags.mp, width + 1))
@@ -129,6 +125,10 @@ def not_offered(framework: Framework, method: Method, flags: Flags, checkpoint: 
     family = checkpoint.config["model_type"]
     if framework == "paddle" and (lacking := paddle_lacks(checkpoint.config)):
         return lacking
+    for name, width in checkpoint.tensor_parallel_widths().items():
+        if framework == "paddle" and width % flags.mp:
+            # transformers takes a last slice that is shorter.
+            return f"Paddle 3.3.1 slices into equal parts, and --mp {flags.mp} does not divide {width} ({name})"
     if framework == "torch" and family == "bloom" and flags.padding_free and flags.attention == "eager":
         return "transformers 5.23.0 has no positions in Bloom's eager attention to tell samples apart by"
     if framework == "paddle" and family in ("bloom", "glm") and flags.padding_free:
