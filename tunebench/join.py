@@ -29,7 +29,8 @@ class Tolerance(NamedTuple):
     gradient: float  # of the gradient norms, which show faults that a loss hides
 
 
-# Float32: 50 times what was measured, docs/models.md has it. Low precision: what its rounding alone may do. tests/test_precision.py allows torch as much against its own fp32.
+# Float32: at least 47 times what docs/models.md has as measured. Low precision: what its rounding alone may do, as
+# tests/test_precision.py allows torch against its own float32.
 TOLERANCES = {
     "fp32": Tolerance(1e-5, 1e-4, 1e-4),
     "bf16": Tolerance(1e-3, 1e-2, 5e-2),
