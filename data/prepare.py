@@ -164,6 +164,8 @@ def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id
     texts = sources.load("synthetic-en", TEXTS, skip_bad=False).samples
     encoded = zip(*_encoded(tokenizer, texts), strict=True)
     prompts, responses = (np.fromiter(chain.from_iterable(ids), dtype=np.int32) for ids in encoded)
+    if not len(prompts) or not len(responses):
+        raise BadInput(f"--data {options['data']}: the tokenizer makes no token of the text")
     share = len(prompts) / (len(prompts) + len(responses) + TEXTS)
     prompt = min(max(round(size * share), 1), size - 2)
     tokens = np.full((count, size), eos_id, dtype=np.int32)
@@ -176,8 +178,13 @@ def _encoded(tokenizer: Any, samples: list[sources.Sample]) -> Iterator[tuple[li
     """The tokens of each prompt and each response, with a progress bar."""
     for start in track(range(0, len(samples), CHUNK), description=f"tokenizing {len(samples)} samples"):
         chunk = samples[start : start + CHUNK]
-        prompts = tokenizer.encode_batch([sample.prompt for sample in chunk], add_special_tokens=False)
-        responses = tokenizer.encode_batch([sample.response for sample in chunk], add_special_tokens=False)
+        try:
+            prompts = tokenizer.encode_batch([sample.prompt for sample in chunk], add_special_tokens=False)
+            responses = tokenizer.encode_batch([sample.response for sample in chunk], add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception, such as for a missing unknown token
+            raise BadInput(
+                f"the tokenizer of --model cannot encode the data: {error}; mend its tokenizer.json"
+            ) from None
         for prompt, response in zip(prompts, responses, strict=True):
             yield prompt.ids, response.ids
 
