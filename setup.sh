@@ -17,8 +17,8 @@ export PYTHONUTF8=1 PIP_USER=0
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 trap 'exit 130' INT  # before it says that an installation failed
-say() { printf 'setup: %s\n' "$*"; }
 refuse() { printf 'setup: %s\n' "$*" >&2; exit 2; }
+say() { printf 'setup: %s\n' "$*" 2>/dev/null || refuse "what it prints cannot be written; make room there"; }
 
 names=() cpu=0
 for argument in "$@"; do

@@ -41,8 +41,10 @@ from tunebench.plan import (
 )
 
 CHUNK = 500  # samples encoded between two moves of the progress bar
+MOST_ID = 2**31 - 1  # of a token: plans hold them in 32 bits
 TEXTS = 2000  # embedded samples whose text --data fixed:N is made of
 MOST_TOKENS = 2**28  # of --data fixed:N: 1 GB
+MOST_ROWS = 2**26  # of a plan: half a gigabyte for each of its arrays
 
 
 def main() -> None:
@@ -99,12 +101,19 @@ def batch(lengths: np.ndarray, options: dict[str, Any]) -> Rows:
         epoch, what = batching.pack(lengths, packing), "packed rows"
         rows = len(epoch.starts) - 1
         print(f"--packing {packing}: {len(lengths)} samples fill {lengths.sum() / rows / packing:.1%} of {rows} rows")
-    rows = bsz * (options["steps"] or 0)
-    if options["epochs"] is not None:
-        whole, left = divmod(options["epochs"] * (len(epoch.starts) - 1), bsz)
+    each = len(epoch.starts) - 1
+    if options["epochs"] is None:
+        rows = bsz * options["steps"]
+        check_size(f"--steps {options['steps']}", rows, bsz)
+    else:
+        check_size(f"--epochs {options['epochs']}", options["epochs"] * each, each)
+        whole, left = divmod(options["epochs"] * each, bsz)
         rows = whole * bsz
         if not rows:
-            raise BadInput(f"--bsz {bsz}: {options['epochs']} epoch(s) of {left} {what} fill no batch of it")
+            raise BadInput(
+                f"--epochs {options['epochs']}: {left} {what} fill no batch of --bsz {bsz}; "
+                f"use --bsz {left} or less, or --epochs {-(-bsz // each)} or more"
+            )
         if left:
             print(f"--epochs {options['epochs']}: the last {left} {what} fill no batch of {bsz}: left out", flush=True)
     if packing:
@@ -112,6 +121,16 @@ def batch(lengths: np.ndarray, options: dict[str, Any]) -> Rows:
     if options["order"] == "grouped":
         return batching.grouped(epoch, rows, seed, lengths, bsz)
     return batching.in_turn(epoch, rows)
+
+
+def check_size(flag: str, rows: int, unit: int) -> None:
+    """Refuses a plan of more rows than memory is meant for; `unit` are those of one step or epoch."""
+    if unit > MOST_ROWS:
+        raise BadInput(f"--bsz {unit}: a plan has room for {MOST_ROWS} rows; use a smaller one")
+    if rows > MOST_ROWS:
+        raise BadInput(
+            f"{flag}: a plan has room for {MOST_ROWS} rows, and this is {rows}; use at most {MOST_ROWS // unit}"
+        )
 
 
 def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, Any], Samples]:
@@ -186,7 +205,10 @@ def _encoded(tokenizer: Any, samples: list[sources.Sample]) -> Iterator[tuple[li
                 f"the tokenizer of --model cannot encode the data: {error}; mend its tokenizer.json"
             ) from None
         for prompt, response in zip(prompts, responses, strict=True):
-            yield prompt.ids, response.ids
+            ids = prompt.ids, response.ids
+            if max(max(each, default=0) for each in ids) > MOST_ID:
+                raise BadInput(f"the tokenizer of --model gives a token above {MOST_ID}; mend its tokenizer.json")
+            yield ids
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def _check(raw: Any) -> Sample:
 def in_words(names: Iterable[str], most: int = 8) -> str:
     """Names of columns for a message of one line, the first `most` of them."""
     names = list(names)
-    shown = [name if name.isprintable() and len(name) <= 40 else f"{name[:40]!a}" for name in names[:most]]
+    shown = [name if name.isprintable() and 0 < len(name) <= 40 else f"{name[:40]!a}" for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -151,10 +151,13 @@ def _from_hub(name: str, left_out: set[str]) -> Iterator[tuple[str, Any]]:
 def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
     # Bytes that are not UTF-8 become lone surrogates here, so that the sample that holds them can be named.
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
     position, line = _skip_blank(text, 0), 1
     if not text.startswith("[", position):
-        raise BadInput(f"{path}: a .json file must be an array of samples; for one object per line name it .jsonl")
+        hint = "; for one object per line name it .jsonl" * text.startswith("{", position)
+        hint = "; it is empty" if position == len(text) else hint
+        hint = "; save it as UTF-8" if "\0" in text[:1000] else hint
+        raise BadInput(f"{path}: a .json file must be an array of samples{hint}")
     counted = 0
     position = _skip_blank(text, position + 1)
     while not text.startswith("]", position):
@@ -178,6 +181,14 @@ def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
         raise BadInput(f"{path}:{1 + text.count(chr(10), 0, rest)}: not JSON: text after the closing bracket")
 
 
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {max(names, key=names.count)!a} is there twice")
+    return found
+
+
 def _skip_blank(text: str, position: int) -> int:
     while position < len(text) and text[position] in " \t\r\n":
         position += 1
@@ -191,7 +202,7 @@ def _from_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             if not text.strip():
                 continue
             try:
-                raw = json.loads(text)
+                raw = json.loads(text, object_pairs_hook=_no_key_twice)
             except json.JSONDecodeError as error:
                 raw = ValueError(f"not JSON: {error.msg}")
             except (ValueError, RecursionError) as error:

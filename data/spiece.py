@@ -110,9 +110,9 @@ class SentencePiece:
         for source in (settings, named):
             for name in LISTS:
                 tokens = source.get(name) or []
-                tokens = tokens.values() if isinstance(tokens, dict) else tokens
-                if isinstance(tokens, str):
-                    raise self._refusal(f"{name} must be a list")
+                tokens = list(tokens.values()) if isinstance(tokens, dict) else tokens
+                if not isinstance(tokens, list):
+                    raise self._refusal(f"{name} must be a list, not {tokens!r}")
                 special |= {f"{name} {text}": text for text in (self._text(name, token) for token in tokens)}
         return {name: text for name, text in special.items() if text}
 
@@ -127,12 +127,13 @@ class SentencePiece:
         for token in (*given, *self._special.values()):
             piece = self._model.piece_to_id(token)
             known = piece if self._model.id_to_piece(piece) == token else None
-            try:
-                number = int(given[token]) if token in given else known
-            except (ValueError, TypeError):
-                raise self._refusal(f"the added token {token!r} has the id {given[token]!r}") from None
+            number = given.get(token, known)
             if number is None:
                 raise self._refusal(f"it has no token {token!r}, and no other file gives its id")
+            if isinstance(number, str) and re.fullmatch("[0-9]{1,10}", number):  # the keys of added_tokens_decoder
+                number = int(number)
+            if type(number) is not int or not 0 <= number < 2**31:
+                raise self._refusal(f"the added token {token!r} has the id {number!r}")
             if token:
                 ids[token] = number
         return ids

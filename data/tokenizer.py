@@ -69,6 +69,8 @@ def of_checkpoint(folder: Path) -> Tokenizer | SentencePiece | None:
     """The tokenizer of a checkpoint folder; None if it has none. Raises `BadInput` where it is of another kind."""
     path, model = folder / "tokenizer.json", folder / "tokenizer.model"
     files = {file.name for file in tokenizer_files(folder)}
+    if folder_instead := next((file for file in (path, model) if file.is_dir()), None):
+        raise BadInput(f"{folder_instead} is a folder; put the checkpoint's file there")
     settings = _read(folder / "tokenizer_config.json")
     if path.name in files:
         return _from_json(path)

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import FRAMEWORKS, ROOT, refusal, run_program
+from conftest import FRAMEWORKS, HERE, ROOT, refusal, run_program
 
 from tunebench import bootstrap, hardware
 from tunebench.cache import only_one, write_atomically
 from tunebench.checkpoint import open_checkpoint, write_random
+from tunebench.errors import BadInput
 from tunebench.flags import parse_flags
 from tunebench.presets import PRESETS
 from tunebench.record import read_record
@@ -69,6 +70,7 @@ def opened_to_all(folder: Path) -> Path:
 def test_what_is_recorded_of_the_environment(monkeypatch):
     recorded = {"ATEN_CPU_CAPABILITY": "default", "LD_PRELOAD": "/x.so", "FLAGS_use_mkldnn": "1", "OMP_PROC_BIND": "1"}
     recorded |= dict.fromkeys(("ONEDNN_MAX_CPU_ISA", "TORCHDYNAMO_DISABLE", "GLIBC_TUNABLES", "NCCL_ALGO"), "x")
+    recorded |= dict.fromkeys(("FLAGS_cudnn_dir", "TORCHINDUCTOR_FX_GRAPH_CACHE"), "0")  # switches, no places
     recorded |= dict.fromkeys(("PYTORCH_ALLOC_CONF", "MALLOC_ARENA_MAX", "USE_CASUAL_MASK", "TRITON_DEBUG"), "x")
     left_out = (
         "TORCHELASTIC_RUN_ID",
@@ -101,6 +103,33 @@ def test_numbers_of_threads(monkeypatch, given, threads):
     settings = bootstrap.maths_settings()
     assert (bootstrap.THREADS_LEFT_TO_US in settings) == (threads is None)
     assert settings["OMP_NUM_THREADS"] == settings["MKL_NUM_THREADS"] == (threads or str(bootstrap._usable_cores()))
+
+
+@pytest.mark.parametrize("given", ["[]", "{", '{"a": 1}'])
+def test_what_a_run_tells_its_workers_is_checked(monkeypatch, given):
+    monkeypatch.setenv(hardware.RUN_ENVIRONMENT, given)
+    with pytest.raises(BadInput, match="is what a run tells its own workers; unset it"):
+        hardware.read_environment.__wrapped__()
+
+
+def test_a_results_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    env = {"TUNEBENCH_RESULTS": str(tmp_path / "file")}
+    for script in ("finetune_full.py", "finetune_lora.py"):
+        line = refusal(run_program(f"{HERE}/{script}", "--model=llama-tiny", "--steps=2", env=env))
+        assert f"TUNEBENCH_RESULTS: Not a directory: {tmp_path}/file/runs" in line
+
+
+def test_a_number_of_threads_of_two_lines_is_refused_in_one():
+    line = refusal(run_program("data/prepare.py", env={"OMP_NUM_THREADS": "2\nx"}))
+    assert "OMP_NUM_THREADS=2 x is no number of threads" in line
+
+
+@pytest.mark.parametrize("program", ["data/prepare.py", f"{HERE}/finetune_full.py", "summarize.py"])
+def test_bad_input_ends_with_2_where_stderr_is_full(program):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run([sys.executable, ROOT / program, "--model=x/y/z"], stderr=full, check=False, cwd="/")
+    assert done.returncode == 2
 
 
 @pytest.mark.parametrize("program", ["torch/finetune_lora.py", "paddle/finetune_full.py", "data/prepare.py"])

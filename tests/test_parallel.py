@@ -97,10 +97,17 @@ def test_the_place_that_slurm_gives():
     assert expand("a[1-2,4]-ib,b") == ("a1-ib", "a2-ib", "a4-ib", "b")
 
 
+@pytest.mark.parametrize("nodes", ["a[1-", "a[1-]", "[", "", "a[0-999999999999]"])
+def test_node_lists_that_are_none(nodes):
+    with pytest.raises(ValueError, match=r"no list of hosts|more than 100000 hosts|invalid literal"):
+        expand(nodes)
+
+
 def test_a_task_that_slurm_has_bound_to_cores_has_its_share(monkeypatch):
     cores = len(os.sched_getaffinity(0))
     monkeypatch.setenv(THREADS_LEFT_TO_US, "8")
-    for on_node, threads in ((cores, {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}), (cores + 1, {})):
+    shared = {"OMP_NUM_THREADS": "4", "MKL_NUM_THREADS": "4"}
+    for on_node, threads in ((cores, shared), ("2(x2)", shared), (cores + 1, {})):
         monkeypatch.setenv("SLURM_CPUS_ON_NODE", str(on_node))
         assert share_threads(2) == threads
 

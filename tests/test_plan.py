@@ -196,6 +196,22 @@ def test_epochs_say_what_they_leave_out():
     assert "2 steps of 4 from 10 samples" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--epochs=1"], "--epochs 1: 3 samples fill no batch of --bsz 4; use --bsz 3 or less, or --epochs 2 or more"),
+        (["--epochs=1", "--packing=640"], "--epochs 1: 1 packed rows fill no batch of --bsz 4; use --bsz 1 or less"),
+        (["--steps=2147483647"], "--steps 2147483647: a plan has room for 67108864 rows, and this is 8589934588; "),
+        (["--epochs=2147483647"], "--epochs 2147483647: a plan has room for 67108864 rows"),
+        (["--bsz=2147483647"], "--bsz 2147483647: a plan has room for 67108864 rows; use a smaller one"),
+    ],
+)
+def test_plans_without_a_batch_or_beyond_memory_are_refused(tmp_path, flags, message):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([{"instruction": f"Say {i}.", "output": str(i)} for i in range(3)]))
+    assert message in refusal(run_program("data/prepare.py", "--model=llama-tiny", f"--data={path}", *flags))
+
+
 def test_skipped_samples_are_counted(tmp_path):
     good = [{"instruction": f"Say {i}.", "output": str(i)} for i in range(6)]
     path = tmp_path / "mine.jsonl"

@@ -153,7 +153,19 @@ def test_bad_rows_of_a_parquet_file_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", b'{"instruction": "x"}', "must be an array of samples"),
+        ("a.json", b'{"instruction": "x"}', "must be an array of samples; for one object per line name it .jsonl"),
+        ("a.json", b" ", "must be an array of samples; it is empty"),
+        ("a.json", '[{"instruction": "x"}]'.encode("utf-16"), "must be an array of samples; save it as UTF-8"),
+        (
+            "a.json",
+            b'[{"instruction": "x", "output": "y", "output": "z"}]',
+            "a.json:1: not readable: the field",
+        ),
+        (
+            "a.jsonl",
+            b'{"instruction": "x", "output": "y", "output": "z"}',
+            "a.jsonl:1: not readable: the field 'o",
+        ),
         ("a.json", b'[{"instruction": "x", "output": "y"}\n{"a": 1}]', "a.json:2: not JSON: a comma"),
         ("a.json", b'[\n{"instruction": "x",}]', "a.json:2: not JSON"),
         ("a.json", b'[{"instruction": "x", "output": "y"},', "a.json:1: not JSON"),

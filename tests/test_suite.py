@@ -106,6 +106,7 @@ def mini(tmp_path):
         ("samples = 40", "sample = 40", ["pair full (paddle): unrecognized arguments: --sample=40"]),
         ("samples = 40", "samples = false", ["pair full (paddle): samples = false: --samples takes a value"]),
         ("samples = 40", "samples = [40]", ["defaults: samples: a flag is"]),
+        ("samples = 40", '"samples=40" = true', ["defaults: 'samples=40' is no flag's name"]),
         ("samples = 40", 'out = "x.json"', ["defaults: out is no flag for a suite"]),
         ("steps = 20", "bsz = 3, micro-bsz = 2", ["pair lora (paddle): --micro-bsz 2 does not divide --bsz 3"]),
         ("recompute = true", 'data = "x.json"', ["pair lora (paddle): --data x.json: no such file"]),

@@ -60,6 +60,11 @@ CONFIG, MAP = "tokenizer_config.json", "special_tokens_map.json"
         ({CONFIG: {"pad_token": {"content": "<s>", "lstrip": True}}}, "pad_token '<s>' asks for lstrip"),
         ({CONFIG: {"pad_token": 5}}, "pad_token must be text, not 5"),
         ({CONFIG: {"additional_special_tokens": "<s>"}}, "additional_special_tokens must be a list"),
+        ({MAP: {"additional_special_tokens": 7}}, "additional_special_tokens must be a list, not 7"),
+        ({"added_tokens.json": '{"[X]": Infinity}'}, "the added token '[X]' has the id inf"),
+        ({"added_tokens.json": {"[X]": 1.5}}, "the added token '[X]' has the id 1.5"),
+        ({"added_tokens.json": {"[X]": -5}}, "the added token '[X]' has the id -5"),
+        ({"added_tokens.json": {"[X]": 2**31}}, "the added token '[X]' has the id 2147483648"),
         ({CONFIG: {"added_tokens_decoder": ["<s>"]}}, "added_tokens_decoder must be an object"),
         ({"added_tokens.json": {"[X]": "first"}}, "the added token '[X]' has the id 'first'"),
         ({"added_tokens.json": ["[X]"]}, "added_tokens.json is not a JSON object"),
@@ -112,6 +117,12 @@ def test_a_checkpoint_without_a_tokenizer_says_each_time_what_is_taken_instead(c
     assert said in run_program("data/prepare.py", *arguments, check=True).stdout
     put(checkpoint, {CONFIG: {"tokenizer_class": "LlamaTokenizer"}})
     assert "put the checkpoint's tokenizer.json into it" in refusal(run_program("data/prepare.py", *arguments))
+
+
+def test_a_folder_in_place_of_a_tokenizer_is_refused(tmp_path):
+    (tmp_path / "tokenizer.json").mkdir()
+    with pytest.raises(BadInput, match=r"tokenizer\.json is a folder"):
+        tokenizer.of_checkpoint(tmp_path)
 
 
 def test_a_tokenizer_that_cannot_be_read_is_not_replaced(checkpoint):

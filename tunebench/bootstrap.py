@@ -1,6 +1,6 @@
 """The first thing that every program here runs: the right interpreter, and maths libraries set up equally.
 
-Loaded by path, before anything of the project can be imported: standard library alone, and any Python from 3.6 on.
+Loaded by path, before anything of the project can be imported: standard library alone, and any Python from 3.6.2 on.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}  # what MKL's kernels of that name use
@@ -60,7 +61,15 @@ def enter(*environments: str, module: str = "") -> None:
                 unreachable = f"{python} cannot be started ({target}: {error.strerror}); let this user start it, or run"
     wanted = environments[0]
     what = unreachable or f"the environment .venv/{wanted} is not complete; run"
-    print(f"{program}: {what}: bash setup.sh {wanted}", file=sys.stderr)
+    refuse(f"{program}: {what}: bash setup.sh {wanted}")
+
+
+def refuse(line: str) -> NoReturn:
+    """Ends the process with exit code 2 and one line on stderr, as far as there is room for it."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     sys.exit(2)
 
 
@@ -130,9 +139,9 @@ def _threads_of(variable: str) -> str:
     numbers = [number.strip() for number in given.split(",")] if given else []
     for number in numbers:
         if not re.match("[0-9]{1,9}$", number) or not 1 <= int(number) <= MOST_THREADS:
-            fault = f"{variable}={given} is no number of threads; unset it, or give one of 1 to {MOST_THREADS}"
-            print(f"{Path(sys.argv[0]).name}: {fault}", file=sys.stderr)
-            sys.exit(2)
+            shown = " ".join(given.split())
+            fault = f"{variable}={shown} is no number of threads; unset it, or give one of 1 to {MOST_THREADS}"
+            refuse(f"{Path(sys.argv[0]).name}: {fault}")
     return str(int(numbers[0])) if numbers else ""
 
 
@@ -160,8 +169,7 @@ def home_settings(paddle: bool) -> dict:
             settings["PPNLP_HOME"] = str(own)
             if _not_for_paddlenlp(own):
                 fault = f"PaddleNLP writes to {folder}: {fault}; name another folder by PPNLP_HOME"
-                print(f"{Path(sys.argv[0]).name}: {fault}", file=sys.stderr)
-                sys.exit(2)
+                refuse(f"{Path(sys.argv[0]).name}: {fault}")
     return settings
 
 

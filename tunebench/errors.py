@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from tunebench.bootstrap import refuse
+
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 ADVICE = dict.fromkeys(NO_ROOM, "make room there") | dict.fromkeys(NOT_ALLOWED, "let this user in there")
@@ -29,8 +31,7 @@ def one_line_refusals(program: str) -> Iterator[None]:
     try:
         yield
     except BadInput as refusal:
-        print(f"{program}: {refusal}", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"{program}: {refusal}")
     except BrokenPipeError:  # as in `summarize.py | head`
         forget_stdout()
         sys.exit(130)
@@ -39,8 +40,7 @@ def one_line_refusals(program: str) -> Iterator[None]:
             raise
         forget_stdout()
         where = error.filename or "what it prints"
-        print(f"{program}: {where}: {error.strerror}; {ADVICE[error.errno]}", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"{program}: {where}: {error.strerror}; {ADVICE[error.errno]}")
 
 
 def forget_stdout() -> None:

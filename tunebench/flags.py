@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from tunebench.bootstrap import refuse
 from tunebench.errors import BadInput
 from tunebench.hardware import visible_accelerators
 from tunebench.launch import World
@@ -125,13 +126,20 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {' '.join(message.split())}; see --help", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"{self.prog}: {' '.join(message.split())}; see --help")
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default of a flag where there is one and its help does not tell it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.default is None or "(default" in (action.help or "")
+        return action.help if told else super()._get_help_string(action)
 
 
 def flag_parser(method: str, prog: str | None = None) -> Parser:
     """The parser of a script's flags; `method` is `full` or `lora`."""
-    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog=prog, allow_abbrev=False, formatter_class=Help)
     add_plan_flags(parser)
     add = parser.add_argument
     add("--tuned", action="store_true", help="the fast flags, those given beside it first: " + in_words(TUNED))
@@ -341,7 +349,7 @@ def default_bsz(options: dict, unit: int) -> int:
     if options["samples"] and options["epochs"] and not options["packing"]:
         most = options["samples"] * options["epochs"]
         if unit <= most < bsz:
-            bsz, why = most // unit * unit, f"there are {most} samples"
+            bsz, why = most // unit * unit, f"{options['epochs']} epoch(s) have {most} sample(s)"
     if bsz != BSZ:
         print(f"--bsz {bsz} (not the default {BSZ}: {why})", flush=True)
     return bsz
@@ -543,12 +551,17 @@ def _check_out(path: Path) -> None:
     """Refuses, before a run, a record file that could not be written after it."""
     if path_of("out", str(path)).is_dir():
         raise BadInput(f"--out {path} is a folder; name a file")
+    check_folder(path.parent, f"--out {path}")
+
+
+def check_folder(folder: Path, named_by: str) -> None:
+    """Makes a folder for records. Raises `BadInput` where there can be none, or none that can be written to."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"--out {path}: {error.strerror}: {path.parent}") from None
-    if not os.access(path.parent, os.W_OK):
-        raise BadInput(f"--out {path}: {path.parent} is not writable")
+        raise BadInput(f"{named_by}: {error.strerror}: {folder}") from None
+    if not os.access(folder, os.W_OK):
+        raise BadInput(f"{named_by}: {folder} is not writable")
 
 
 def path_of(flag: str, text: str) -> Path:

@@ -5,7 +5,6 @@ import ctypes
 import functools
 import hashlib
 import itertools
-import json
 import os
 import platform
 import re
@@ -17,7 +16,7 @@ from typing import Any
 
 import psutil
 import pynvml
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from tunebench.bootstrap import cpuinfo
 from tunebench.errors import BadInput
@@ -41,10 +40,14 @@ OF_A_LAUNCHER = re.compile(
     r"TORCHELASTIC_|TORCH_NCCL_ASYNC_ERROR_HANDLING$|FLAGS_(selected_|START_PORT|FIXED_PORT)"
     r"|PADDLE_(TRAINER|MASTER|BACKUP|GLOBAL|LOCAL|RANK|CURRENT|NNODES|JOB|PORT|WORKER|AUTO_CLUSTER|LOG|DISTRI|ELASTIC|WORLD)"
 )
-OF_ONE_RUN = re.compile(r"(_HOME|_DIR|_CACHE|_CACHE_PATH|_(DEBUG|OUTPUT|LOG|DUMP|TEMP|ERROR)_FILE)$", re.IGNORECASE)
+OF_ONE_RUN = re.compile(
+    r"(?!FLAGS_|TORCH\w*_CACHE$)"  # these are switches
+    r".*(_HOME|_DIR|_CACHE|_CACHE_PATH|_(DEBUG|OUTPUT|LOG|DUMP|TEMP|ERROR)_FILE)$",
+    re.IGNORECASE,
+)
 SECRET = re.compile(r"(?i:TOKEN|KEY|SECRET|PASS(WORD|WD|PHRASE)|CREDENTIAL)|_(PASS|PWD|AUTH|PAT)$")
 LOGIN = re.compile(r"://[^/]*@")  # in a value: a name and a password before a host
-LEFT_OUT = (OF_A_LAUNCHER.match, OF_ONE_RUN.search, SECRET.search)
+LEFT_OUT = (OF_A_LAUNCHER.match, OF_ONE_RUN.match, SECRET.search)
 RUN_ENVIRONMENT = "TUNEBENCH_RUN_ENVIRONMENT"  # what a run tells its workers, as JSON
 # mallopt(3): never map, never trim, grow by 64 MiB, one arena.
 MALLOC = {-4: 0, -1: 2**31 - 1, -2: 2**26, -8: 1}
@@ -153,7 +156,7 @@ def read_environment() -> dict[str, str]:
     """
     if RUN_ENVIRONMENT in os.environ:
         try:
-            return json.loads(os.environ[RUN_ENVIRONMENT])
+            return TypeAdapter(dict[str, str]).validate_json(os.environ[RUN_ENVIRONMENT])
         except ValueError:
             raise BadInput(f"{RUN_ENVIRONMENT} is what a run tells its own workers; unset it") from None
     found = (name for name in sorted(os.environ) if DECISIVE.match(name) and not any(out(name) for out in LEFT_OUT))

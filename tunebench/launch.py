@@ -16,6 +16,7 @@ RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR = "TUNEBENCH_RUN_FOLDER", "TUNEBENCH_RUN_
 HIDDEN_DEVICES = "TUNEBENCH_HIDDEN_DEVICES"
 LOOPBACK = "127.0.0.1"  # where the processes of one node meet: the host's name may stand for nothing
 SLURM_SHELLS = 2**32 - 6  # the first id of a step that is none: the shell of salloc, a batch script and others
+MOST_HOSTS = 100_000
 SLURM_PORTS = 20_000, 12_000  # the first port that a job step on Slurm may take, and how many there are
 
 
@@ -112,7 +113,8 @@ def share_threads(nproc: int) -> dict[str, str]:
 
     A task that Slurm has bound to a part of the job's cores has its share already.
     """
-    bound = len(os.sched_getaffinity(0)) < int(os.environ.get("SLURM_CPUS_ON_NODE") or 0)
+    cores = re.match("[0-9]{1,9}$", os.environ.get("SLURM_CPUS_ON_NODE", ""))
+    bound = cores is not None and len(os.sched_getaffinity(0)) < int(cores[0])
     if nproc == 1 or THREADS_LEFT_TO_US not in os.environ or bound:
         return {}
     threads = str(max(1, int(os.environ[THREADS_LEFT_TO_US]) // nproc))
@@ -124,11 +126,15 @@ def expand(nodes: str) -> tuple[str, ...]:
     hosts: list[str] = []
     for before, ranges, after in re.findall(r"([^\[,]+)(?:\[([^\]]*)\])?([^,\[]*),?", nodes):
         for part in ranges.split(",") if ranges else [""]:
-            first, _, last = part.partition("-")
-            numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)] if last else [first]
+            first, dash, last = part.partition("-")
+            numbers = [first]
+            if dash:
+                if int(last) - int(first) >= MOST_HOSTS:
+                    raise ValueError(f"{nodes[:80]!r} names more than {MOST_HOSTS} hosts")
+                numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
             hosts += [before + number + after for number in numbers]
-    if not hosts:
-        raise ValueError(f"{nodes!r} names no host")
+    if not hosts or nodes.count("[") != nodes.count("]"):
+        raise ValueError(f"{nodes[:80]!r} is no list of hosts")
     return tuple(hosts)
 
 

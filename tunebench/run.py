@@ -26,7 +26,7 @@ from tunebench.cache import cache_folder, results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.config import paddle_lacks
 from tunebench.errors import NO_ROOM, BadInput, forget_stdout, one_line_refusals
-from tunebench.flags import Flags, fit_to_steps, parse_flags
+from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
 from tunebench.hardware import (
     Hardware,
     keep_freed_memory,
@@ -65,6 +65,8 @@ def read_job(framework: Framework, method: Method) -> Job:
         # What a worker would say here, its supervisor or rank 0 has said.
         with contextlib.redirect_stdout(None if world and (world.rank or RUN_FOLDER in os.environ) else sys.stdout):
             flags = parse_flags(method, world=world, framework=framework)
+            if flags.out is None and not (world and world.rank) and RUN_FOLDER not in os.environ:
+                check_folder(results_folder() / "runs", "TUNEBENCH_RESULTS")
             checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
             check_tensor_parallel(flags, checkpoint)
             prepare_compiler(framework, flags)

@@ -24,6 +24,8 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of suites and pairs: they name folders
 
 def _check_flags(flags: dict[str, Any]) -> dict[str, Any]:
     for name, value in flags.items():
+        if not re.fullmatch("[a-z0-9-]+", name):
+            raise ValueError(f"{name!r} is no flag's name without its dashes")
         if name in ("out", "aa", "help"):
             raise ValueError(f"{name} is no flag for a suite")
         if not isinstance(value, bool | int | float | str):
