@@ -44,7 +44,7 @@ def test_flash_attention_in_float32_is_for_cpus():
         (["--steps=2", "--tuned"], 0, {"warmup_steps": 1, "compile": False}, "--no-compile (the default of --tuned"),
         (["--nproc=3"], 0, {"bsz": 6, "micro_bsz": 2}, "--bsz 6 (not the default 4: a multiple of 3)"),
         (["--nproc=2", "--micro-bsz=3"], 0, {"bsz": 6}, "--bsz 6"),
-        (["--samples=2", "--epochs=1"], 0, {"bsz": 2}, "--bsz 2 (not the default 4: there are 2 samples)"),
+        (["--samples=2", "--epochs=1"], 0, {"bsz": 2}, "--bsz 2 (not the default 4: 1 epoch(s) have 2 sample(s))"),
         (["--amp=O1"], 0, {"dtype": "bf16"}, "--dtype bf16 (not the default fp32: --amp O1 is for low precision)"),
         (["--attention=flash"], 4, {"dtype": "bf16", "nproc": 4}, "--dtype bf16"),
         (["--bsz=2"], 4, {"nproc": 2}, "--nproc 2 (not all 4 GPUs: --bsz and --mp allow no more)"),
