@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up what is missing, runs a suite and prints its tables. Ctrl-C keeps what is done; the same command goes on.
 #
-#   bash run_all.sh [--cpu] [--suite NAME] [--only GLOB] [--repeats N] [--aa] [--fresh] [--dry-run]
+#   bash run_all.sh [--cpu] [--suite NAME] [--only GLOB] [--repeats N] [--aa] [--fresh] [--anyway] [--dry-run]
 #
 # --cpu          set up CPU builds on any machine (see setup.sh)
 # --suite NAME   which of suites/NAME.toml, or a .toml file of your own (default: cpu; quick: a few minutes, intervals)
@@ -9,6 +9,7 @@
 # --repeats N    rounds (default: the suite's, mostly 1); the order of the two sides alternates
 # --aa           each side against itself: what a difference is worth here (records in results/SUITE/aa/)
 # --fresh        from the start; earlier results move to results/.previous/
+# --anyway       do not wait for a quiet machine, nor measure rounds again that other programs disturbed
 # --dry-run      print the runs, start none
 #
 # Records go to results/SUITE/PAIR/FRAMEWORK-rROUND.json; one run_all.sh at a time works on a results folder.

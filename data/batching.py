@@ -62,6 +62,22 @@ def grouped(epoch: Rows, rows: int, seed: int, lengths: np.ndarray, bsz: int) ->
     return _take(epoch, np.concatenate(parts)[:rows])
 
 
+def paired_halves(rows: Rows, bsz: int, warmup: int) -> Rows:
+    """The same batches, but those of the second half of the steps after `warmup` are those of the first half again.
+
+    Of an odd number of steps the middle one stands alone.
+    """
+    steps = np.arange(_count(rows)).reshape(-1, bsz)
+    half = (len(steps) - warmup) // 2
+    steps[len(steps) - half :] = steps[warmup : warmup + half]
+    return _take(rows, steps.reshape(-1))
+
+
+def drawn(samples: int, seed: int) -> np.ndarray:
+    """The indices of all samples in the order in which they are drawn: their own for seed 0."""
+    return np.random.default_rng([seed, 2]).permutation(samples) if seed else np.arange(samples)
+
+
 def folded(rows: int) -> list[int]:
     """An order for sorted rows: the shortest beside the longest and so on, then such pairs likewise."""
     blocks = [[row] for row in range(rows)]

@@ -5,6 +5,8 @@
 The scripts call it when their plan is missing; calling it first saves that wait.
 """
 
+import hashlib
+import json
 import pathlib
 import runpy
 
@@ -72,9 +74,13 @@ def main() -> None:
 def make_plan(options: dict[str, Any], checkpoint: Checkpoint) -> None:
     """Tokenizes what is not tokenized yet and writes the plan."""
     found, samples = tokenized(options, checkpoint)
-    rows = batch(samples.lengths, options)
+    drawn = batching.drawn(len(samples.lengths), options["plan_seed"])
+    rows = batch(samples.lengths[drawn], options)
+    rows = rows._replace(order=drawn[rows.order])
     about = {"data": data_name(options["data"]), "samples": len(samples.lengths), "skipped": len(found["skipped"])}
     about |= {"pad_id": found["pad_id"], "bsz": options["bsz"], "remarks": remarks(about["data"], found)}
+    how = [options[name] for name in ("bsz", "steps", "epochs", "order", "packing", "seed")]
+    about["drawn_from"] = hashlib.sha256(json.dumps([samples.digest(), how]).encode()).hexdigest()
     write_plan(plan_path(options, checkpoint), about, samples, rows)
 
 
@@ -93,7 +99,7 @@ def remarks(data: str, found: dict[str, Any]) -> list[str]:
 
 def batch(lengths: np.ndarray, options: dict[str, Any]) -> Rows:
     """The rows of all global batches, from the tokens of each sample. Raises `BadInput` where they fill none."""
-    bsz, packing, seed = options["bsz"], options["packing"], options["seed"]
+    bsz, packing, seed = options["bsz"], options["packing"], options["seed"] + 2**32 * options["plan_seed"]
     epoch, what = batching.single(len(lengths)), "samples"
     if packing:
         if packing < lengths.max():
@@ -117,10 +123,14 @@ def batch(lengths: np.ndarray, options: dict[str, Any]) -> Rows:
         if left:
             print(f"--epochs {options['epochs']}: the last {left} {what} fill no batch of {bsz}: left out", flush=True)
     if packing:
-        return batching.shuffled(epoch, rows, seed)
-    if options["order"] == "grouped":
-        return batching.grouped(epoch, rows, seed, lengths, bsz)
-    return batching.in_turn(epoch, rows)
+        made = batching.shuffled(epoch, rows, seed)
+    elif options["order"] == "grouped":
+        made = batching.grouped(epoch, rows, seed, lengths, bsz)
+    else:
+        made = batching.in_turn(epoch, rows)
+    if options["steps"] and options["paired_halves"]:
+        return batching.paired_halves(made, bsz, min(options["warmup_steps"], options["steps"] - 1))
+    return made
 
 
 def check_size(flag: str, rows: int, unit: int) -> None:

@@ -58,7 +58,15 @@ class Stress:
         own = {"TUNEBENCH_RESULTS": str(self.folder / "results"), "TUNEBENCH_CACHE": str(self.folder / "cache")}
         with (self.folder / "log").open("ab") as log:
             return processes.start(
-                [sys.executable, "-P", "-m", "tunebench.suite", f"--suite={self.folder / 'mini.toml'}", *arguments],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "tunebench.suite",
+                    f"--suite={self.folder / 'mini.toml'}",
+                    "--anyway",
+                    *arguments,
+                ],
                 stdout=log,
                 stderr=log,
                 env=os.environ | own,

@@ -41,7 +41,7 @@ def on_a_small_disk(tmp_path: Path, script: str, environment: dict[str, str]) ->
 
 def test_a_full_disk_ends_a_suite_in_one_line_and_keeps_what_is_there(tmp_path):
     (tmp_path / "mini.toml").write_text(SUITE)
-    suite = f"'{sys.executable}' -P -m tunebench.suite '--suite={tmp_path}/mini.toml' 2>&1 --only"
+    suite = f"'{sys.executable}' -P -m tunebench.suite '--suite={tmp_path}/mini.toml' 2>&1 --anyway --only"
     printed, copy = on_a_small_disk(
         tmp_path,
         f"""
@@ -122,7 +122,15 @@ def test_a_process_that_the_kernel_ends_for_want_of_memory_is_oom(tmp_path, cgro
         SUITE.replace(lora, 'name = "two"\nscript = "finetune_full.py"\nflags = { nproc = 2 }')
     )
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "tunebench.suite", f"--suite={tmp_path / 'mini.toml'}", "--only=*/torch"],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "tunebench.suite",
+            f"--suite={tmp_path / 'mini.toml'}",
+            "--anyway",
+            "--only=*/torch",
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"TUNEBENCH_RESULTS": str(tmp_path)},

@@ -10,7 +10,7 @@ from tunebench.flags import arguments_of, parse_flags, settle_precision
 def test_a_bare_call(capsys):
     flags = parse_flags("lora", [])
     assert (flags.model, flags.weights, flags.data) == ("llama-tiny", "random", "synthetic-en")
-    assert (flags.bsz, flags.micro_bsz, flags.accumulation, flags.steps, flags.warmup_steps) == (4, 4, 1, 30, 5)
+    assert (flags.bsz, flags.micro_bsz, flags.accumulation, flags.steps, flags.warmup_steps) == (4, 4, 1, 30, 8)
     assert (flags.lora_r, flags.lora_alpha) == (8, 32)
     assert "llama-tiny (the default: no GPU visible)" in capsys.readouterr().out
 
@@ -38,7 +38,7 @@ def test_flash_attention_in_float32_is_for_cpus():
 @pytest.mark.parametrize(
     ("arguments", "gpus", "found", "said"),
     [
-        (["--steps=4"], 0, {"warmup_steps": 3}, "--warmup-steps 3 (the default 5 leaves none of 4 to time)"),
+        (["--steps=4"], 0, {"warmup_steps": 3}, "--warmup-steps 3 (the default 8 leaves none of 4 to time)"),
         (["--steps=1"], 0, {"warmup_steps": 0}, "--warmup-steps 0"),
         (["--steps=3", "--tuned"], 0, {"warmup_steps": 2, "compile": True}, "--warmup-steps 2"),
         (["--steps=2", "--tuned"], 0, {"warmup_steps": 1, "compile": False}, "--no-compile (the default of --tuned"),

@@ -316,7 +316,7 @@ def test_one_node_needs_no_name_and_records_what_the_user_had(data, tmp_path, fr
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "--warmup-steps 1 (the default 5 leaves none of 2 to time)" in done.stdout
+    assert "--warmup-steps 1 (the default 8 leaves none of 2 to time)" in done.stdout
     record = read_record(out)
     assert record.timed_from == 1
     given = {"ATEN_CPU_CAPABILITY": "avx2", "NCCL_DEBUG": "WARN"}

@@ -1,5 +1,6 @@
 """The batch plan: the same file from the same inputs, and arrays that say what was planned."""
 
+import itertools
 import json
 import sys
 import time
@@ -22,7 +23,7 @@ from tunebench.plan import IGNORED, Rows, Samples, load_plan, plan_path, read_pl
 from tunebench.suite_file import find_suite, plan_runs, read_suite
 
 SAMPLES = [(np.array([11, 12, 13, 21, 2]), 3), (np.array([14, 22, 23, 2]), 1), (np.array([15, 2]), 1)]
-ABOUT = {"data": "hand-made", "samples": 3, "skipped": 0, "bsz": 2, "pad_id": 0, "remarks": []}
+ABOUT = {"data": "hand-made", "samples": 3, "skipped": 0, "bsz": 2, "pad_id": 0, "remarks": [], "drawn_from": "x"}
 TWO_STEPS = Rows(np.array([0, 1, 2, 0]), np.arange(5))
 
 
@@ -178,16 +179,50 @@ def test_prepared_from_the_embedded_data():
     assert "plan " + before[:12] in run_program("data/prepare.py", *arguments, check=True).stdout
 
 
+def test_the_second_half_of_the_timed_steps_has_the_batches_of_the_first_again():
+    for steps, warmup, expected in (
+        (6, 2, [0, 1, 2, 3, 2, 3]),
+        (6, 1, [0, 1, 2, 3, 1, 2]),
+        (2, 1, [0, 1]),
+        (1, 0, [0]),
+    ):
+        found = batching.paired_halves(batching.single(steps * 2), 2, warmup)
+        assert found.order.reshape(-1, 2)[:, 0].tolist() == [2 * batch for batch in expected]
+
+
+@pytest.mark.parametrize("extra", [[], ["--order=grouped"], ["--packing=1000"]])
+def test_halves_and_other_draws_in_real_plans(extra):
+    checkpoint = find_checkpoint("llama-tiny", "random", 0)
+
+    def batches(*flags):
+        given = ["--model=llama-tiny", "--samples=60", "--bsz=3", "--steps=8", "--warmup-steps=2", *flags, *extra]
+        plan = load_plan(parse_flags("full", given), checkpoint)
+        starts = plan.offsets[plan.rows[:: plan.bsz]]
+        return plan, [plan.tokens[a:b].tobytes() for a, b in itertools.pairwise(starts)]
+
+    plan, found = batches()
+    assert found[2:5] == found[5:8]
+    assert len(set(found)) == 5
+    unpaired, distinct = batches("--no-paired-halves")
+    assert len(set(distinct)) == 8
+    assert distinct[:5] == found[:5]
+    other, drawn = batches("--plan-seed=1")
+    assert drawn != found
+    assert plan.info().drawn_from == other.info().drawn_from == unpaired.info().drawn_from
+    assert plan.sha256 != other.sha256
+
+
 def test_each_input_has_a_plan_of_its_own():
     checkpoint = find_checkpoint("llama-tiny", "random", 0)
     paths = {
         plan_path(parse_flags("full", ["--model=llama-tiny", *extra]).model_dump(), checkpoint)
         for extra in (
             *([], ["--bsz=8"], ["--steps=31"], ["--samples=99"], ["--data=synthetic-zh"], ["--epochs=1"]),
+            *(["--plan-seed=1"], ["--no-paired-halves"], ["--warmup-steps=9"]),
             *(["--order=grouped"], ["--order=grouped", "--seed=1"], ["--packing=999"], ["--packing=999", "--seed=1"]),
         )
     }
-    assert len(paths) == 10
+    assert len(paths) == 13
 
 
 def test_epochs_say_what_they_leave_out():
@@ -252,7 +287,7 @@ def test_a_file_may_have_the_longest_name(tmp_path):
 
 
 def prepared(*extra):
-    flags = parse_flags("full", ["--model=llama-tiny", "--warmup-steps=1", *extra])
+    flags = parse_flags("full", ["--model=llama-tiny", "--warmup-steps=1", "--no-paired-halves", *extra])
     return load_plan(flags, find_checkpoint(flags.model, flags.weights, flags.seed))
 
 

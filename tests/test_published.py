@@ -253,10 +253,10 @@ def test_sides_that_pair_only_as_the_best_of_each_are_shown_once_without_a_speed
     }
 
 
-def test_an_interval_across_zero_is_no_difference(runs):
+def test_an_interval_across_zero_tells_nothing(runs):
     rounds = {"paddle": (3000.0, 1900.0), "torch": (2000.0, 2900.0)}
     records = [here(side, rate, **ZERO2) for side, rates in rounds.items() for rate in rates]
-    assert "| +34%              | no difference |" in render_against(records, runs, "md")
+    assert "| +34%              | not told apart (" in render_against(records, runs, "md")
     (row,) = beside(records, runs)["paddle", "ZeRO 2", 8]
     assert row.here_interval[0] < 0 < row.here_interval[1]
 
@@ -326,7 +326,7 @@ class TestSummarize:
         assert beside.startswith(plain)
         (line,) = [line for line in beside.splitlines() if "1781.27" in line]
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        assert cells[5:] == ["paddle", "1781.27", "ZeRO 2, fp16 O2", "3000.00", "1.68", "+34%", "+50%"]
+        assert cells[5:] == ["paddle", "1781.27", "ZeRO 2, fp16 O2", "3000.00", "1.68", "+34%", "+50% (one round)"]
         done = run_program("summarize.py", own, "--against=published", "--format=json", check=True)
         rows = [row for row in json.loads(done.stdout) if row.get("table") == "against published"]
         assert sum(row["ratio"] is not None for row in rows) == 2

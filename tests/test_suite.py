@@ -42,7 +42,7 @@ def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen
     """
     own = {"TUNEBENCH_RESULTS": str(folder / "results"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "tunebench.suite", f"--suite={folder / 'mini.toml'}", *arguments],
+        [sys.executable, "-P", "-m", "tunebench.suite", f"--suite={folder / 'mini.toml'}", "--anyway", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

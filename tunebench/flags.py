@@ -36,7 +36,7 @@ TUNED: dict[str, Any] = {
     "keep_memory": True,
 }
 NAMED_DATA = f"{', '.join(DATA_NAMES)}, {FIXED}N (samples of N tokens)"
-BSZ, WARMUP_STEPS, STEPS = 4, 5, 30  # the defaults, where nothing given asks for others
+BSZ, WARMUP_STEPS, STEPS = 4, 8, 30  # the defaults, where nothing given asks for others
 COMPILED_STEPS = 2  # the first ones of --compile, which are not to be timed
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -74,6 +74,8 @@ class Flags(BaseModel):
     steps: int | None
     epochs: int | None
     warmup_steps: int
+    paired_halves: bool
+    plan_seed: int
     lr: float
     seed: int
     timeout: float
@@ -203,12 +205,6 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="let the C library keep freed memory, instead of having each page of a new tensor made anew",
-    )
-    add(
-        "--warmup-steps",
-        type=not_negative,
-        default=WARMUP_STEPS,
-        help="first steps, recorded but not timed; fewer where there are not more steps",
     )
     add("--lr", type=positive_float, default=1e-4, help="learning rate, constant")
     add("--timeout", type=positive_float, default=3600.0, help="seconds after which the run ends as `timeout`")
@@ -467,6 +463,20 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive, help=f"optimizer steps (default: {STEPS})")
     length.add_argument("--epochs", type=positive, help="passes over the samples, instead of --steps")
+    add(
+        "--warmup-steps",
+        type=not_negative,
+        default=WARMUP_STEPS,
+        help="first steps, recorded but not timed; fewer where there are not more steps",
+    )
+    add(
+        "--paired-halves",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with --steps: the second half of the timed steps has the batches of the first again, so that steps which "
+        "get slower or faster show",
+    )
+    add("--plan-seed", type=not_negative, default=0, help="draws the samples in another order (0: the data's own)")
     add("--seed", type=not_negative, default=0, help="of the random start weights and of LoRA's A")
 
 

@@ -128,8 +128,8 @@ def best_product(a: Any, b: Any, synchronize: Callable[[], None] = lambda: None)
 
 def read_hardware() -> Hardware:
     """The hardware as this process sees it: `cores` are those that it may use."""
-    with _visible_gpus() as gpus:
-        cuda = _ask(pynvml.nvmlSystemGetCudaDriverVersion) if gpus else None
+    with visible_gpus() as gpus:
+        cuda = ask(pynvml.nvmlSystemGetCudaDriverVersion) if gpus else None
         return Hardware(
             machine=_machine(),
             cpu=next(iter(cpuinfo("model name")), platform.processor() or platform.machine()),
@@ -142,7 +142,7 @@ def read_hardware() -> Hardware:
             device=None,
             accelerators=list(map(_describe, gpus)),
             links=[["X" if a is b else _link(a, b) for b in gpus] for a in gpus],
-            driver=_ask(pynvml.nvmlSystemGetDriverVersion) if gpus else None,
+            driver=ask(pynvml.nvmlSystemGetDriverVersion) if gpus else None,
             cuda=None if cuda is None else f"{cuda // 1000}.{cuda % 1000 // 10}",
         )
 
@@ -189,7 +189,7 @@ def keep_freed_memory() -> None:
 
 def visible_accelerators() -> list[str]:
     """The names of the NVIDIA GPUs that this process may use; empty without a driver."""
-    with _visible_gpus() as gpus:
+    with visible_gpus() as gpus:
         return list(map(_name, gpus))
 
 
@@ -215,7 +215,7 @@ def _governor() -> str | None:
 
 
 @contextlib.contextmanager
-def _visible_gpus() -> Iterator[list[Any]]:
+def visible_gpus() -> Iterator[list[Any]]:
     """NVIDIA's handles of the GPUs that this process may use; empty without a driver."""
     try:
         pynvml.nvmlInit()
@@ -223,7 +223,7 @@ def _visible_gpus() -> Iterator[list[Any]]:
         yield []
         return
     try:
-        handles = (_ask(pynvml.nvmlDeviceGetHandleByIndex, i) for i in range(_ask(pynvml.nvmlDeviceGetCount) or 0))
+        handles = (ask(pynvml.nvmlDeviceGetHandleByIndex, i) for i in range(ask(pynvml.nvmlDeviceGetCount) or 0))
         yield _chosen([handle for handle in handles if handle is not None])
     finally:
         pynvml.nvmlShutdown()
@@ -238,38 +238,38 @@ def _chosen(gpus: list[Any]) -> list[Any]:
         fits = (
             gpu
             for i, gpu in enumerate(gpus)
-            if entry and (entry == str(i) or (_ask(pynvml.nvmlDeviceGetUUID, gpu) or "").startswith(entry))
+            if entry and (entry == str(i) or (ask(pynvml.nvmlDeviceGetUUID, gpu) or "").startswith(entry))
         )
         visible.extend(itertools.islice(fits, 1))
     return visible
 
 
 def _name(gpu: Any) -> str:
-    return _ask(pynvml.nvmlDeviceGetName, gpu) or "unknown GPU"
+    return ask(pynvml.nvmlDeviceGetName, gpu) or "unknown GPU"
 
 
 def _describe(gpu: Any) -> Accelerator:
-    memory, milliwatts = _ask(pynvml.nvmlDeviceGetMemoryInfo, gpu), _ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu)
-    ecc = _ask(pynvml.nvmlDeviceGetCurrentEccMode, gpu)
+    memory, milliwatts = ask(pynvml.nvmlDeviceGetMemoryInfo, gpu), ask(pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu)
+    ecc = ask(pynvml.nvmlDeviceGetCurrentEccMode, gpu)
     return Accelerator(
         name=_name(gpu),
         memory_bytes=memory and memory.total,
         power_limit_watts=milliwatts and milliwatts / 1000,
-        sm_clock_mhz=_ask(pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_SM),
-        max_sm_clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, gpu, pynvml.NVML_CLOCK_SM),
-        max_memory_clock_mhz=_ask(pynvml.nvmlDeviceGetMaxClockInfo, gpu, pynvml.NVML_CLOCK_MEM),
+        sm_clock_mhz=ask(pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_SM),
+        max_sm_clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, gpu, pynvml.NVML_CLOCK_SM),
+        max_memory_clock_mhz=ask(pynvml.nvmlDeviceGetMaxClockInfo, gpu, pynvml.NVML_CLOCK_MEM),
         ecc=None if ecc is None else bool(ecc),
     )
 
 
 def _link(one: Any, other: Any) -> str:
     """What joins two GPUs: NVLink, or the PCIe bridges and buses that lie between them."""
-    if _ask(pynvml.nvmlDeviceGetP2PStatus, one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == pynvml.NVML_P2P_STATUS_OK:
+    if ask(pynvml.nvmlDeviceGetP2PStatus, one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == pynvml.NVML_P2P_STATUS_OK:
         return "NV"
-    return LINKS.get(_ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, one, other), "?")
+    return LINKS.get(ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, one, other), "?")
 
 
-def _ask(question: Callable[..., Any], *about: Any) -> Any:
+def ask(question: Callable[..., Any], *about: Any) -> Any:
     """NVIDIA's answer, None where the device or the driver has none."""
     try:
         return question(*about)

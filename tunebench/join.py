@@ -1,24 +1,33 @@
 """Joins records into pairs: which runs did the same work, how fast each side was, and what that makes of a speedup."""
 
-import bisect
 import functools
 import gc
 import itertools
 import json
+import math
 import operator
-import re
 import statistics
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunebench.cache import results_folder
 from tunebench.errors import BadInput
 from tunebench.presets import PRESETS
-from tunebench.record import Record, read_record
-from tunebench.stats import drift_in_words, drift_of, outlying, ratio_interval, spread
+from tunebench.record import DISTURBED, MARKED, Record, read_record
+from tunebench.rounds import APART, RUNS_APART, Near, Rounds, beside, flags_of, in_one_series, out_of, pair_rounds, turn
+from tunebench.stats import (
+    Noise,
+    drift_between,
+    drift_in_words,
+    drift_of,
+    is_across_zero,
+    outlying,
+    pooled_noise,
+    spread,
+)
 
 
 class Tolerance(NamedTuple):
@@ -38,6 +47,7 @@ TOLERANCES = {
 }
 METHODS = {"lora": "LoRA", "full": "Finetune"}
 VERSION_OF = {"torch": "torch", "paddle": "paddlenlp"}
+LEAST_SECONDS = 5.0  # timed, so that ticks of 10 ms tell 1% of a core
 LIKE_FOR_LIKE, BEST_OF_EACH = "like for like", "best of each"
 
 
@@ -47,8 +57,11 @@ class Row:
 
     `num_gpus` is the number of processes where there are no GPUs. A side that did not end ok has its status; a pair
     that cannot be compared has no speedup, `refusal` in its place and the fields that differ in `note`.
-    A side's `spread` is the standard deviation of its runs' log rates, None with a single run.
-    `interval` is the 95% interval of the speedup, None with a single round or where one side has more runs.
+    Rates and speedup are those of the complete `rounds` where there are some; `dropped` is how many more there were.
+    A side's `spread` is the standard deviation of its runs' log rates, None with a single run. `round_noise` is that of
+    the rounds' log ratios, and `noise` what a difference of so many rounds is worth by this machine's A/A runs.
+    `interval` is the 95% interval of the speedup, None with a single round. A side's `disturbance` is the largest share
+    of a core or a GPU that others took in one of its runs.
     `compared` says whether both sides have the same setup or each its fastest one; None for a side alone.
     `parity` is the largest relative difference of the two loss curves at any step, `parity_first` that of the first
     step, and `parity_norm` that of the gradient norms.
@@ -73,16 +86,25 @@ class Row:
     interval: tuple[float, float] | None
     refusal: str | None
     compared: str | None
-    parity: float | None
     note: str | None
     tuned: bool = False
+    parity: float | None = None
     parity_first: float | None = None
     parity_norm: float | None = None
+    rounds: int = 0
+    dropped: int = 0
+    round_noise: float | None = None
+    noise: float | None = None
+    paddle_disturbance: float | None = None
+    torch_disturbance: float | None = None
 
 
 @dataclass(frozen=True)
 class Itself:
-    """A side against itself (A/A): `difference` is b ÷ a − 1, with its 95% interval; 0 but for noise."""
+    """A side against itself (A/A): `difference` is b ÷ a − 1, with its 95% interval; 0 but for noise.
+
+    `log_ratios` are the complete rounds', `dropped` is how many more there were.
+    """
 
     family: str
     model: str
@@ -91,17 +113,19 @@ class Itself:
     batch_size: int
     framework: str
     setup: str
-    runs: tuple[int, int]
+    machine: str
+    log_ratios: list[float]
+    dropped: int
     difference: float
     interval: tuple[float, float] | None
+    disturbed: str | None
 
 
 @dataclass(frozen=True)
 class Cell:
-    """All runs of one side with one setup on one piece of work. `whole`: each of them ended ok."""
+    """All runs of one side with one setup on one piece of work."""
 
     records: list[Record]
-    whole: bool = True
 
     @property
     def first(self) -> Record:
@@ -122,6 +146,12 @@ class Cell:
     def split(self) -> tuple[str, ...]:
         """The same but for the precision."""
         return tuple(_split(self.first))
+
+    @functools.cached_property
+    def disturbed(self) -> str | None:
+        """By what the most disturbed of its runs was, where it was."""
+        found = [record.disturbance for record in self.records if record.disturbance and record.disturbed]
+        return f"{self.first.framework}: {max(found)[1]}" if found else None
 
     @functools.cached_property
     def rates(self) -> list[float]:
@@ -156,14 +186,20 @@ def join(records: list[Record]) -> list[Row]:
         if record.aa is None and record.peer is None:
             groups.setdefault(_group(record), {"paddle": [], "torch": []})[record.framework].append(record)
     rows = []
+    near, noises = in_one_series(records), noise_by_machine(against_itself(records))
     for group in sorted(groups, key=_place):
         cells = {framework: _cells(members) for framework, members in groups[group].items()}
-        pairs = _pairs(**cells)
+        pairs = _pairs(**cells, near=near)
         headings = [(compared == BEST_OF_EACH, (paddle or torch).setup) for compared, paddle, torch in pairs]
         counts = Counter(headings)
-        rows.extend(
-            _row(group, *pair, told_apart=counts[heading] > 1) for pair, heading in zip(pairs, headings, strict=True)
-        )
+        for (compared, paddle, torch), heading in zip(pairs, headings, strict=True):
+            row = _row(group, compared, paddle, torch, told_apart=counts[heading] > 1, near=near)
+            noise = noises.get((paddle or torch).first.hardware.machine)
+            row = replace(row, noise=noise.worth(row.rounds) if noise and row.rounds else None)
+            if compared == BEST_OF_EACH:
+                lines = [row.note, *(_runners_up(cell, cells[cell.first.framework], near) for cell in (paddle, torch))]
+                row = replace(row, note="; ".join(filter(None, lines)) or None)
+            rows.append(row)
     return rows
 
 
@@ -176,11 +212,33 @@ def against_itself(records: list[Record]) -> list[Itself]:
     found = []
     for group in sorted(groups, key=_place):
         for cell in _cells(groups[group]):
-            a, b = (Cell([r for r in cell.records if r.aa == side], cell.whole) for side in ("a", "b"))
-            if a.rate and b.rate:
-                runs = len(a.rates), len(b.rates)
-                found.append(Itself(*group, cell.setup, runs, b.rate / a.rate - 1, _interval(b, a)))
+            a, b = ([r for r in cell.records if r.aa == side and r.status == "ok"] for side in ("a", "b"))
+            rounds = pair_rounds(b, a, beside)
+            if rounds.pairs:
+                ratios, machine = rounds.log_ratios, cell.first.hardware.machine
+                found.append(
+                    Itself(
+                        *group,
+                        setup=cell.setup,
+                        machine=machine,
+                        log_ratios=ratios,
+                        dropped=rounds.dropped,
+                        difference=math.expm1(statistics.fmean(ratios)),
+                        interval=rounds.interval,
+                        disturbed=cell.disturbed,
+                    )
+                )
     return found
+
+
+def noise_by_machine(comparisons: list[Itself]) -> dict[str, Noise]:
+    """The noise of each machine, from the comparisons of a side with itself that nothing disturbed."""
+    rows: dict[str, list[list[float]]] = defaultdict(list)
+    for each in comparisons:
+        if not each.disturbed:
+            rows[each.machine].append(each.log_ratios)
+    found = {machine: pooled_noise(ratios) for machine, ratios in rows.items()}
+    return {machine: noise for machine, noise in found.items() if noise}
 
 
 def differences(paddle: Record, torch: Record) -> list[str]:
@@ -196,7 +254,7 @@ def differences(paddle: Record, torch: Record) -> list[str]:
 
 def parity(paddle: Record, torch: Record) -> float:
     """The largest relative difference of two loss curves at any step."""
-    return max(_relative("loss", [paddle], [torch]))
+    return max(_relative("loss", paddle, torch))
 
 
 def disagreement(paddle: Record, torch: Record) -> str | None:
@@ -206,7 +264,7 @@ def disagreement(paddle: Record, torch: Record) -> str | None:
     ours, theirs = _skipped(paddle), _skipped(torch)
     if ours != theirs:
         return f"steps.grad_norm: the skipped steps differ: {ours or 'none'} ≠ {theirs or 'none'}"
-    for curve, found, limit in _limited([paddle], [torch]):
+    for curve, found, limit in _limited(paddle, torch):
         worst = max(range(len(found)), key=found.__getitem__)
         if not found[worst] <= limit:
             values = [getattr(record.steps, curve)[worst] for record in (paddle, torch)]
@@ -224,7 +282,7 @@ def model_of(record: Record) -> tuple[str, str]:
     """Family and name; of a run whose checkpoint was never read, by its flags."""
     if record.model is not None:
         return record.model.family, record.model.name
-    name = _flags(record).get("--model", "unknown")
+    name = flags_of(record).get("--model", "unknown")
     return (PRESETS[name].config["model_type"] if name in PRESETS else "other"), Path(name).name
 
 
@@ -262,27 +320,6 @@ def _place(group: tuple[Any, ...]) -> tuple[Any, ...]:
     return group[0], rank_of(group[1]), list(METHODS).index(group[2]), group[3:]
 
 
-def _first_disagreement(paddle: list[Record], torch: list[Record]) -> str | None:
-    """The first `disagreement` of each run with each of the other side, without looking at each pair."""
-    if not _disagree(paddle, torch):
-        return None
-    first = bisect.bisect_left(range(len(paddle)), True, key=lambda i: _disagree(paddle[: i + 1], torch))
-    return next(filter(None, (disagreement(paddle[first], other) for other in torch)))
-
-
-def _disagree(paddle: list[Record], torch: list[Record]) -> bool:
-    """Whether any run disagrees with any of the other side."""
-    skipped = {tuple(_skipped(record)) for record in (*paddle, *torch)}
-    if any(_contradiction(ours, theirs) for ours, theirs in itertools.product(_models(paddle), _models(torch))):
-        return True
-    return len(skipped) > 1 or any(not max(found) <= limit for _, found, limit in _limited(paddle, torch))
-
-
-def _models(records: list[Record]) -> list[Record]:
-    """One record for each model that was built."""
-    return list({record.model and record.model.model_dump_json(): record for record in records}.values())
-
-
 def _contradiction(paddle: Record, torch: Record) -> str | None:
     """What the models that two runs built differ in; older records do not say what was built."""
     built = [record.model and record.model.built for record in (paddle, torch)]
@@ -296,25 +333,19 @@ def _skipped(record: Record) -> list[int]:
     return [i for i, norm in enumerate(record.steps.grad_norm, 1) if norm is None]
 
 
-def _limited(paddle: list[Record], torch: list[Record]) -> Iterator[tuple[str, list[float], float]]:
-    """Each curve, its largest relative differences by step, and what is allowed of them."""
-    tolerance = TOLERANCES[paddle[0].setup.dtype]
+def _limited(paddle: Record, torch: Record) -> Iterator[tuple[str, list[float], float]]:
+    """Each curve, its relative differences by step, and what is allowed of them."""
+    tolerance = TOLERANCES[paddle.setup.dtype]
     loss = _relative("loss", paddle, torch)
     yield "loss", loss[:1], tolerance.first_loss
     yield "loss", loss, tolerance.loss
     yield "grad_norm", _relative("grad_norm", paddle, torch), tolerance.gradient
 
 
-def _relative(curve: str, paddle: list[Record], torch: list[Record]) -> list[float]:
-    """The largest relative difference of any two runs at each step; 0 at steps that a side skipped."""
-    found = []
-    by_step = [zip(*(getattr(record.steps, curve) for record in runs), strict=True) for runs in (paddle, torch)]
-    for ours, theirs in zip(*by_step, strict=True):
-        known = [a for a in ours if a is not None]
-        ends = {min(known), max(known)} if known else ()  # nothing between them is further from any b
-        apart = (abs(a - b) / max(abs(b), 1e-12) for b in theirs if b is not None for a in ends)
-        found.append(max(apart, default=0.0))
-    return found
+def _relative(curve: str, paddle: Record, torch: Record) -> list[float]:
+    """The relative differences of a curve at each step; 0 at steps that a side skipped."""
+    steps = zip(getattr(paddle.steps, curve), getattr(torch.steps, curve), strict=True)
+    return [0.0 if a is None or b is None else abs(a - b) / max(abs(b), 1e-12) for a, b in steps]
 
 
 def _cells(records: list[Record]) -> list[Cell]:
@@ -330,28 +361,23 @@ def _cells(records: list[Record]) -> list[Cell]:
     for attempt, record in bad:
         if attempt not in done:
             ended[(*attempt, record.status)].append(record)
-    failed = {attempt for attempt, _ in bad}
     for runs in by_key.values():
         runs.sort(key=turn)
-    return [Cell(runs, _attempt(runs[0]) not in failed) for runs in (*by_key.values(), *ended.values())]
-
-
-def turn(record: Record) -> tuple[int, str]:
-    """The round that a suite gave a run, by its file's name, and when it started: a round may have been run again."""
-    number = re.search(r"-r(\d+)\.json$", _out(record))
-    return int(number[1]) if number else 0, record.started_at
+    return [Cell(runs) for runs in (*by_key.values(), *ended.values())]
 
 
 def _attempt(record: Record) -> tuple[Any, ...]:
-    """What was tried: the setup, the commit and the command but for its --out."""
-    out = _out(record)
-    return setup_of(record), record.git.revision, *(w for w in record.argv if w not in ("--out", out, f"--out={out}"))
+    """What was tried: the setup, the commit and the command but for what changes from round to round."""
+    out = out_of(record)
+    words = (w for w in record.argv if w not in ("--out", out, f"--out={out}") and not w.startswith("--plan-seed"))
+    return setup_of(record), record.git.revision, *words
 
 
-def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[str | None, Cell | None, Cell | None]]:
+def _pairs(paddle: list[Cell], torch: list[Cell], near: Near) -> list[tuple[str | None, Cell | None, Cell | None]]:
     """Which cells make a row, and what kind: like for like, the best of each on the same work, then the rest.
 
     Of the rest, a cell is shown alone, or beside the other side's of the same setup or one that differs in precision.
+    Of a side whose runs were all disturbed a disturbed one is the best.
     """
     ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
     pairs: list[tuple[str | None, Cell | None, Cell | None]] = []
@@ -362,9 +388,11 @@ def _pairs(paddle: list[Cell], torch: list[Cell]) -> list[tuple[str | None, Cell
     for a in (cell for cell in ours if cell.rate):
         if waiting := alike[a.work, a.setup]:
             like.append((a, waiting.popleft()))
+    for a in sorted((cell for cell in ours if cell.rate), key=lambda cell: bool(cell.disturbed)):
         if a.work not in best:
-            # Fastest first, so the first two of the same work are its best.
-            b = next((b for b in same_work[a.work] if not disagreement(a.first, b.first)), None)
+            # Fastest first, so the first two of the same work are its best; after them those that were disturbed.
+            calm = sorted(same_work[a.work], key=lambda cell: bool(cell.disturbed))
+            b = next((b for b in calm if _is_one_training(a, b, near)), None)
             if b:
                 best[a.work] = a, b
     pairs += [(LIKE_FOR_LIKE, a, b) for a, b in sorted(like, key=lambda pair: _order(pair[0].first))]
@@ -402,52 +430,114 @@ def _order(record: Record) -> tuple[int, ...]:
 
 
 def _row(
-    group: tuple[Any, ...], compared: str | None, paddle: Cell | None, torch: Cell | None, told_apart: bool
+    group: tuple[Any, ...], compared: str | None, paddle: Cell | None, torch: Cell | None, told_apart: bool, near: Near
 ) -> Row:
     family, model, method, devices, bsz = group
-    speedup = interval = refusal = note = None
-    apart: dict[str, float] = {}
+    refusal = note = None
+    rounds, apart = Rounds([], 0), {}
     if paddle and torch and paddle.rate and torch.rate:
         if paddle.work != torch.work:
-            different = differences(paddle.first, torch.first)
-            refusal, note = "not the same work", f"not the same work: {'; '.join(different)}"
+            refusal = "not the same work"
+            note = f"{refusal}: {'; '.join(differences(paddle.first, torch.first))}"
         else:
-            loss, norm = (_relative(curve, paddle.records, torch.records) for curve in ("loss", "grad_norm"))
-            apart = {"parity": max(loss), "parity_first": loss[0], "parity_norm": max(norm)}
-            note = _first_disagreement(paddle.records, torch.records)
-            if note:
-                refusal = "models differ" if note.startswith("model.") else "losses differ"
-            else:
-                speedup = paddle.rate / torch.rate - 1
-                interval = _interval(paddle, torch)
+            near = near if compared == BEST_OF_EACH else beside
+            rounds = pair_rounds(paddle.records, torch.records, near)
+            refusal, note = _refusal(paddle, torch, rounds)
+            apart = _apart(rounds)
     sides = [cell for cell in (paddle, torch) if cell]
-    notes = [f"{cell.first.framework} {remark}" for cell in sides for remark in _remarks(cell)]
-    what = [_on_what(cell.first) for cell in sides if cell.rate and told_apart][:1]
+    notes = [note, *_remarks_of_rounds(rounds)]
+    notes += [f"{cell.first.framework} {remark}" for cell in sides for remark in _remarks(cell)]
+    if any(cell.rate for cell in sides):
+        unknown = [cell.first.framework for cell in sides if any(r.conditions is None for r in cell.records)]
+        notes += [f"conditions not recorded ({' and '.join(unknown)})"] * bool(unknown)
+    notes += [_on_what(cell.first) for cell in sides if cell.rate and told_apart][:1]
+    ratios = rounds.log_ratios
     return Row(
         family=family,
         model=model,
         method=method,
         num_gpus=devices,
         batch_size=bsz,
-        **_side("paddle", paddle),
-        **_side("torch", torch),
-        speedup=speedup,
-        interval=interval,
+        **_side("paddle", paddle, rounds.rates[0]),
+        **_side("torch", torch, rounds.rates[1]),
+        speedup=None if refusal or not ratios else math.expm1(statistics.fmean(ratios)),
+        interval=None if refusal else rounds.interval,
         refusal=refusal,
         compared=compared,
-        parity=apart.get("parity"),
-        parity_first=apart.get("parity_first"),
-        parity_norm=apart.get("parity_norm"),
-        note="; ".join(filter(None, [note, *notes, *what])) or None,
+        note="; ".join(filter(None, notes)) or None,
         tuned=all(cell.first.setup.tuned for cell in sides),
+        rounds=len(rounds.pairs),
+        dropped=rounds.dropped,
+        round_noise=statistics.stdev(ratios) if len(ratios) > 1 else None,
+        **apart,
     )
 
 
-def _interval(ours: Cell, theirs: Cell) -> tuple[float, float] | None:
-    """The 95% interval of ours ÷ theirs − 1; None where a round has one side alone."""
-    rounds = [[turn(record)[0] for record in cell.records] for cell in (ours, theirs)]
-    whole = ours.whole and theirs.whole and rounds[0] == rounds[1]
-    return ratio_interval(ours.rates, theirs.rates) if whole else None
+def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str | None]:
+    """Why two cells of the same work have no speedup, in a few words and in full."""
+    if not rounds.pairs:
+        plans = [{record.plan.sha256 for record in cell.records if record.plan} for cell in (paddle, torch)]
+        if not plans[0] & plans[1]:
+            ours, theirs = (min(plan)[:12] for plan in plans)
+            return "not the same work", f"not the same work: plan.sha256: {ours} ≠ {theirs}"
+        return "no complete round", (
+            f"no complete round: the two sides of each started more than {APART / 60:g} minutes and {RUNS_APART} runs "
+            "apart; run them beside each other"
+        )
+    if fault := next(filter(None, itertools.starmap(disagreement, rounds.pairs)), None):
+        return ("models differ" if fault.startswith("model.") else "losses differ"), fault
+    disturbed = [cell.disturbed for cell in (paddle, torch) if cell.disturbed]
+    if disturbed:
+        what = "; ".join(disturbed)
+        return f"disturbed: {what}", "disturbed rounds say nothing: run_all.sh measures them again"
+    return None, None
+
+
+def _apart(rounds: Rounds) -> dict[str, float]:
+    """The largest relative differences of the two sides of any round."""
+    found: dict[str, float] = {}
+    for ours, theirs in rounds.pairs:
+        loss, norm = (_relative(curve, ours, theirs) for curve in ("loss", "grad_norm"))
+        for name, value in (("parity", max(loss)), ("parity_first", loss[0]), ("parity_norm", max(norm))):
+            found[name] = max(found.get(name, 0.0), value)
+    return found
+
+
+def _is_one_training(a: Cell, b: Cell, near: Near) -> bool:
+    pairs = pair_rounds(a.records, b.records, near).pairs
+    return bool(pairs) and not any(itertools.starmap(disagreement, pairs))
+
+
+def _remarks_of_rounds(rounds: Rounds) -> list[str]:
+    """What a reader must know of the rounds of a pair."""
+    remarks = []
+    if rounds.pairs and rounds.dropped:
+        remarks.append(
+            f"{rounds.dropped} round(s) left out: of one side alone, or with sides that started too far apart"
+        )
+    for i in outlying([math.exp(ratio) for ratio in rounds.log_ratios]):
+        ratio = math.expm1(rounds.log_ratios[i])
+        remarks.append(f"round {i + 1} of {len(rounds.pairs)} stands apart by its ratio ({ratio:+.1%})")
+    if change := drift_between(rounds.pairs):
+        remarks.append(f"paddle's steps ÷ torch's changed by {change:+.0%} in the second half of the timed ones")
+    return remarks
+
+
+def _runners_up(best: Cell, cells: list[Cell], near: Near) -> str | None:
+    """The next setup of the same framework on the same work, and whether the rounds tell it from the best."""
+    others = [cell for cell in cells if cell is not best and cell.rate and cell.work == best.work]
+    others = [cell for cell in others if cell.setup != best.setup and not cell.disturbed]
+    if not others:
+        return None
+    second = max(others, key=lambda cell: cell.rate or 0.0)
+    rounds = pair_rounds(second.records, best.records, near)
+    text = f"{best.first.framework}'s runner-up is {second.setup}"
+    if not rounds.pairs:
+        return f"{text}, in no round with the best"
+    text += f" ({math.expm1(statistics.fmean(rounds.log_ratios)):+.1%}"
+    if rounds.interval is None:
+        return f"{text}, one round)"
+    return f"{text}, {'a tie' if is_across_zero(rounds.interval) else 'told apart'})"
 
 
 def _remarks(cell: Cell) -> list[str]:
@@ -462,24 +552,20 @@ def _remarks(cell: Cell) -> list[str]:
         remarks.append(f"ran {' and '.join(first.kernels.attention)}")
     if change := drift_of(cell.records):
         remarks.append(drift_in_words(change))
+    known = [record for record in cell.records if record.conditions]
+    taken = [record.disturbance for record in known if record.disturbance]
+    if taken and MARKED <= max(taken)[0] < DISTURBED:
+        remarks.append(f"was marked: {max(taken)[1]}")
+    remarks += dict.fromkeys(remark for record in known for remark in record.conditions.remarks())
+    if known and (seconds := min(record.conditions.seconds for record in known)) < LEAST_SECONDS:
+        remarks.append(f"was timed for {seconds:.1f} s alone, and {LEAST_SECONDS:g} s tell what others took")
     for i in outlying(cell.rates):
         remarks.append(
             f"run {i + 1} of {runs} stands apart ({cell.rates[i]:.0f} for a median of "
-            f"{statistics.median(cell.rates):.0f}, {_out(cell.records[i])}): see what else ran then, and measure the "
+            f"{statistics.median(cell.rates):.0f}, {out_of(cell.records[i])}): see what else ran then, and measure the "
             "pair again (--fresh --only), or add rounds (--repeats)"
         )
     return remarks
-
-
-def _out(record: Record) -> str:
-    """Which file it was, by its flags, which need not name one."""
-    return _flags(record).get("--out", record.started_at)
-
-
-def _flags(record: Record) -> dict[str, str]:
-    """The value of each flag that was given one (of a bare flag, the word after it)."""
-    words = list(itertools.chain.from_iterable(word.split("=", 1) for word in record.argv))
-    return {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
 
 
 def _on_what(record: Record) -> str:
@@ -493,13 +579,17 @@ def _on_what(record: Record) -> str:
     )
 
 
-def _side(framework: str, cell: Cell | None) -> dict[str, Any]:
+def _side(framework: str, cell: Cell | None, rates: list[float]) -> dict[str, Any]:
+    """What a row says of one side; `rates` are those of the complete rounds."""
+    rates = rates or (cell.rates if cell else [])
+    taken = [record.disturbance[0] for record in (cell.records if cell else []) if record.disturbance]
     return {
         f"{framework}_setup": cell.setup if cell else None,
         f"{framework}_status": cell.first.status if cell else None,
-        f"{framework}_effective_tokens_per_second": cell.rate if cell else None,
-        f"{framework}_spread": spread(cell.rates) if cell else None,
+        f"{framework}_effective_tokens_per_second": statistics.geometric_mean(rates) if rates else None,
+        f"{framework}_spread": spread(rates),
         f"{framework}_runs": len(cell.records) if cell else 0,
+        f"{framework}_disturbance": max(taken, default=None),
     }
 
 
@@ -524,7 +614,8 @@ def _work(record: Record) -> dict[str, Any]:
     """What must be equal for two runs to have done the same work on the same machine."""
     plan, model, steps, hardware = record.plan, record.model, record.steps, record.hardware
     return {
-        "plan.sha256": plan and plan.sha256,
+        # Rounds have batches of their own, drawn from the same samples.
+        "plan.drawn_from" if plan and plan.drawn_from else "plan.sha256": plan and (plan.drawn_from or plan.sha256),
         "model.parameters": model and model.parameters,
         "model.trainable_parameters": model and model.trainable_parameters,
         "model.config_sha256": model and model.config_sha256,

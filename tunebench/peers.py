@@ -1,12 +1,14 @@
 """The table of peers: what users would pick instead, beside this project's scripts on the same samples."""
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 
-from tunebench.join import METHODS, Cell, model_of, rank_of, setup_of, turn
+from tunebench.join import METHODS, Cell, model_of, rank_of, setup_of
 from tunebench.record import Record
-from tunebench.stats import ratio_interval, spread
+from tunebench.rounds import Rounds, round_of, turn
+from tunebench.stats import spread
 from tunebench.tables import NOT_AVAILABLE, figure, markdown, measured_on
 
 BASELINES = {"torch": "hf-trainer", "paddle": "paddlenlp-trainer"}  # each framework's own trainer, as it comes
@@ -61,11 +63,9 @@ def _lines(members: list[Record], baseline: str) -> list[list[str]]:
         if not cell.records:
             lines.append([name, figure(None, rows[name][0].status), *[NOT_AVAILABLE] * (len(COLUMNS) - 2)])
             continue
-        by_round = [{turn(record)[0]: record for record in each.records} for each in (cell, base)]
-        shared = sorted(by_round[0].keys() & by_round[1].keys())
-        rates = [[by_round[i][n].effective_tokens_per_second for n in shared] for i in (0, 1)]
-        ratio = statistics.geometric_mean([a / b for a, b in zip(*rates, strict=True)]) if shared else None
-        interval = ratio_interval(*rates)
+        by_round = [{round_of(record): record for record in each.records} for each in (cell, base)]
+        rounds = Rounds([(by_round[0][n], by_round[1][n]) for n in sorted(by_round[0].keys() & by_round[1].keys())], 0)
+        ratio = math.exp(statistics.fmean(rounds.log_ratios)) if rounds.pairs else None
         first, spread_of = cell.first.steps, spread(cell.rates)
         rounds = [record.useful_flops for record in cell.records]
         mfu = (
@@ -81,7 +81,9 @@ def _lines(members: list[Record], baseline: str) -> list[list[str]]:
                 f"{sum(first.effective_tokens) / sum(first.padded_tokens):.0%}",
                 NOT_AVAILABLE if mfu is None else f"{mfu:.2f}",
                 NOT_AVAILABLE if ratio is None else f"{ratio:.2f}",
-                NOT_AVAILABLE if interval is None else f"{1 + interval[0]:.2f} to {1 + interval[1]:.2f}",
+                NOT_AVAILABLE
+                if rounds.interval is None
+                else "{:.2f} to {:.2f}".format(*(1 + end for end in rounds.interval)),
                 str(len(cell.records)),
             ]
         )

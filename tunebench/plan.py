@@ -25,7 +25,7 @@ from tunebench.flags import FIXED, HUB, Flags, is_named
 from tunebench.processes import dying_with_parent
 from tunebench.record import PlanInfo
 
-PLAN_VERSION = 3  # part of the cache key: raise it when the same inputs would give another plan
+PLAN_VERSION = 4  # part of the cache key: raise it when the same inputs would give another plan
 PROMPT_TOKENS, RESPONSE_TOKENS = 256, 384  # the published record's limits; the response's EOS comes on top
 IGNORED = -100  # the label of a position that is not trained on
 
@@ -153,6 +153,7 @@ class Plan:
             samples=self.about["samples"],
             skipped=self.about["skipped"],
             remarks=self.about["remarks"],
+            drawn_from=self.about["drawn_from"],
             effective_tokens=sum(map(self.effective_tokens, run)),
             padded_tokens=sum(map(self.padded_tokens, run)),
             label_tokens=sum(map(self.label_tokens, run)),
@@ -171,6 +172,10 @@ class Samples:
     def lengths(self) -> np.ndarray:
         """Tokens of each, prompt, response and EOS."""
         return np.diff(self.offsets)
+
+    def digest(self) -> str:
+        """A digest of all tokens, and where samples and responses start."""
+        return hashlib.sha256(save(vars(self))).hexdigest()
 
     @classmethod
     def of(cls, samples: list[Sample]) -> Self:
@@ -246,7 +251,9 @@ def write_samples(path: Path, about: dict[str, Any], samples: Samples) -> None:
 def plan_path(options: dict[str, Any], checkpoint: Checkpoint) -> Path:
     """Where the plan of these flags lies: a name made of everything that the plan depends on."""
     parts = [tokens_key(options, checkpoint), _file_key(ROOT / "data" / "batching.py")]
-    parts += [options[name] for name in ("bsz", "steps", "epochs", "order", "packing")]
+    parts += [options[name] for name in ("bsz", "steps", "epochs", "order", "packing", "plan_seed")]
+    if options["steps"] and options["paired_halves"]:
+        parts += [min(options["warmup_steps"], options["steps"] - 1)]
     parts += [options["seed"]] * (options["order"] == "grouped" or options["packing"] > 0)
     name = data_name(options["data"]).replace(":", "-")
     if not is_named(options["data"]):
@@ -282,6 +289,8 @@ def _prepare(flags: Flags) -> None:
     arguments += [f"--samples={flags.samples}"] * (flags.samples is not None) + ["--skip-bad"] * flags.skip_bad
     arguments += [f"--order={flags.order}", f"--packing={flags.packing}"]
     arguments += [f"--epochs={flags.epochs}"] if flags.epochs else [f"--steps={flags.steps}"]
+    arguments += [f"--warmup-steps={flags.warmup_steps}", f"--plan-seed={flags.plan_seed}"]
+    arguments += ["--no-paired-halves"] * (not flags.paired_halves)
     command = [sys.executable, ROOT / "data" / "prepare.py", *arguments, f"--seed={flags.seed}"]
     done = subprocess.run(command, check=False, preexec_fn=dying_with_parent())
     if done.returncode:

@@ -28,8 +28,7 @@ from tunebench.join import (
 )
 from tunebench.record import Record, first_fault
 from tunebench.record import Strict as Part
-from tunebench.stats import is_across_zero
-from tunebench.tables import NOT_AVAILABLE, SETUP_COLUMNS, figure, markdown
+from tunebench.tables import NOT_AVAILABLE, SETUP_COLUMNS, figure, markdown, verdict
 
 FOLDER = ROOT / "results" / "published"
 FAMILIES = {"bloom": "Bloom", "llama": "Llama", "chatglm": "ChatGLM"}
@@ -467,9 +466,7 @@ def _fields(table: Table, pair: Pair) -> dict[str, Any]:
 
 
 def _against_texts(row: Against) -> list[str]:
-    speedup = _percent(row.here_speedup)
-    if row.here_interval and is_across_zero(row.here_interval):
-        speedup = "no difference"
+    speedup = NOT_AVAILABLE if row.here_speedup is None else verdict(row.here_speedup, row.here_interval)
     return [
         row.model,
         METHODS[row.method],

@@ -19,6 +19,7 @@ BUILT_TOLERANCE = 1e-5  # relative, of what float32 makes of a model's constants
 Seconds = Annotated[float, Field(gt=1e-9, lt=1e9)]
 Count = Annotated[int, Field(gt=0, lt=2**53)]
 Amount = Annotated[int, Field(ge=0, lt=2**63)]
+Duration = Annotated[float, Field(ge=0, lt=1e12)]
 Curve = Annotated[float, Field(ge=0, lt=1e39)]  # float32 ends there
 
 
@@ -150,7 +151,8 @@ class Kernels(Strict):
 class PlanInfo(Strict):
     """Which tokens were trained on, counted over all steps of the run; `skipped` samples were malformed.
 
-    `remarks` are what was printed of the data, such as the columns that were left out.
+    `remarks` are what was printed of the data, such as the columns that were left out. `drawn_from` is a digest of the
+    samples that the batches were drawn from and of how: plans that differ in --plan-seed alone have the same.
     """
 
     data: str
@@ -161,6 +163,7 @@ class PlanInfo(Strict):
     padded_tokens: Amount
     label_tokens: Amount
     remarks: list[str] = []
+    drawn_from: str | None = None
 
 
 class Steps(Strict):
@@ -184,6 +187,85 @@ class Steps(Strict):
         if len(set(lengths.values())) > 1:
             raise ValueError(f"the lists differ in length: {lengths}")
         return self
+
+
+class Taker(Strict):
+    """Processes of one name that are not the run's, and the core-seconds that they took of the timed steps."""
+
+    name: str
+    core_seconds: Duration
+
+
+class Device(Strict):
+    """What else used a GPU at the end of the timed steps; None where NVIDIA's library does not tell.
+
+    `processes` are others, `memory_bytes` theirs and `share` their part of its time in the timed steps. `throttled` are
+    the reasons that held its clocks down.
+    """
+
+    processes: Amount | None
+    memory_bytes: Amount | None
+    share: Duration | None
+    throttled: list[str]
+    sm_clock_mhz: Amount | None
+
+
+MARKED, DISTURBED = 0.01, 0.05  # of a core or a GPU: from here on a table says it, from there on there is no speedup
+HARMFUL = ("thermal", "brake", "hardware")  # in a reason to throttle: the others are a GPU's usual limits
+
+
+class Conditions(Strict):
+    """What else the machine did during the timed steps, on the node of rank 0.
+
+    `seconds` are those between the two readings. Core-seconds are those of the `cores` that the run may use: `busy`
+    with any process, taken by the hypervisor (`steal`), `idle`, and the run's `own`. `takers` are the other processes
+    that took most, as far as they can be seen from here. `run_delay_seconds` is how long the run's threads waited for
+    a core, summed. Swapped and faulted pages are the machine's and the run's; `memory_stall_seconds` is how long some
+    process waited for memory. `mhz` are the cores' mean clocks at both ends. None where the system does not tell.
+    """
+
+    seconds: Seconds
+    cores: Count
+    busy_core_seconds: Duration
+    steal_core_seconds: Duration
+    idle_core_seconds: Duration
+    own_core_seconds: Duration
+    takers: list[Taker]
+    run_delay_seconds: Duration | None
+    involuntary_switches: Amount
+    major_faults: Amount
+    swapped_bytes: Amount | None
+    memory_stall_seconds: Duration | None
+    mhz: tuple[Duration, Duration] | None
+    gpus: list[Device]
+
+    @property
+    def others_cores(self) -> float:
+        """Core-seconds that others took per second: (busy + steal - own) ÷ wall."""
+        taken = self.busy_core_seconds + self.steal_core_seconds - self.own_core_seconds
+        return max(0.0, taken) / self.seconds
+
+    def disturbance(self, on_gpu: bool) -> tuple[float, str]:
+        """The largest share of a core or a GPU that others took, and what took it in words.
+
+        Beside a GPU others may use cores that stand idle: there counts what is beyond these.
+        """
+        cores = max(0.0, self.others_cores - self.idle_core_seconds / self.seconds * on_gpu)
+        named = [f"{taker.name} {taker.core_seconds / self.seconds:.1%}" for taker in self.takers]
+        named += [f"the hypervisor {self.steal_core_seconds / self.seconds:.1%}"] * (self.steal_core_seconds > 0)
+        found = [(cores, f"others took {cores:.1%} of a core" + f" ({', '.join(named)})" * bool(named))]
+        for i, gpu in enumerate(self.gpus):
+            found.append((gpu.share or 0.0, f"other processes took {gpu.share or 0.0:.0%} of GPU {i}"))
+        return max(found)
+
+    def remarks(self) -> list[str]:
+        """What else a reader must know: swapping, throttled or shared GPUs."""
+        lines = [f"{self.swapped_bytes >> 20} MiB were swapped"] * ((self.swapped_bytes or 0) >= 2**20)
+        for i, gpu in enumerate(self.gpus):
+            reasons = [reason for reason in gpu.throttled if any(word in reason for word in HARMFUL)]
+            lines += [f"GPU {i} was throttled: {', '.join(reasons)}"] * bool(reasons)
+            lines += [f"GPU {i} was shared with {gpu.processes} other process(es)"] * bool(gpu.processes)
+        return lines
 
 
 class Record(Strict):
@@ -211,6 +293,7 @@ class Record(Strict):
     timed_from: Amount
     setup_seconds: Seconds | None
     peak_memory_bytes: list[Amount]
+    conditions: Conditions | None = None  # older records have none, nor has a run that did not end ok
     matmul_flops: list[Amount] = []  # per second, of each process: the framework's own matrix product, in this run
     log: list[str]
 
@@ -236,6 +319,16 @@ class Record(Strict):
     def devices(self) -> int:
         """Processes of the whole job: one per GPU on a machine with GPUs."""
         return self.setup.nproc * self.setup.nnodes
+
+    @property
+    def disturbance(self) -> tuple[float, str] | None:
+        """What share of a core or a GPU others took of the timed steps, and in words; None where it is not known."""
+        return self.conditions and self.conditions.disturbance(on_gpu=self.hardware.device != "cpu")
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others took so much that the rate says nothing of the framework."""
+        return self.disturbance is not None and self.disturbance[0] >= DISTURBED
 
     @property
     def effective_tokens_per_second(self) -> float:

@@ -43,7 +43,10 @@ def set_aside(folder: Path, *paths: Path) -> Path:
     """Moves what there is of `paths` out of a series' results in `folder`, and says where to."""
     previous = folder.parent / ".previous" / f"{folder.name}-{NOW}"
     for path in filter(Path.exists, paths):
-        target = previous / path.relative_to(folder)
+        target, number = previous / path.relative_to(folder), 1
+        while target.exists():  # the same run was set aside before
+            number += 1
+            target = target.with_name(f"{path.stem}.{number}{path.suffix}")
         target.parent.mkdir(parents=True, exist_ok=True)
         path.rename(target)
     return previous

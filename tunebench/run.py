@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ from typing import Any, Literal, NamedTuple, NoReturn
 
 import psutil
 
-from tunebench import processes
+from tunebench import conditions, processes
 from tunebench.bootstrap import ROOT, has_instructions, own_home
 from tunebench.cache import cache_folder, results_folder, write_atomically
 from tunebench.checkpoint import Checkpoint, find_checkpoint
@@ -37,7 +38,7 @@ from tunebench.hardware import (
 )
 from tunebench.launch import ALONE, RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR, World, export, read_world, share_threads
 from tunebench.plan import Plan, load_plan
-from tunebench.record import LOG_LINES, Built, Git, Kernels, Model, Record, Setup, Steps
+from tunebench.record import LOG_LINES, MARKED, Built, Conditions, Git, Kernels, Model, Record, Setup, Steps
 
 Framework = Literal["torch", "paddle"]
 Method = Literal["full", "lora"]
@@ -201,6 +202,8 @@ class Run:
         self.losses_are_whole = self.flags.replicas == 1  # or each process knows only those of its share
         self.grad_norms: list[Any] = []
         self.written = False
+        self.before: conditions.Reading | None = None  # of the timed steps
+        self.conditions: Conditions | None = None
 
     def describe(self, device: str, parameters: int, trainable: int, built: Built) -> None:
         """Keeps the device, the framework's counts and what it built. RuntimeError where the config contradicts these.
@@ -244,6 +247,8 @@ class Run:
         """Starts the clock of the first step."""
         self._synchronize = synchronize
         synchronize()
+        if not self.flags.warmup_steps:
+            self._look_before()
         self._clock = time.perf_counter()
         self.setup_seconds = time.time() - _started()
         self.say(f"start-up took {self.setup_seconds:.1f} s")
@@ -257,13 +262,29 @@ class Run:
         done = len(self.seconds) + 1
         if done in (self.flags.warmup_steps, self.plan.steps):
             self._synchronize()
+        if done == self.flags.warmup_steps:
+            self._look_before()
         now = time.perf_counter()
+        if done == self.plan.steps and self.before:
+            self.conditions = conditions.between(self.before, conditions.read(self.root))
         self.seconds.append(now - self._clock)
         self._clock = now
         self.losses.append(loss)
         self.grad_norms.append(grad_norm)
         rate = self.plan.effective_tokens(done - 1) / self.seconds[-1]
         self.say(f"step {done}/{self.plan.steps}: {self.seconds[-1]:.3f} s, {rate:.0f} effective tokens/s")
+
+    def _look_before(self) -> None:
+        """Reads the machine before the timed steps, on one process: the others wait for it at their next exchange."""
+        if not self.world.rank:
+            self.before = conditions.read(self.root)
+
+    @functools.cached_property
+    def root(self) -> int:
+        """The process that all of this run's on this node descend from."""
+        if RUN_SUPERVISOR in os.environ:
+            return int(os.environ[RUN_SUPERVISOR])
+        return conditions.root_of_run(sys.argv[0], self.world.nproc) if self.world.size > 1 else os.getpid()
 
     def finish(self, losses: list[float], peak_memory_bytes: list[int], matmul_flops: list[int]) -> None:
         """Writes the record of a run whose steps are all done; FloatingPointError on a loss that is not finite.
@@ -289,6 +310,10 @@ class Run:
             f"loss {steps.loss[0]:.4f} -> {steps.loss[-1]:.4f}, {record.effective_tokens_per_second:.1f} effective "
             f"tokens/s over {len(steps.seconds) - record.timed_from} timed steps, record: {self.out}"
         )
+        if record.disturbance:
+            share, words = record.disturbance
+            level = "disturbed: " if record.disturbed else "warning: " if share >= MARKED else "the machine was quiet: "
+            self.say("; ".join([level + words, *record.conditions.remarks()]))
         if change:
             self.say(f"warning: the run {drift_in_words(change)} (--warmup-steps is {self.flags.warmup_steps})")
 
@@ -333,6 +358,7 @@ class Run:
             setup_seconds=self.setup_seconds,
             peak_memory_bytes=list(peak_memory_bytes),
             matmul_flops=list(matmul_flops),
+            conditions=self.conditions if status == "ok" else None,
             log=list(log[-LOG_LINES:]),
             **self.about,
         )

@@ -28,17 +28,20 @@ from pathlib import Path
 from rich.live import Live
 from rich.text import Text
 
-from tunebench import processes
+from tunebench import conditions, processes
 from tunebench.cache import results_folder
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Parser, positive
-from tunebench.record import LOG_LINES, Record, read_record
+from tunebench.record import DISTURBED, LOG_LINES, Record, read_record
 from tunebench.resume import FINAL, record_before, set_aside
+from tunebench.rounds import beside, started_lately
 from tunebench.run import describe_run
 from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
 
 PROGRAM = "run_all.sh"
 GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
+MOST_WAITING, LOOK_AROUND = 300.0, 1.0  # seconds to wait for a quiet machine, and of a look at it
+TRIES_AGAIN = 2  # of a round that others disturbed
 LOOK, LINE = 0.25, 10.0  # seconds between two looks at a run, two lines about it; rare: the cores are the run's
 STEP = re.compile(rb"step (\d+)/(\d+): ([\d.]+) s, (\d+) effective tokens/s")
 
@@ -58,6 +61,7 @@ def main() -> int:
         help="from the start; earlier results (with --only or --aa: those runs') move to results/.previous/",
     )
     add("--aa", action="store_true", help="each side against itself instead: what a difference is worth here")
+    add("--anyway", action="store_true", help="do not wait for a quiet machine, nor measure disturbed rounds again")
     add("--dry-run", action="store_true", help="print the runs, start none")
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
@@ -85,17 +89,25 @@ def main() -> int:
             only_these = options.only or options.aa
             set_aside(folder, *((p for r in runs for p in (r.record, r.log)) if only_these else folder.iterdir()))
         print(f"suite {path.stem} ({suite.title}), records in {folder}/")
-        return run_all(runs, folder, suite.minutes and suite.minutes * 60 / (2 * len(suite.pair)))
+        if (options.repeats or suite.repeats) == 1:
+            print("one round: a look, whose small differences say nothing; --repeats 4 gives intervals")
+        return run_all(runs, folder, suite.minutes and suite.minutes * 60 / (2 * len(suite.pair)), options.anyway)
 
 
-def run_all(runs: list[Planned], folder: Path, expected: float | None) -> int:
+def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: bool) -> int:
     """Runs what is not done, whatever became of the others, and prints the tables after each pair; the exit code.
 
-    `expected` are the seconds of one run, as far as they are known before.
+    `expected` are the seconds of one run, as far as they are known before. Unless `anyway`, each run waits for a quiet
+    machine, and the sides of a round of which others disturbed one run again.
     """
     from tunebench.tables import print_tables
 
     before = [record_before(run.record, run.argv, run.flags.nproc) for run in runs]
+    rounds = [list(group) for _, group in itertools.groupby(range(len(runs)), key=lambda i: _round(runs[i]))]
+    if not anyway:
+        for members in rounds:
+            for i, why in _to_run_again([before[i][0] for i in members]).items():
+                before[members[i]] = None, why
     to_run = sum(record is None for record, _ in before)
     print(f"runs: {len(runs)}, done already: {len(runs) - to_run}")
     if expected and to_run:
@@ -105,33 +117,98 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None) -> int:
             print(f"done already: {run.name}: {_result(record)}")
     bad: list[str] = []
     took: list[float] = []  # seconds of each run so far
+    again, disturbed = 0, []
     ran = False
-    for _, pair in itertools.groupby(range(len(runs)), key=lambda i: (runs[i].round, runs[i].pair)):
+    for members in rounds:
         ran = False
-        for i in pair:
-            run, (record, why) = runs[i], before[i]
-            if record is not None:
-                continue
-            title = f"[{i + 1}/{len(runs)}] {run.name}"
-            if why:  # what is there could pass for the record to come
-                print(f"{title}: again, since {why}; the old one moves to {set_aside(folder, run.record, run.log)}/")
-            record = None if stop_signals else _execute(run, title, took, to_run - len(took) - 1)
-            if record is None:
-                done = sum(record_before(run.record, run.argv, run.flags.nproc)[0] is not None for run in runs)
-                command = ["bash", PROGRAM, *(argument for argument in sys.argv[1:] if argument != "--fresh")]
-                print(f"interrupted with {done} of {len(runs)} runs done; `{shlex.join(command)}` goes on from here")
-                return 130
-            print(f"{title}: {_result(record)}, {_duration(took[-1])}")
-            ran = True
-            if record.status not in FINAL:
-                bad.append(f"  {run.name}: {_result(record)}, log: {run.log}")
+        todo = {i: before[i][1] for i in members if before[i][0] is None}
+        records = {i: before[i][0] for i in members}
+        for attempt in range(1 + TRIES_AGAIN * (not anyway)):
+            for i, why in todo.items():
+                run = runs[i]
+                title = f"[{i + 1}/{len(runs)}] {run.name}"
+                if why:  # what is there could pass for the record to come
+                    print(
+                        f"{title}: again, since {why}; the old one moves to {set_aside(folder, run.record, run.log)}/"
+                    )
+                if not anyway and not stop_signals:
+                    wait_until_quiet(title)
+                record = None if stop_signals else _execute(run, title, took, to_run - len(took) - 1)
+                if record is None:
+                    done = sum(record_before(run.record, run.argv, run.flags.nproc)[0] is not None for run in runs)
+                    command = ["bash", PROGRAM, *(argument for argument in sys.argv[1:] if argument != "--fresh")]
+                    print(
+                        f"interrupted with {done} of {len(runs)} runs done; `{shlex.join(command)}` goes on from here"
+                    )
+                    return 130
+                print(f"{title}: {_result(record)}, {_duration(took[-1])}")
+                ran, records[i] = True, record
+            todo = {members[i]: why for i, why in _to_run_again([records[i] for i in members]).items()}
+            if not todo or anyway:
+                break
+            if attempt < TRIES_AGAIN:
+                again, to_run = again + len(todo), to_run + len(todo)
+        for i in members:
+            if records[i].status not in FINAL:
+                bad.append(f"  {runs[i].name}: {_result(records[i])}, log: {runs[i].log}")
+            if records[i].disturbed:
+                disturbed.append(f"  {runs[i].name}: {records[i].disturbance[1]}")
         if ran:
             print_tables([folder])
     if not ran:
         print_tables([folder])
+    if again:
+        print(f"{again} runs were measured again, since others disturbed a side of their round")
+    if disturbed:
+        advice = "" if anyway else "; the same command measures them again"
+        print(
+            f"{len(disturbed)} of {len(runs)} runs were disturbed, and have no speedup{advice}:", *disturbed, sep="\n"
+        )
     if bad:
         print(f"{len(bad)} of {len(runs)} runs did not end well; the same command tries them again:", *bad, sep="\n")
     return 1 if bad else 0
+
+
+def wait_until_quiet(title: str) -> None:
+    """Waits while others take a part of a core or of a GPU, for five minutes at most, and says for what."""
+    deadline = time.monotonic() + MOST_WAITING
+    busy = said = _busy_with()
+    if busy:
+        print(f"{title}: waits for a quiet machine, {_duration(MOST_WAITING)} at most: {busy}")
+    while busy and not stop_signals and time.monotonic() < deadline:
+        busy = _busy_with()
+    if said and not stop_signals:
+        print(f"{title}: " + (f"goes on all the same: {busy}" if busy else "the machine is quiet now"))
+
+
+def _busy_with() -> str:
+    """What others take of the machine just now, in words; empty where it is less than what disturbs a run."""
+    first = conditions.read(os.getpid())
+    time.sleep(LOOK_AROUND)
+    used = conditions.gpu_use()  # by others: no run of this suite has started
+    share, words = conditions.between(first, conditions.read(os.getpid())).disturbance(on_gpu=bool(used))
+    shares = [(share, words), *((use, f"others use {use:.0%} of GPU {i}") for i, use in enumerate(used))]
+    share, words = max(shares)
+    return words if share >= DISTURBED else ""
+
+
+def _round(run: Planned) -> tuple[int, str, str]:
+    """The runs that are compared with each other."""
+    return run.round, run.pair, run.framework if run.side else ""
+
+
+def _to_run_again(records: list[Record | None]) -> dict[int, str]:
+    """Which runs of a round must be measured again, by index, with the reason: all of them where others disturbed one,
+    or where they ran at different times."""
+    done = [record for record in records if record and record.status == "ok"]
+    why = ""
+    if disturbed := next((record for record in done if record.disturbed), None):
+        why = f"{disturbed.framework} was disturbed: {disturbed.disturbance[1]}"
+    elif done and None in records and not all(started_lately(record) for record in done):
+        why = "the other side of its round is still to run"
+    elif done and not all(beside(done[0], other) for other in done):
+        why = "the other side of its round ran at another time"
+    return {i: why for i, record in enumerate(records) if record in done} if why else {}
 
 
 def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record | None:

@@ -130,9 +130,11 @@ def read_suite(path: Path) -> Suite:
 def plan_runs(
     path: Path, suite: Suite, folder: Path, repeats: int, only: str | None, aa: bool = False
 ) -> list[Planned]:
-    """The runs in order, all flags checked: in odd rounds Paddle goes first, in even ones Torch (ABBA).
+    """The runs in order, all flags checked: in even rounds all runs are in reverse, Torch first and the last pair first
+    (ABBA), so that a machine that gets slower or faster favours none.
 
-    With `aa` each side goes against itself in the same way: a first in odd rounds, b in even ones.
+    With `aa` each side goes against itself in the same way: a first in odd rounds, b in even ones. Each round has
+    batches of its own, the same for all sides.
     """
     checked: dict[tuple[str, str], tuple[Flags, list[str]]] = {}
     for pair, framework in itertools.product(suite.pair, ("paddle", "torch")):
@@ -145,11 +147,15 @@ def plan_runs(
         raise BadInput(f"--only {only} fits none of {', '.join(map('/'.join, checked))}")
     runs = []
     sides = list(itertools.product(("paddle", "torch"), ("a", "b") if aa else (None,)))
-    for number, pair in itertools.product(range(1, repeats + 1), suite.pair):
-        for framework, side in sides if number % 2 else reversed(sides):
+    in_order = [(pair, framework, side) for pair in suite.pair for framework, side in sides]
+    for number in range(1, repeats + 1):
+        for pair, framework, side in in_order if number % 2 else reversed(in_order):
             if (pair.name, framework) in wanted:
                 flags, arguments = checked[pair.name, framework]
                 name, own = (f"{framework}-{side}", [f"--aa={side}"]) if side else (framework, [])
+                if number > 1 and "plan_seed" not in flags.given:
+                    own = [*own, f"--plan-seed={number - 1}"]
+                    flags = flags.model_copy(update={"plan_seed": number - 1})
                 record = folder / ("aa" if side else "") / pair.name / f"{name}-r{number}.json"
                 argv = [pair.script, *arguments, *own, f"--out={record}"]
                 who = (pair.name, framework, side, number, METHODS[pair.script])

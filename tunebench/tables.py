@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -20,10 +19,11 @@ from tunebench.join import (
     join,
     load_records,
     model_of,
+    noise_by_machine,
     rank_of,
 )
 from tunebench.record import Record
-from tunebench.stats import is_across_zero
+from tunebench.stats import SAME, is_across_zero, is_within
 
 FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "glm": "ChatGLM2", "bloom": "Bloom"}
 TUNED = ", tuned: each side with the fast flags (`--tuned`)"
@@ -42,12 +42,23 @@ COLUMNS = (
     "Torch Spread",
     "Speedup",
     "95% Interval",
+    "Round Noise",
     "Rounds",
     "Compared",
 )
 PARITY = "Parity (first loss, loss, norm)"
 SETUP_COLUMNS = ("Model", "Setup", "Paddle Effective Tokens/s", "Torch Effective Tokens/s", "Speedup")
-ITSELF_COLUMNS = ("Model", "Method", "Num GPUs", "Batch Size", "Side", "Difference", "95% Interval", "Rounds", "Claim")
+ITSELF_COLUMNS = (
+    "Model",
+    "Method",
+    "Num GPUs",
+    "Batch Size",
+    "Side",
+    "Difference",
+    "95% Interval",
+    "Rounds",
+    "Verdict",
+)
 
 
 def render(rows: list[Row], form: str, records: list[Record], parity: bool = False) -> str:
@@ -76,38 +87,54 @@ def render(rows: list[Row], form: str, records: list[Record], parity: bool = Fal
         parts.extend(_notes(members))
     parts.extend(_setup_tables(rows))
     parts.extend(_noise(records))
-    parts.append(
-        "Speedup = Paddle ÷ Torch − 1. Effective tokens/s leave padding out; warm-up and start-up are not timed. "
-        "The interval is Student's t of the rounds' log ratios; one round has none: repeat with "
-        "`run_all.sh --repeats N` before you trust a small difference. Spread: the standard deviation of a side's runs."
-    )
+    parts.append(_caption(rows))
     return "\n".join(parts)
 
 
+def _caption(rows: list[Row]) -> str:
+    """What the figures above it mean, and how often they miss."""
+    known = sum(row.interval is not None for row in rows)
+    lines = ["Speedup = Paddle ÷ Torch - 1. Effective tokens/s leave padding out; warm-up and start-up are not timed."]
+    if known:
+        lines.append(
+            "The interval is Student's t of the rounds' log ratios: 95% per row, this series, this machine, these "
+            f"batches; of {known} row(s) about {known / 20:.2g} would miss."
+        )
+        lines.append(
+            f"within ±{SAME:.0%}: the whole interval lies there. not told apart: the interval has 0 in it. Spread: the "
+            "standard deviation of a side's runs, mostly the machine's drift. Round noise: that of the rounds' ratios."
+        )
+    if any(row.rounds == 1 for row in rows):
+        lines.append("One round is a look: repeat it before you trust a difference (`run_all.sh --repeats 4`).")
+    return " ".join(lines)
+
+
 def _noise(records: list[Record]) -> list[str]:
-    """What a difference is worth: the comparisons of a side with itself, and the largest that noise alone made."""
+    """What a difference is worth, by machine: the comparisons of a side with itself and their pooled noise."""
     comparisons = against_itself(records)
     if not comparisons:
-        return ["Noise floor: not measured; `bash run_all.sh --aa` runs each side against itself.\n"]
-    sure = [each for each in comparisons if each.interval]
-    claims = sum(_claim(each) == "a difference" for each in sure)
-    said = "single rounds claim nothing, repeat with --repeats N"
-    if sure:
-        said = f"{claims} of {len(sure)} comparisons claimed a difference where there is none"
-    sizes = [abs(each.difference) for each in comparisons]
-    return [
+        return ["Noise: not measured; `bash run_all.sh --aa` runs each side against itself.\n"]
+    parts = [
         "### Each side against itself (A/A)\n",
         measured_on([record for record in records if record.aa is not None]) + "\n",
         markdown(ITSELF_COLUMNS, list(map(_itself_texts, comparisons))) + "\n",
-        f"Noise floor: a side differed from itself by up to {max(sizes):.1%}, by {statistics.median(sizes):.1%} in the "
-        f"median; {said}. On that machine a speedup within ±{max(sizes):.1%} is no result.\n",
     ]
-
-
-def _claim(comparison: Itself) -> str:
-    if comparison.interval is None:
-        return NOT_AVAILABLE
-    return "no difference" if is_across_zero(comparison.interval) else "a difference"
+    for noise in noise_by_machine(comparisons).values():
+        worth = ", ".join(f"±{noise.worth(n):.1%} of {n}" for n in (1, 3, 5))
+        parts.append(
+            f"Noise: the rounds of a side against itself scatter by {noise.deviation:.1%} (pooled, {noise.freedom} "
+            f"degrees of freedom). A difference of rounds is worth that much, at 95%: {worth}.\n"
+        )
+    sure = [each for each in comparisons if each.interval and not each.disturbed]
+    if sure:
+        claims = sum(not is_across_zero(each.interval) for each in sure)
+        parts.append(
+            f"{claims} of {len(sure)} comparisons claimed a difference where there is none; chance makes "
+            f"{len(sure) / 20:.2g} of them.\n"
+        )
+    else:
+        parts.append("Single rounds claim nothing: repeat with --repeats 4.\n")
+    return parts
 
 
 def _itself_texts(comparison: Itself) -> list[str]:
@@ -118,9 +145,11 @@ def _itself_texts(comparison: Itself) -> list[str]:
         str(comparison.batch_size),
         f"{comparison.framework}, {comparison.setup}",
         f"{comparison.difference:+.1%}",
-        _interval(comparison.interval, *comparison.runs),
-        _rounds(*comparison.runs),
-        _claim(comparison),
+        _interval(comparison.interval),
+        str(len(comparison.log_ratios)),
+        f"disturbed: {comparison.disturbed}"
+        if comparison.disturbed
+        else verdict(comparison.difference, comparison.interval),
     ]
 
 
@@ -185,8 +214,9 @@ def _texts(row: Row) -> list[str]:
         torch,
         _spread(row.torch_spread),
         _verdict(row),
-        _interval(row.interval, row.paddle_runs, row.torch_runs) if row.speedup is not None else NOT_AVAILABLE,
-        _rounds(row.paddle_runs, row.torch_runs),
+        _interval(row.interval) if row.speedup is not None else NOT_AVAILABLE,
+        _spread(row.round_noise),
+        str(row.rounds) if row.rounds else NOT_AVAILABLE,
         row.compared or NOT_AVAILABLE,
     ]
 
@@ -211,19 +241,28 @@ def figure(rate: float | None, status: str | None) -> str:
 def _verdict(row: Row) -> str:
     if row.speedup is None:
         return row.refusal or NOT_AVAILABLE
-    if row.interval and is_across_zero(row.interval):
-        return "no difference"
-    return f"{row.speedup:+.0%}" if abs(row.speedup) >= 0.1 else f"{row.speedup:+.1%}"
+    return verdict(row.speedup, row.interval, row.noise)
 
 
-def _interval(interval: tuple[float, float] | None, *runs: int) -> str:
-    if interval:
-        return f"{interval[0]:+.1%} to {interval[1]:+.1%}"
-    return "none: one round" if set(runs) == {1} else "none: a run is missing"
+def verdict(difference: float, interval: tuple[float, float] | None, noise: float | None = None) -> str:
+    """What a difference says: itself where its interval leaves 0 out, that it is small, or that the sides are not told
+    apart. Of one round, the difference and what it is worth by the machine's A/A noise, where that is known."""
+    if interval is None:
+        worth = f" ± {noise:.0%} (one round, A/A noise)" if noise else " (one round)"
+        return _percent(difference) + worth
+    if not is_across_zero(interval):
+        return _percent(difference)
+    if is_within(interval):
+        return f"within ±{SAME:.0%}"
+    return f"not told apart ({interval[0] * 100:+.1f} to {interval[1]:+.1%})"
 
 
-def _rounds(*runs: int) -> str:
-    return " and ".join(str(count) for count in (runs if len(set(runs)) > 1 else runs[:1]))
+def _percent(share: float) -> str:
+    return f"{share:+.0%}" if abs(share) >= 0.1 else f"{share:+.1%}"
+
+
+def _interval(interval: tuple[float, float] | None) -> str:
+    return f"{interval[0]:+.1%} to {interval[1]:+.1%}" if interval else "none: one round"
 
 
 def _spread(spread: float | None) -> str:

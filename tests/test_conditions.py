@@ -1,0 +1,184 @@
+"""Other programs on the machine: real ones beside real runs, what the record says of them, and how a suite waits."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import HERE, ROOT
+
+from tunebench import conditions, suite
+from tunebench.join import join
+from tunebench.record import Record, read_record
+
+NAME = "burner"
+NAMED = f"import ctypes; ctypes.CDLL(None).prctl(15, b'{NAME}')\n"  # PR_SET_NAME
+BURN = NAMED + "while True: pass"
+WRITE = (
+    NAMED
+    + """
+import os, sys
+block = os.urandom(1 << 20)
+while True:
+    with open(sys.argv[1], "wb") as file:
+        for _ in range(16):
+            file.write(block)
+        os.fsync(file.fileno())
+"""
+)
+OTHER_USER = 12345
+# One that any user may start; the environment's may lie where others cannot look.
+PYTHON = next(p for p in ("/usr/bin/python3", "/usr/local/bin/python3", sys.executable) if Path(p).exists())
+# The first eight steps are not timed; then there is time enough for ticks of 10 ms to tell.
+FLAGS = ["--model=llama-tiny", "--bsz=2", "--samples=20", "--steps=13", "--warmup-steps=8"]
+
+
+@pytest.fixture
+def burner():
+    """Starts programs that are ended after the test, whatever becomes of it."""
+    started = []
+
+    def start(code: str, *arguments: object, **options) -> subprocess.Popen:
+        started.append(subprocess.Popen([PYTHON, "-c", code, *map(str, arguments)], **options))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def taken(record: Record) -> float:
+    """The cores that the burner took of the timed steps."""
+    seconds = sum(taker.core_seconds for taker in record.conditions.takers if taker.name == NAME)
+    return seconds / record.conditions.seconds
+
+
+def train(out: Path, method: str = "full", before: tuple[str, ...] = ()) -> tuple[Record, str]:
+    """A run of this environment's framework, and what it said."""
+    command = [*before, sys.executable, ROOT / HERE / f"finetune_{method}.py", *FLAGS, f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/", check=True)
+    return read_record(out), done.stdout
+
+
+def test_a_burner_leaves_no_speedup(burner, tmp_path):
+    """One of another user, where this one may start it."""
+    burner(BURN, cwd="/", **({} if os.geteuid() else {"user": OTHER_USER}))
+    record, said = train(tmp_path / "r.json")
+    assert taken(record) > 0.2
+    assert record.disturbed
+    assert record.disturbance[0] >= taken(record) - 0.05
+    assert f"disturbed: others took {record.disturbance[0]:.1%} of a core (" in said
+    other = record.model_copy(update={"framework": {"torch": "paddle", "paddle": "torch"}[record.framework]})
+    (row,) = join([record, other])
+    assert row.speedup is None
+    assert row.refusal.startswith("disturbed: ")
+
+
+def test_a_burner_that_cannot_be_seen_counts_too(burner, tmp_path):
+    """In a namespace of its own, as in a container, the run sees no other process, but the kernel's counters."""
+    if os.geteuid():
+        pytest.skip("only root may make a namespace of processes")
+    burner(BURN)
+    record, _ = train(tmp_path / "r.json", before=("unshare", "--pid", "--fork", "--mount-proc"))
+    assert [taker for taker in record.conditions.takers if taker.name == NAME] == []
+    assert record.disturbance[0] > 0.2
+
+
+def test_a_burner_before_the_timed_steps_does_not_count(burner, tmp_path):
+    process = burner(BURN)
+    command = [sys.executable, "-u", ROOT / HERE / "finetune_lora.py", *FLAGS, f"--out={tmp_path / 'r.json'}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as running:
+        for line in running.stdout:
+            if line.startswith("step 6/"):
+                process.kill()
+                process.wait()
+    assert taken(read_record(tmp_path / "r.json")) < 0.01
+
+
+def test_writing_to_a_disk_counts(burner, tmp_path):
+    burner(WRITE, tmp_path / "written")
+    record, _ = train(tmp_path / "r.json", "lora")
+    assert taken(record) > 0.01, record.conditions
+
+
+def test_what_the_run_does_itself_does_not_count(burner):
+    root = os.getpid()
+    other, first = burner(BURN), conditions.read(root)
+    time.sleep(1.5)
+    found = conditions.between(first, conditions.read(root))  # the burner is a child of this process
+    assert found.own_core_seconds > 0.25
+    assert all(taker.name != NAME for taker in found.takers)
+    other.kill()
+    other.wait()  # its time is now that of a child that ended
+    assert conditions.between(first, conditions.read(root)).own_core_seconds >= found.own_core_seconds
+
+
+def test_the_run_of_a_launcher_is_all_its_processes(tmp_path):
+    """Two processes of one script that no supervisor of this project started have their parent as root."""
+    script = tmp_path / "ranks.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from tunebench.conditions import root_of_run\n"
+        "import time; time.sleep(0.5); print(root_of_run(sys.argv[0], 2), flush=True); time.sleep(1)\n"
+    )
+    ranks = [subprocess.Popen([sys.executable, "-P", script], stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [int(rank.communicate(timeout=60)[0]) for rank in ranks] == [os.getpid()] * 2
+
+
+def test_a_suite_waits_for_a_quiet_machine_and_says_for_what(burner, monkeypatch, capsys):
+    monkeypatch.setattr(suite, "MOST_WAITING", 2.0)
+    # Its own children do not count, so the burner has to be somebody else's.
+    process = burner(
+        f"import os, sys\nif os.fork(): os._exit(0)\n{NAMED}print(os.getpid(), flush=True)\nwhile True: pass",
+        stdout=subprocess.PIPE,
+    )
+    pid = int(process.stdout.readline())
+    try:
+        suite.wait_until_quiet("[1/2] mini/torch r1")
+    finally:
+        os.kill(pid, 9)
+    printed = capsys.readouterr().out
+    assert "[1/2] mini/torch r1: waits for a quiet machine, 2 s at most: others took " in printed
+    assert f"{NAME} " in printed
+    assert "goes on all the same: others took" in printed
+
+
+SUITE = """
+title = "one short pair"
+[defaults]
+model = "llama-tiny"
+bsz = 2
+samples = 20
+steps = 4
+"warmup-steps" = 2
+[[pair]]
+name = "lora"
+script = "finetune_lora.py"
+"""
+SHORT_WAIT = "import sys, tunebench.suite as suite; suite.MOST_WAITING = 1.0; sys.exit(suite.main())"
+
+
+@pytest.mark.frameworks
+def test_both_sides_of_a_disturbed_round_run_again_twice(burner, tmp_path):
+    (tmp_path / "mini.toml").write_text(SUITE)
+    process = burner(BURN)
+    command = [sys.executable, "-P", "-c", SHORT_WAIT, f"--suite={tmp_path / 'mini.toml'}"]
+    env = os.environ | {"TUNEBENCH_RESULTS": str(tmp_path / "results")}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/", env=env, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("r1: starts") == 6
+    assert done.stdout.count("r1: again, since ") == 4
+    assert "4 runs were measured again, since others disturbed a side of their round" in done.stdout
+    assert "2 of 2 runs were disturbed, and have no speedup; the same command measures them again:" in done.stdout
+    assert "| disturbed: paddle: others took " in done.stdout
+    kept = sorted(path.name for path in (tmp_path / "results" / ".previous").rglob("*.json"))
+    assert kept == ["paddle-r1.2.json", "paddle-r1.json", "torch-r1.2.json", "torch-r1.json"]
+    process.kill()
+    anyway = subprocess.run(
+        [*command, "--anyway"], capture_output=True, text=True, timeout=600, cwd="/", env=env, check=False
+    )
+    assert "runs: 2, done already: 2" in anyway.stdout
+    assert "waits for" not in anyway.stdout

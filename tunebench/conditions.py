@@ -1,0 +1,283 @@
+"""What else the machine did between two readings: other processes, waiting for cores, memory, clocks, GPUs.
+
+It reads /proc (see proc(5)) and NVIDIA's library. Each reading takes some milliseconds, so it stands outside of what is
+timed.
+"""
+
+import contextlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pynvml
+
+from tunebench.hardware import ask, visible_gpus
+from tunebench.record import Conditions, Device, Taker
+
+TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
+PAGE = os.sysconf("SC_PAGE_SIZE")
+PROC = Path("/proc")
+TAKERS, LEAST_TAKEN = 3, 0.02  # how many of the others are named, and from how many core-seconds on
+REASONS = {
+    "power limit": pynvml.nvmlClocksThrottleReasonSwPowerCap,
+    "hardware slowdown": pynvml.nvmlClocksThrottleReasonHwSlowdown,
+    "sync boost": pynvml.nvmlClocksThrottleReasonSyncBoost,
+    "thermal (software)": pynvml.nvmlClocksThrottleReasonSwThermalSlowdown,
+    "thermal (hardware)": pynvml.nvmlClocksThrottleReasonHwThermalSlowdown,
+    "power brake": pynvml.nvmlClocksThrottleReasonHwPowerBrakeSlowdown,
+}
+
+
+class Process(NamedTuple):
+    """A process: CPU time of its own and of its children that ended, in ticks, and page faults that read a disk."""
+
+    name: str
+    parent: int
+    ticks: int
+    ended_children: int
+    faults: int
+    start: int
+
+
+class Reading(NamedTuple):
+    """The state of the machine at one moment; `cores` has busy, steal and idle ticks of each."""
+
+    at: float
+    since_epoch: float
+    cores: dict[int, tuple[int, int, int]]
+    processes: dict[int, Process]
+    own: set[int]
+    waited: float | None
+    involuntary: int
+    swapped: int | None
+    stalled: float | None
+    mhz: float | None
+
+
+def read(root: int) -> Reading:
+    """Reads the machine; the run is the process `root` and its descendants."""
+    cores, processes = _cores(), _processes()
+    own = descendants(root, processes)
+    waited, involuntary = _threads(own)
+    return Reading(
+        at=time.monotonic(),
+        since_epoch=time.time(),
+        cores=cores,
+        processes=processes,
+        own=own,
+        waited=waited,
+        involuntary=involuntary,
+        swapped=_swapped(),
+        stalled=_stalled(),
+        mhz=_mhz(),
+    )
+
+
+def between(first: Reading, last: Reading) -> Conditions:
+    """What the machine did between two readings of one run. To be called right after the second: GPUs are asked now."""
+    usable = _usable(last.own) & first.cores.keys() & last.cores.keys()
+    busy, steal, idle = (sum(last.cores[c][i] - first.cores[c][i] for c in usable) for i in range(3))
+    own = _ticks(last.own, last.processes) - _ticks(first.own, first.processes)
+    faults = (sum(each.processes[pid].faults for pid in each.own) for each in (last, first))
+    return Conditions(
+        seconds=max(last.at - first.at, 2e-9),
+        cores=len(usable),
+        busy_core_seconds=_seconds(busy),
+        steal_core_seconds=_seconds(steal),
+        idle_core_seconds=_seconds(idle),
+        own_core_seconds=_seconds(own),
+        takers=_takers(first, last),
+        run_delay_seconds=_since(first.waited, last.waited),
+        involuntary_switches=max(last.involuntary - first.involuntary, 0),
+        major_faults=max(next(faults) - next(faults), 0),
+        swapped_bytes=_since(first.swapped, last.swapped),
+        memory_stall_seconds=_since(first.stalled, last.stalled),
+        mhz=None if first.mhz is None or last.mhz is None else (first.mhz, last.mhz),
+        gpus=list(_devices(last.own, first.since_epoch)),
+    )
+
+
+def descendants(root: int, processes: dict[int, Process]) -> set[int]:
+    """The process `root` and all that descend from it."""
+    children = defaultdict(list)
+    for pid, process in processes.items():
+        children[process.parent].append(pid)
+    found, waiting = set(), [root] if root in processes else []
+    while waiting:
+        pid = waiting.pop()
+        found.add(pid)
+        waiting += children[pid]
+    return found
+
+
+def gpu_use() -> list[float]:
+    """How busy each visible GPU is just now, as a share; none where there is no GPU."""
+    with visible_gpus() as gpus:
+        rates = [ask(pynvml.nvmlDeviceGetUtilizationRates, gpu) for gpu in gpus]
+    return [rate.gpu / 100 if rate else 0.0 for rate in rates]
+
+
+def root_of_run(script: str, ranks: int) -> int:
+    """The process that a run of so many local ranks descends from, where a launcher of the user's own started them:
+    the nearest ancestor of this process with that many processes of this script."""
+    processes, pid = _processes(), os.getpid()
+    same = {other for other in processes if script.encode() in _command(other)}
+    while pid in processes and len(descendants(pid, processes) & same) < ranks:
+        pid = processes[pid].parent
+    return pid if pid in processes else os.getpid()
+
+
+def _cores() -> dict[int, tuple[int, int, int]]:
+    """Busy, steal and idle ticks of each core: user time has that of guests in it already."""
+    found = {}
+    for line in (PROC / "stat").read_text().splitlines():
+        name, *numbers = line.split()
+        if name.startswith("cpu") and name != "cpu":
+            user, nice, system, idle, iowait, irq, softirq, steal = map(int, numbers[:8])
+            found[int(name[3:])] = user + nice + system + irq + softirq, steal, idle + iowait
+    return found
+
+
+def _processes() -> dict[int, Process]:
+    """All processes that can be seen from here."""
+    found = {}
+    for folder in PROC.iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                before, _, after = (folder / "stat").read_text(errors="replace").rpartition(")")
+                fields = after.split()  # from the third on
+                user, system, child_user, child_system = map(int, fields[11:15])
+                found[int(folder.name)] = Process(
+                    name=before.partition("(")[2],
+                    parent=int(fields[1]),
+                    ticks=user + system,
+                    ended_children=child_user + child_system,
+                    faults=int(fields[9]) + int(fields[10]),
+                    start=int(fields[19]),
+                )
+    return found
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return (PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _seconds(ticks: int) -> float:
+    return round(max(ticks, 0) * TICK, 2)
+
+
+def _ticks(pids: Iterable[int], processes: dict[int, Process]) -> int:
+    return sum(processes[pid].ticks + processes[pid].ended_children for pid in pids)
+
+
+def _threads(pids: Iterable[int]) -> tuple[float | None, int]:
+    """Seconds that the threads of processes waited for a core (None where the kernel does not count them), and how
+    often they had to leave one."""
+    waited, involuntary, counted = 0, 0, False
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for thread in (PROC / str(pid) / "task").iterdir():
+                with contextlib.suppress(OSError):
+                    status = (thread / "status").read_text(errors="replace")
+                    involuntary += int(status.rpartition("nonvoluntary_ctxt_switches:")[2].split()[0])
+                    waited += int((thread / "schedstat").read_text().split()[1])
+                    counted = True
+    return (waited / 1e9 if counted else None), involuntary
+
+
+def _usable(pids: Iterable[int]) -> set[int]:
+    """The cores that any of these processes may use."""
+    cores: set[int] = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            cores |= os.sched_getaffinity(pid)
+    return cores or os.sched_getaffinity(0)
+
+
+def _swapped() -> int | None:
+    """Bytes that the machine has written to swap space or read from it."""
+    try:
+        counts = dict(line.split() for line in (PROC / "vmstat").read_text().splitlines())
+        return (int(counts["pswpin"]) + int(counts["pswpout"])) * PAGE
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def _stalled() -> float | None:
+    """Seconds that some process has waited for memory."""
+    try:
+        return int((PROC / "pressure" / "memory").read_text().split("total=")[1].split()[0]) / 1e6
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+def _mhz() -> float | None:
+    """The mean clock of the cores that this process may use."""
+    cores = os.sched_getaffinity(0)
+    files = [Path(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq") for core in cores]
+    try:
+        return sum(int(file.read_text()) for file in files) / len(files) / 1e3
+    except (OSError, ValueError):
+        pass
+    lines = (PROC / "cpuinfo").read_text(errors="replace").splitlines()
+    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return sum(clocks) / len(clocks) if clocks else None
+
+
+def _takers(first: Reading, last: Reading) -> list[Taker]:
+    """The names under which other processes took most; of those that ended, their parent's."""
+    took: dict[str, int] = defaultdict(int)
+    for pid, process in last.processes.items():
+        before = first.processes.get(pid)
+        if before is None or before.start != process.start:
+            before = process._replace(ticks=0, ended_children=0)
+        if pid not in last.own:
+            ended = process.ended_children - before.ended_children
+            for other, child in first.processes.items():
+                if child.parent == pid and other not in last.processes:
+                    ended -= child.ticks + child.ended_children
+            took[process.name] += process.ticks - before.ticks + max(ended, 0)
+    most = sorted(took.items(), key=lambda item: -item[1])[:TAKERS]
+    return [Taker(name=name, core_seconds=_seconds(ticks)) for name, ticks in most if _seconds(ticks) >= LEAST_TAKEN]
+
+
+def _since(first: Any, last: Any) -> Any:
+    return None if first is None or last is None else max(last - first, 0)
+
+
+def _devices(own: set[int], since_epoch: float) -> Iterator[Device]:
+    """The visible GPUs. In a container NVIDIA's library may count processes otherwise: then those of this run are not
+    among them, and it is not known which are others."""
+    with visible_gpus() as gpus:
+        for gpu in gpus:
+            running = ask(pynvml.nvmlDeviceGetComputeRunningProcesses, gpu) or []
+            known = any(process.pid in own for process in running)
+            others = [process for process in running if process.pid not in own]
+            reasons = ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu) or 0
+            yield Device(
+                processes=len(others) if known else None,
+                memory_bytes=sum(process.usedGpuMemory or 0 for process in others) if known else None,
+                share=_share(gpu, own, since_epoch) if known else None,
+                throttled=[reason for reason, bit in REASONS.items() if reasons & bit],
+                sm_clock_mhz=ask(pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_SM),
+            )
+
+
+def _share(gpu: Any, own: set[int], since_epoch: float) -> float | None:
+    """The part of the GPU's time that other processes took, the mean of the samples that the driver kept."""
+    try:
+        samples = pynvml.nvmlDeviceGetProcessUtilization(gpu, int(since_epoch * 1e6))
+    except pynvml.NVMLError_NotFound:
+        return 0.0
+    except pynvml.NVMLError:
+        return None
+    by_time: dict[int, int] = defaultdict(int)
+    for sample in samples:
+        by_time[sample.timeStamp] += sample.smUtil * (sample.pid not in own)
+    return sum(by_time.values()) / len(by_time) / 100 if by_time else 0.0

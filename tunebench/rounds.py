@@ -1,0 +1,126 @@
+"""Which runs of two sides are a round, and so may be divided: side by side in time, and on the same batches."""
+
+import datetime
+import itertools
+import re
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from tunebench.record import Record
+from tunebench.stats import log_ratios, ratio_interval
+
+APART, RUNS_APART = 120.0, 3  # seconds, or so many runs, between the starts of the two sides of a round, at most
+PAUSE = 600.0  # seconds without a run that end a series of measurement
+
+Near = Callable[[Record, Record], bool]
+
+
+class Rounds(NamedTuple):
+    """The complete rounds of two sides, and how many others were dropped."""
+
+    pairs: list[tuple[Record, Record]]
+    dropped: int
+
+    @property
+    def rates(self) -> tuple[list[float], list[float]]:
+        """Both sides' rates by round, in effective tokens/s."""
+        return tuple([pair[side].effective_tokens_per_second for pair in self.pairs] for side in (0, 1))
+
+    @property
+    def log_ratios(self) -> list[float]:
+        """The logarithm of the first side's rate ÷ the second's, by round."""
+        return log_ratios(*self.rates)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The 95% interval of the first side ÷ the second - 1; None with fewer than two rounds."""
+        return ratio_interval(*self.rates)
+
+
+def pair_rounds(ours: Sequence[Record], theirs: Sequence[Record], near: Near) -> Rounds:
+    """The rounds of two sides' runs that ended ok: of the same number, the same batches and `near` each other.
+
+    Runs without a number, and those of a number that has several, are paired in the order of their starts.
+    """
+    by_number: dict[int, tuple[list[Record], list[Record]]] = {}
+    for side, runs in enumerate((ours, theirs)):
+        for run in sorted(runs, key=turn):
+            by_number.setdefault(round_of(run), ([], []))[side].append(run)
+    pairs, dropped = [], 0
+    for _, (mine, yours) in sorted(by_number.items()):
+        left, runs = [0, 0], [list(mine), list(yours)]
+        while runs[0] and runs[1]:
+            a, b = runs[0][0], runs[1][0]
+            if a.plan and b.plan and a.plan.sha256 == b.plan.sha256 and near(a, b):
+                pairs.append((a, b))
+                runs = [runs[0][1:], runs[1][1:]]
+            else:
+                earlier = int(b.started_at < a.started_at)
+                left[earlier] += 1
+                runs[earlier].pop(0)
+        dropped += max(left[0] + len(runs[0]), left[1] + len(runs[1]))
+    return Rounds(pairs, dropped)
+
+
+def beside(a: Record, b: Record) -> bool:
+    """Whether two runs started so close to each other that the machine's drift between them does not count."""
+    return abs(_start(a) - _start(b)) <= max(APART, RUNS_APART * max(_seconds(a), _seconds(b)))
+
+
+def started_lately(record: Record) -> bool:
+    """Whether a run that starts now would still be beside this one."""
+    return time.time() - _start(record) <= max(APART, RUNS_APART * _seconds(record))
+
+
+def in_one_series(records: Iterable[Record]) -> Near:
+    """Whether two runs are of one series of measurement: without a longer pause among all of the machine's runs."""
+    series: dict[tuple[str, str, str], int] = {}
+    number = itertools.count()
+    by_machine = sorted(records, key=lambda record: (record.hardware.machine, record.started_at))
+    for _, runs in itertools.groupby(by_machine, key=lambda record: record.hardware.machine):
+        end = float("-inf")
+        for run in runs:
+            if _start(run) > end + PAUSE:
+                current = next(number)
+            series[_name(run)] = current
+            end = max(end, _start(run) + _seconds(run))
+    return lambda a, b: series[_name(a)] == series[_name(b)]
+
+
+def turn(record: Record) -> tuple[int, str]:
+    """The round of a run, and when it started: a round may have been run again."""
+    return round_of(record), record.started_at
+
+
+def round_of(record: Record) -> int:
+    """The round that a suite gave a run, by its file's name; 0 where none did."""
+    number = re.search(r"-r(\d+)\.json$", out_of(record))
+    return int(number[1]) if number else 0
+
+
+def out_of(record: Record) -> str:
+    """Which file it was, by its flags, which need not name one."""
+    return flags_of(record).get("--out", record.started_at)
+
+
+def flags_of(record: Record) -> dict[str, str]:
+    """The value of each flag that was given one (of a bare flag, the word after it)."""
+    words = list(itertools.chain.from_iterable(word.split("=", 1) for word in record.argv))
+    return {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
+
+
+def _start(record: Record) -> float:
+    try:
+        return datetime.datetime.fromisoformat(record.started_at).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _seconds(record: Record) -> float:
+    """How long a run took, as far as its record says."""
+    return (record.setup_seconds or 0.0) + sum(record.steps.seconds if record.steps else [])
+
+
+def _name(record: Record) -> tuple[str, str, str]:
+    return record.hardware.machine, record.started_at, " ".join(record.argv)
