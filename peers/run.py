@@ -22,7 +22,7 @@ import tempfile
 import time
 from typing import Any, NamedTuple
 
-from tunebench import processes
+from tunebench import conditions, processes
 from tunebench.cache import results_folder
 from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, one_line_refusals
@@ -108,7 +108,7 @@ def main() -> int:
         )
     warmup = options.warmup_steps or min(2, steps - 1)
     shared = [f"--model={options.model}", f"--data={options.data}", f"--samples={options.samples}"]
-    shared += [f"--bsz={options.bsz}", f"--steps={steps}", f"--warmup-steps={warmup}"]
+    shared += [f"--bsz={options.bsz}", f"--steps={steps}", f"--warmup-steps={warmup}", "--no-paired-halves"]
     jobs = {}
     for method in options.methods:
         for setting in settings:
@@ -214,7 +214,9 @@ def run_peer(
             raise BadInput(
                 f"the environment .venv/{setting.environment} is missing; run: bash {where} {setting.environment}"
             )
+        before = conditions.read(os.getpid())
         said = execute([python, "-P", ROOT / "peers" / setting.script, f"{scratch}/job.json"])
+        around = conditions.between(before, conditions.read(os.getpid()))  # of the whole run, start-up too
         found = json.loads(measured.read_text()) if measured.exists() else None
     steps = None
     if found:
@@ -245,6 +247,7 @@ def run_peer(
         ),
         plan=plan.info(),
         steps=steps,
+        conditions=around if steps else None,
         setup_seconds=None,
         peak_memory_bytes=[found["peak_memory_bytes"]] if found else [],
         log=[found["setup"]] if found else said[-LOG_LINES:],

@@ -42,7 +42,19 @@ TINY = {"llama": "llama-tiny", "bloom": "bloom-tiny", "glm": "chatglm2-tiny", "q
 POSITIONS = 2048  # PaddleNLP calculates tables of them for each layer: 4 GB with the 131,072 of Qwen2
 BSZ = 16  # of the plan whose batches give the inputs their shape
 # What changes nothing of a model and of a batch's shape.
-WITHOUT_EFFECT = ("data", "samples", "steps", "warmup_steps", "lr", "timeout", "out", "bsz", "node_rank")
+WITHOUT_EFFECT = (
+    "data",
+    "samples",
+    "steps",
+    "warmup_steps",
+    "paired_halves",
+    "plan_seed",
+    "lr",
+    "timeout",
+    "out",
+    "bsz",
+    "node_rank",
+)
 
 Facts = dict[str, Any]
 Script = dict[str, Any]  # the names that it defines

@@ -29,6 +29,11 @@ def render_peers(records: list[Record]) -> str:
         baseline = BASELINES[framework]
         columns = [column.format(baseline) for column in COLUMNS]
         parts.append(markdown(columns, _lines(members, baseline)) + "\n")
+        parts += [
+            f"{record.peer or 'ours'} was disturbed, and left out: {record.disturbance[1]}\n"
+            for record in members
+            if record.disturbed
+        ]
     return "\n".join([*parts, CAVEAT]) if parts else ""
 
 
@@ -55,13 +60,22 @@ def _lines(members: list[Record], baseline: str) -> list[list[str]]:
     rows: dict[str, list[Record]] = defaultdict(list)
     for record in members:
         rows[record.peer or f"ours: {setup_of(record)}"].append(record)
-    cells = {name: Cell(sorted((r for r in runs if r.status == "ok"), key=turn)) for name, runs in rows.items()}
+    cells = {
+        name: Cell(sorted((r for r in runs if r.status == "ok" and not r.disturbed), key=turn))
+        for name, runs in rows.items()
+    }
     peaks = [sum(r.matmul_flops) for r in members if r.matmul_flops]
     base = cells.get(baseline, Cell([]))
     lines = []
     for name, cell in sorted(cells.items(), key=lambda item: item[1].rate or 0.0):
         if not cell.records:
-            lines.append([name, figure(None, rows[name][0].status), *[NOT_AVAILABLE] * (len(COLUMNS) - 2)])
+            lines.append(
+                [
+                    name,
+                    figure(None, "disturbed" if rows[name][0].disturbed else rows[name][0].status),
+                    *[NOT_AVAILABLE] * (len(COLUMNS) - 2),
+                ]
+            )
             continue
         by_round = [{round_of(record): record for record in each.records} for each in (cell, base)]
         rounds = Rounds([(by_round[0][n], by_round[1][n]) for n in sorted(by_round[0].keys() & by_round[1].keys())], 0)

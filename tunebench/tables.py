@@ -133,7 +133,7 @@ def _noise(records: list[Record]) -> list[str]:
             f"{len(sure) / 20:.2g} of them.\n"
         )
     else:
-        parts.append("Single rounds claim nothing: repeat with --repeats 4.\n")
+        parts.append("No comparison has two rounds that nothing disturbed: repeat with --repeats 4.\n")
     return parts
 
 
