@@ -214,9 +214,9 @@ def run_peer(
             raise BadInput(
                 f"the environment .venv/{setting.environment} is missing; run: bash {where} {setting.environment}"
             )
-        before = conditions.read(os.getpid())
+        before = conditions.read([os.getpid()])
         said = execute([python, "-P", ROOT / "peers" / setting.script, f"{scratch}/job.json"])
-        around = conditions.between(before, conditions.read(os.getpid()))  # of the whole run, start-up too
+        around = conditions.between(before, conditions.read([os.getpid()]))  # of the whole run, start-up too
         found = json.loads(measured.read_text()) if measured.exists() else None
     steps = None
     if found:

@@ -212,6 +212,19 @@ def test_halves_and_other_draws_in_real_plans(extra):
     assert plan.sha256 != other.sha256
 
 
+def test_whoever_made_a_plan_first_its_rounds_are_drawn_from_the_same():
+    checkpoint = find_checkpoint("llama-tiny", "random", 0)
+    flags = ["--model=llama-tiny", "--samples=30", "--bsz=3", "--steps=2"]
+    plans = [
+        load_plan(parse_flags("full", [*flags, *extra]), checkpoint)
+        for extra in (["--seed=1"], [], ["--plan-seed=1"], ["--order=grouped"], ["--order=grouped", "--seed=1"])
+    ]
+    drawn_from = [plan.info().drawn_from for plan in plans]
+    assert plans[0].path == plans[1].path
+    assert drawn_from[0] == drawn_from[1] == drawn_from[2]
+    assert len(set(drawn_from)) == 3
+
+
 def test_each_input_has_a_plan_of_its_own():
     checkpoint = find_checkpoint("llama-tiny", "random", 0)
     paths = {

@@ -23,6 +23,7 @@ from tunebench.bootstrap import maths_settings
 from tunebench.checkpoint import tensor_shapes, write_random
 from tunebench.hardware import Accelerator
 from tunebench.join import join, parity
+from tunebench.peers import render_peers
 from tunebench.presets import LORA_TARGETS, PRESETS
 from tunebench.record import Conditions, Device, Record, Taker, read_record
 from tunebench.tables import COLUMNS, render
@@ -346,7 +347,7 @@ class TestTables:
         assert "torch-llama-full.json): see what else ran then" in row.note
         assert "stands apart by its ratio" not in row.note
         (row,) = join([r for f in factors for r in (slower(torch, f), paddle)])
-        assert "round 5 of 5 stands apart by its ratio (+" in row.note
+        assert "round 5 stands apart by its ratio (+" in row.note
         (row,) = join([slower(side, factor) for factor in factors for side in (torch, paddle)])
         assert (row.torch_runs, row.paddle_runs) == (5, 5)
         assert row.torch_spread == pytest.approx(statistics.stdev(map(math.log, factors)))
@@ -519,6 +520,9 @@ class TestTables:
         assert all(f"disturbed: {side}: others took 98.0% of a core" in text for text in texts)
         assert getattr(row, f"{side}_disturbance") == pytest.approx(0.98)
         assert row_with(conditions(0.0, steal_core_seconds=0.6))[0].refusal.endswith("(the hypervisor 6.0%)")
+        apart = [at(pair["paddle"], 0), at(pair["torch"], 5)]
+        apart = [run.model_copy(update={"conditions": conditions(0.5)}) for run in apart]
+        assert join(apart)[0].refusal.startswith("disturbed: "), "also where it waited between the two"
         row, _ = row_with(None)
         assert row.note == f"conditions not recorded ({side})"
         assert row.speedup is not None
@@ -545,7 +549,10 @@ class TestTables:
         assert conditions(gpus=[device]).remarks() == [
             "GPU 0 was throttled: thermal (hardware)",
             "GPU 0 was shared with 2 other process(es)",
+            "what others took of GPU 0 is not known",
         ]
+        assert conditions(run_delay_seconds=1.0).remarks() == []
+        assert "waited for a core for 10% of the time" in conditions(run_delay_seconds=1.0, gpus=[device]).remarks()[0]
 
     def test_one_round_is_worth_what_the_noise_of_the_machine_allows(self, records):
         pair = [records["llama", "full", framework] for framework in FRAMEWORKS]
@@ -580,6 +587,13 @@ class TestTables:
         assert row.compared == "best of each"
         assert "paddle's runner-up is ZeRO 3, fp32 (-0.7%, a tie)" in row.note
         assert "torch's runner-up is MP 4, fp32 (-22.8%, told apart)" in row.note
+        assert "minutes apart" not in row.note
+        far = [at(r, 40 * n + 8 * bool(r.setup.zero), n) for n, r in zip((1, 2, 3) * 4, runs, strict=True)]
+        long = [r.model_copy(update={"setup_seconds": 1800.0}) for r in far]  # so that no pause lies between them
+        *_, row = join(long)
+        assert "its sides ran up to 8 minutes apart" in row.note
+        one = [r.model_copy(update={"conditions": conditions(0.5)}) if i == 0 else r for i, r in enumerate(runs)]
+        assert join(one)[-1].refusal.startswith("disturbed: paddle: "), "the best is not hidden by one disturbed round"
         later = [at(r, 600 + 5 * n, n) if r.setup.zero else r for n, r in zip((1, 2, 3) * 4, runs, strict=True)]
         assert all(row.compared != "best of each" for row in join(later)), "hours lie between the two"
 
@@ -603,6 +617,21 @@ class TestTables:
         assert (first.count("**"), second.count("**")) == (2, 0)
         assert "+20%" in first
         assert "-27%" in second
+
+    def test_other_trainers_stand_beside_ours_by_rounds_of_one_series(self, records):
+        ours = records["llama", "full", "torch"]
+        rounds = [
+            at(run, 3 * n + i, n)
+            for n, factor in ((1, 2.0), (2, 2.2))
+            for i, run in enumerate((ours, slower(ours, factor).model_copy(update={"peer": "hf-trainer"})))
+        ]
+        later = [at(run, 999 * i, 3) for i, run in enumerate((ours, rounds[1]))]
+        disturbed = at(ours, 12, 4).model_copy(update={"conditions": conditions(0.5)})
+        text = render_peers([*rounds, *later, disturbed])
+        (line,) = (line for line in text.splitlines() if line.startswith("| ours: fp32 "))
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        assert (cells[5], cells[-1]) == (f"{math.sqrt(2.0 * 2.2):.2f}", "3")
+        assert "ours was disturbed, and left out: others took 50.0% of a core" in text
 
     def test_one_side_alone_and_one_that_failed(self, records):
         torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]

@@ -1,7 +1,6 @@
 """What the statistics claim: about real runs of a side against itself, and about numbers made for the purpose."""
 
 import math
-import statistics
 from collections import defaultdict
 
 import numpy as np
@@ -10,56 +9,81 @@ from conftest import ROOT
 from scipy import stats
 
 from tunebench.join import Itself, against_itself
-from tunebench.record import Record, parse_record
-from tunebench.stats import drift, outlying, pooled_noise, ratio_interval, spread
+from tunebench.record import parse_record
+from tunebench.stats import drift, is_across_zero, outlying, pooled_noise, ratio_interval, spread
 
-ROUNDS = 3  # of a comparison, as in the suite `quick`
+DRAWS = 250  # of each row and number of rounds
 
 
 @pytest.fixture(scope="module")
-def sets() -> list[list[Record]]:
-    """A/A runs by what was run, ROUNDS rounds each: those of tests/data/README.md, cut in the order they were made."""
-    series = defaultdict(lambda: {"a": [], "b": []})
-    for line in (ROOT / "tests" / "data" / "aa.jsonl").read_bytes().splitlines():
-        record = parse_record(line)
-        series[record.framework, record.method, record.model.name][record.aa].append(record)
-    found = []
-    for sides in series.values():
-        a, b = (sorted(side, key=lambda record: record.started_at) for side in sides.values())
-        assert len(a) == len(b)
-        assert len(a) % ROUNDS == 0
-        found += [a[i : i + ROUNDS] + b[i : i + ROUNDS] for i in range(0, len(a), ROUNDS)]
+def itself() -> list[Itself]:
+    """The comparisons of the A/A runs of tests/data/README.md, one for each thing that was run."""
+    records = [parse_record(line) for line in (ROOT / "tests" / "data" / "aa.jsonl").read_bytes().splitlines()]
+    found = against_itself(records)
+    assert sum(len(each.log_ratios) for each in found) * 2 == len(records) == 240
     return found
 
 
-def compare(runs: list[Record], factor: float = 1.0) -> Itself:
-    """The comparison of one set, the runs of side b `factor` times as slow."""
-    slowed = [
-        record.model_copy(
-            update={"steps": record.steps.model_copy(update={"seconds": [s * f for s in record.steps.seconds]})}
-        )
-        for record in runs
-        for f in [factor if record.aa == "b" else 1.0]
-    ]
-    (comparison,) = against_itself(slowed)
-    assert (len(comparison.log_ratios), comparison.dropped) == (ROUNDS, 0)
-    return comparison
+def resampled(itself: list[Itself], rounds: int, shift: float = 0.0) -> list[tuple[float, float]]:
+    """Intervals of `rounds` rounds of a row, drawn without replacement, each with a random sign; b is `shift` faster.
+
+    What is a and what b is a matter of names, so that either sign is as likely.
+    """
+    generator = np.random.default_rng(7)
+    found = []
+    for each in itself:
+        for _ in range(DRAWS):
+            drawn = generator.choice(each.log_ratios, size=rounds, replace=False)
+            signs = generator.choice([-1, 1], size=rounds)
+            found.append(
+                ratio_interval(
+                    [math.exp(r * s) * (1 + shift) for r, s in zip(drawn, signs, strict=True)], [1.0] * rounds
+                )
+            )
+    return found
 
 
-def claims(comparison: Itself) -> bool:
-    return not comparison.interval[0] <= 0 <= comparison.interval[1]
+def share(found: list[bool]) -> float:
+    return sum(found) / len(found)
 
 
-def test_of_40_comparisons_of_a_side_with_itself_few_claim_a_difference(sets):
-    assert len(sets) == 40
-    assert sum(claims(compare(runs)) for runs in sets) <= 4
+@pytest.mark.parametrize(("rounds", "most"), [(2, 0.07), (3, 0.07), (4, 0.07), (8, 0.07)])
+def test_a_side_against_itself_is_seldom_called_different(itself, rounds, most):
+    """5% by Student's t; the limit leaves room for 15 rounds a row. Wrong signs or degrees of freedom exceed it."""
+    assert share([not is_across_zero(interval) for interval in resampled(itself, rounds)]) <= most
 
 
-def test_the_same_runs_show_a_difference_where_there_is_one(sets):
-    """Or the test above could not fail: b takes 25% longer, and still with the machine's own noise."""
-    slowed = [compare(runs, 1.25) for runs in sets]
-    assert sum(map(claims, slowed)) >= 36
-    assert statistics.median(comparison.difference for comparison in slowed) == pytest.approx(-0.2, abs=0.02)
+@pytest.mark.parametrize("rounds", [2, 3, 4, 8])
+def test_the_interval_covers_a_true_difference(itself, rounds):
+    covered = [low <= 0.1 <= high for low, high in resampled(itself, rounds, 0.1)]
+    assert 0.93 <= share(covered) <= 0.99
+
+
+@pytest.mark.parametrize(
+    ("rounds", "shift", "least", "most"),
+    [(4, 0.05, 0.5, 0.95), (4, 0.1, 0.9, 1.0), (4, 0.25, 0.99, 1.0), (3, 0.1, 0.7, 1.0), (8, 0.05, 0.9, 1.0)],
+)
+def test_a_true_difference_is_found(itself, rounds, shift, least, most):
+    """Or the tests above could not fail: b is so much faster, with the machine's own noise."""
+    assert least <= share([low > 0 for low, _ in resampled(itself, rounds, shift)]) <= most
+
+
+def test_a_single_round_lies_within_the_noise(itself):
+    noise = pooled_noise([each.log_ratios for each in itself])
+    inside = [abs(math.expm1(ratio)) <= noise.worth(1) for each in itself for ratio in each.log_ratios]
+    assert 0.93 <= share(inside) < 1.0
+
+
+def test_rounds_that_are_not_side_by_side_are_noisier(itself):
+    """What pairing by rounds is for: b of another round against a has more noise."""
+    paired = pooled_noise([each.log_ratios for each in itself]).deviation
+    records = [parse_record(line) for line in (ROOT / "tests" / "data" / "aa.jsonl").read_bytes().splitlines()]
+    series = defaultdict(lambda: {"a": [], "b": []})
+    for record in sorted(records, key=lambda record: record.started_at):
+        side = series[record.framework, record.method, record.model.name][record.aa]
+        side.append(math.log(record.effective_tokens_per_second))
+    apart = [[b - a for a, b in zip(s["a"], s["b"][7:] + s["b"][:7], strict=True)] for s in series.values()]
+    assert pooled_noise(apart).deviation > 1.2 * paired
 
 
 def test_the_interval_is_scipys():

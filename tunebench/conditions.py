@@ -6,6 +6,7 @@ timed.
 
 import contextlib
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 
 import pynvml
 
+from tunebench.bootstrap import cpuinfo
 from tunebench.hardware import ask, visible_gpus
 from tunebench.record import Conditions, Device, Taker
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PROC = Path("/proc")
+WRONG, FEW_TICKS = 0.2, 10  # by so much of all ticks, and so many more of a core, counters may contradict the clock
 TAKERS, LEAST_TAKEN = 3, 0.02  # how many of the others are named, and from how many core-seconds on
 REASONS = {
     "power limit": pynvml.nvmlClocksThrottleReasonSwPowerCap,
@@ -57,10 +60,10 @@ class Reading(NamedTuple):
     mhz: float | None
 
 
-def read(root: int) -> Reading:
-    """Reads the machine; the run is the process `root` and its descendants."""
+def read(roots: Iterable[int]) -> Reading:
+    """Reads the machine; the run is the processes `roots` and their descendants."""
     cores, processes = _cores(), _processes()
-    own = descendants(root, processes)
+    own = set().union(*(descendants(root, processes) for root in roots))
     waited, involuntary = _threads(own)
     return Reading(
         at=time.monotonic(),
@@ -76,14 +79,22 @@ def read(root: int) -> Reading:
     )
 
 
-def between(first: Reading, last: Reading) -> Conditions:
-    """What the machine did between two readings of one run. To be called right after the second: GPUs are asked now."""
+def between(first: Reading, last: Reading) -> Conditions | None:
+    """What the machine did between two readings of one run. To be called right after the second: GPUs are asked now.
+
+    None where the counters cannot be true, as where a sandbox makes them up.
+    """
     usable = _usable(last.own) & first.cores.keys() & last.cores.keys()
     busy, steal, idle = (sum(last.cores[c][i] - first.cores[c][i] for c in usable) for i in range(3))
     own = _ticks(last.own, last.processes) - _ticks(first.own, first.processes)
+    seconds = max(last.at - first.at, 2e-9)
+    possible = len(usable) * seconds / TICK
+    slack = WRONG * possible + len(usable) * FEW_TICKS
+    if not usable or abs(busy + steal + idle - possible) > slack or own > busy + steal + slack:
+        return None
     faults = (sum(each.processes[pid].faults for pid in each.own) for each in (last, first))
     return Conditions(
-        seconds=max(last.at - first.at, 2e-9),
+        seconds=seconds,
         cores=len(usable),
         busy_core_seconds=_seconds(busy),
         steal_core_seconds=_seconds(steal),
@@ -120,14 +131,16 @@ def gpu_use() -> list[float]:
     return [rate.gpu / 100 if rate else 0.0 for rate in rates]
 
 
-def root_of_run(script: str, ranks: int) -> int:
-    """The process that a run of so many local ranks descends from, where a launcher of the user's own started them:
-    the nearest ancestor of this process with that many processes of this script."""
+def roots_of_run(script: str, ranks: int) -> set[int]:
+    """The processes of a run of so many local ranks that a launcher of the user's own started, or the user one by one.
+
+    They are those of this script below the nearest ancestor of this process that has so many of them.
+    """
     processes, pid = _processes(), os.getpid()
-    same = {other for other in processes if script.encode() in _command(other)}
+    same = {other for other in processes if script.encode() in _command(other)} | {pid}
     while pid in processes and len(descendants(pid, processes) & same) < ranks:
         pid = processes[pid].parent
-    return pid if pid in processes else os.getpid()
+    return descendants(pid, processes) & same if pid in processes else {os.getpid()}
 
 
 def _cores() -> dict[int, tuple[int, int, int]]:
@@ -151,7 +164,7 @@ def _processes() -> dict[int, Process]:
                 fields = after.split()  # from the third on
                 user, system, child_user, child_system = map(int, fields[11:15])
                 found[int(folder.name)] = Process(
-                    name=before.partition("(")[2],
+                    name=re.sub(r"[^\w .:/+-]", "?", before.partition("(")[2]),  # it may be any bytes
                     parent=int(fields[1]),
                     ticks=user + system,
                     ended_children=child_user + child_system,
@@ -180,24 +193,30 @@ def _threads(pids: Iterable[int]) -> tuple[float | None, int]:
     """Seconds that the threads of processes waited for a core (None where the kernel does not count them), and how
     often they had to leave one."""
     waited, involuntary, counted = 0, 0, False
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            for thread in (PROC / str(pid) / "task").iterdir():
-                with contextlib.suppress(OSError):
-                    status = (thread / "status").read_text(errors="replace")
-                    involuntary += int(status.rpartition("nonvoluntary_ctxt_switches:")[2].split()[0])
-                    waited += int((thread / "schedstat").read_text().split()[1])
-                    counted = True
+    for thread in _tasks(pids):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            status = (thread / "status").read_text(errors="replace")
+            involuntary += int(status.partition("nonvoluntary_ctxt_switches:")[2].split()[0])
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            waited += int((thread / "schedstat").read_text().split()[1])
+            counted = True
     return (waited / 1e9 if counted else None), involuntary
 
 
-def _usable(pids: Iterable[int]) -> set[int]:
-    """The cores that any of these processes may use."""
-    cores: set[int] = set()
+def _tasks(pids: Iterable[int]) -> Iterator[Path]:
+    """The folders of all threads of these processes."""
     for pid in pids:
         with contextlib.suppress(OSError):
-            cores |= os.sched_getaffinity(pid)
-    return cores or os.sched_getaffinity(0)
+            yield from (PROC / str(pid) / "task").iterdir()
+
+
+def _usable(pids: Iterable[int]) -> set[int]:
+    """The cores that any thread of these processes may use: libraries may bind each to one."""
+    cores: set[int] = set()
+    for thread in _tasks(pids):
+        with contextlib.suppress(OSError):
+            cores |= os.sched_getaffinity(int(thread.name))
+    return cores
 
 
 def _swapped() -> int | None:
@@ -218,15 +237,14 @@ def _stalled() -> float | None:
 
 
 def _mhz() -> float | None:
-    """The mean clock of the cores that this process may use."""
-    cores = os.sched_getaffinity(0)
-    files = [Path(f"/sys/devices/system/cpu/cpu{core}/cpufreq/scaling_cur_freq") for core in cores]
-    try:
-        return sum(int(file.read_text()) for file in files) / len(files) / 1e3
-    except (OSError, ValueError):
-        pass
-    lines = (PROC / "cpuinfo").read_text(errors="replace").splitlines()
-    clocks = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    """The mean clock of all cores."""
+    files = Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/scaling_cur_freq")
+    clocks = []
+    with contextlib.suppress(OSError, ValueError):
+        clocks = [int(file.read_text()) / 1e3 for file in files]
+    if not clocks:
+        with contextlib.suppress(ValueError):
+            clocks = [float(clock) for clock in cpuinfo("cpu MHz")]
     return sum(clocks) / len(clocks) if clocks else None
 
 
@@ -252,8 +270,8 @@ def _since(first: Any, last: Any) -> Any:
 
 
 def _devices(own: set[int], since_epoch: float) -> Iterator[Device]:
-    """The visible GPUs. In a container NVIDIA's library may count processes otherwise: then those of this run are not
-    among them, and it is not known which are others."""
+    """The visible GPUs. In a container NVIDIA's library may number processes otherwise: then those of this run are not
+    among them, it is not known which are others, and of several processes all but one count as others."""
     with visible_gpus() as gpus:
         for gpu in gpus:
             running = ask(pynvml.nvmlDeviceGetComputeRunningProcesses, gpu) or []
@@ -261,7 +279,7 @@ def _devices(own: set[int], since_epoch: float) -> Iterator[Device]:
             others = [process for process in running if process.pid not in own]
             reasons = ask(pynvml.nvmlDeviceGetCurrentClocksThrottleReasons, gpu) or 0
             yield Device(
-                processes=len(others) if known else None,
+                processes=len(others) if known else len(running) - 1 if running else None,
                 memory_bytes=sum(process.usedGpuMemory or 0 for process in others) if known else None,
                 share=_share(gpu, own, since_epoch) if known else None,
                 throttled=[reason for reason, bit in REASONS.items() if reasons & bit],

@@ -8,7 +8,7 @@ import math
 import operator
 import statistics
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,20 @@ from tunebench.cache import results_folder
 from tunebench.errors import BadInput
 from tunebench.presets import PRESETS
 from tunebench.record import DISTURBED, MARKED, Record, read_record
-from tunebench.rounds import APART, RUNS_APART, Near, Rounds, beside, flags_of, in_one_series, out_of, pair_rounds, turn
+from tunebench.rounds import (
+    APART,
+    RUNS_APART,
+    Near,
+    Rounds,
+    beside,
+    flags_of,
+    in_one_series,
+    minutes_apart,
+    out_of,
+    pair_rounds,
+    round_of,
+    turn,
+)
 from tunebench.stats import (
     Noise,
     drift_between,
@@ -149,9 +162,13 @@ class Cell:
 
     @functools.cached_property
     def disturbed(self) -> str | None:
-        """By what the most disturbed of its runs was, where it was."""
-        found = [record.disturbance for record in self.records if record.disturbance and record.disturbed]
-        return f"{self.first.framework}: {max(found)[1]}" if found else None
+        """By what the most disturbed of its runs was, where one was."""
+        return disturbed_by(self.records)
+
+    @functools.cached_property
+    def wholly_disturbed(self) -> bool:
+        """Whether each of its runs was, so that nothing is known of its rate."""
+        return all(record.disturbed for record in self.records)
 
     @functools.cached_property
     def rates(self) -> list[float]:
@@ -162,6 +179,12 @@ class Cell:
     def rate(self) -> float | None:
         """The geometric mean of the runs, in effective tokens/s; None when they did not end ok."""
         return statistics.geometric_mean(self.rates) if self.rates else None
+
+
+def disturbed_by(records: Iterable[Record]) -> str | None:
+    """By what the most disturbed of a side's runs was, where one was."""
+    found = [(*record.disturbance, record.framework) for record in records if record.disturbance and record.disturbed]
+    return "{2}: {1}".format(*max(found)) if found else None
 
 
 def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
@@ -195,10 +218,11 @@ def join(records: list[Record]) -> list[Row]:
         for (compared, paddle, torch), heading in zip(pairs, headings, strict=True):
             row = _row(group, compared, paddle, torch, told_apart=counts[heading] > 1, near=near)
             noise = noises.get((paddle or torch).first.hardware.machine)
-            row = replace(row, noise=noise.worth(row.rounds) if noise and row.rounds else None)
-            if compared == BEST_OF_EACH:
+            if compared == BEST_OF_EACH:  # A/A runs, which are beside each other, do not tell what such rows are worth
                 lines = [row.note, *(_runners_up(cell, cells[cell.first.framework], near) for cell in (paddle, torch))]
                 row = replace(row, note="; ".join(filter(None, lines)) or None)
+            elif noise and row.rounds:
+                row = replace(row, noise=noise.worth(row.rounds))
             rows.append(row)
     return rows
 
@@ -388,10 +412,10 @@ def _pairs(paddle: list[Cell], torch: list[Cell], near: Near) -> list[tuple[str 
     for a in (cell for cell in ours if cell.rate):
         if waiting := alike[a.work, a.setup]:
             like.append((a, waiting.popleft()))
-    for a in sorted((cell for cell in ours if cell.rate), key=lambda cell: bool(cell.disturbed)):
+    for a in sorted((cell for cell in ours if cell.rate), key=lambda cell: cell.wholly_disturbed):
         if a.work not in best:
             # Fastest first, so the first two of the same work are its best; after them those that were disturbed.
-            calm = sorted(same_work[a.work], key=lambda cell: bool(cell.disturbed))
+            calm = sorted(same_work[a.work], key=lambda cell: cell.wholly_disturbed)
             b = next((b for b in calm if _is_one_training(a, b, near)), None)
             if b:
                 best[a.work] = a, b
@@ -446,6 +470,10 @@ def _row(
             apart = _apart(rounds)
     sides = [cell for cell in (paddle, torch) if cell]
     notes = [note, *_remarks_of_rounds(rounds)]
+    if compared == BEST_OF_EACH and (minutes := max(itertools.starmap(minutes_apart, rounds.pairs), default=0)) > 2:
+        notes.append(
+            f"its sides ran up to {minutes:.0f} minutes apart: run both beside each other before you rely on it"
+        )
     notes += [f"{cell.first.framework} {remark}" for cell in sides for remark in _remarks(cell)]
     if any(cell.rate for cell in sides):
         unknown = [cell.first.framework for cell in sides if any(r.conditions is None for r in cell.records)]
@@ -475,7 +503,9 @@ def _row(
 
 def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str | None]:
     """Why two cells of the same work have no speedup, in a few words and in full."""
-    if not rounds.pairs:
+    sides = zip(*rounds.pairs, strict=True) if rounds.pairs else [cell.records for cell in (paddle, torch)]
+    disturbed = "; ".join(filter(None, map(disturbed_by, sides)))
+    if not rounds.pairs and not disturbed:
         plans = [{record.plan.sha256 for record in cell.records if record.plan} for cell in (paddle, torch)]
         if not plans[0] & plans[1]:
             ours, theirs = (min(plan)[:12] for plan in plans)
@@ -486,10 +516,8 @@ def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str
         )
     if fault := next(filter(None, itertools.starmap(disagreement, rounds.pairs)), None):
         return ("models differ" if fault.startswith("model.") else "losses differ"), fault
-    disturbed = [cell.disturbed for cell in (paddle, torch) if cell.disturbed]
     if disturbed:
-        what = "; ".join(disturbed)
-        return f"disturbed: {what}", "disturbed rounds say nothing: run_all.sh measures them again"
+        return f"disturbed: {disturbed}", "disturbed rounds say nothing: run_all.sh measures them again"
     return None, None
 
 
@@ -517,7 +545,8 @@ def _remarks_of_rounds(rounds: Rounds) -> list[str]:
         )
     for i in outlying([math.exp(ratio) for ratio in rounds.log_ratios]):
         ratio = math.expm1(rounds.log_ratios[i])
-        remarks.append(f"round {i + 1} of {len(rounds.pairs)} stands apart by its ratio ({ratio:+.1%})")
+        number = round_of(rounds.pairs[i][0]) or i + 1
+        remarks.append(f"round {number} stands apart by its ratio ({ratio:+.1%})")
     if change := drift_between(rounds.pairs):
         remarks.append(f"paddle's steps ÷ torch's changed by {change:+.0%} in the second half of the timed ones")
     return remarks

@@ -7,28 +7,29 @@ from collections.abc import Iterator
 
 from tunebench.join import METHODS, Cell, model_of, rank_of, setup_of
 from tunebench.record import Record
-from tunebench.rounds import Rounds, round_of, turn
+from tunebench.rounds import Near, Rounds, in_one_series, round_of, turn
 from tunebench.stats import spread
 from tunebench.tables import NOT_AVAILABLE, figure, markdown, measured_on
 
 BASELINES = {"torch": "hf-trainer", "paddle": "paddlenlp-trainer"}  # each framework's own trainer, as it comes
 COLUMNS = ("What", "Effective Tokens/s", "Spread", "Of Its Input Real", "MFU", "÷ {}", "95% Interval", "Rounds")
 CAVEAT = (
-    "Ratios to the framework's own Trainer, by rounds that alternate. The tokens of every row were counted by us, from "
-    "what the model was given. MFU: useful operations ÷ what the framework's own product of 2048 × 2048 matrices does, "
-    "the median of those timed in our runs here."
+    "Ratios to the framework's own Trainer, by rounds that alternate, each within one series of runs. The tokens of "
+    "every row were counted by us, from what the model was given. MFU: useful operations ÷ what the framework's own "
+    "product of 2048 × 2048 matrices does, the median of those timed in our runs here."
 )
 
 
 def render_peers(records: list[Record]) -> str:
     """A table for each framework, model and method that a peer ran; empty where none did."""
     parts = []
+    near = in_one_series(records)
     for (framework, _, model, method), members in sorted(_groups(records), key=lambda group: _place(group[0])):
         parts.append(f"### {framework.capitalize()}, {model}, {METHODS[method]}: beside other trainers\n")
         parts.append(measured_on(members) + "\n")
         baseline = BASELINES[framework]
         columns = [column.format(baseline) for column in COLUMNS]
-        parts.append(markdown(columns, _lines(members, baseline)) + "\n")
+        parts.append(markdown(columns, _lines(members, baseline, near)) + "\n")
         parts += [
             f"{record.peer or 'ours'} was disturbed, and left out: {record.disturbance[1]}\n"
             for record in members
@@ -56,7 +57,7 @@ def _place(about: tuple[str, str, str, str]) -> tuple:
     return framework != "torch", rank_of(model), list(METHODS).index(method)
 
 
-def _lines(members: list[Record], baseline: str) -> list[list[str]]:
+def _lines(members: list[Record], baseline: str, near: Near) -> list[list[str]]:
     rows: dict[str, list[Record]] = defaultdict(list)
     for record in members:
         rows[record.peer or f"ours: {setup_of(record)}"].append(record)
@@ -78,13 +79,14 @@ def _lines(members: list[Record], baseline: str) -> list[list[str]]:
             )
             continue
         by_round = [{round_of(record): record for record in each.records} for each in (cell, base)]
-        rounds = Rounds([(by_round[0][n], by_round[1][n]) for n in sorted(by_round[0].keys() & by_round[1].keys())], 0)
+        both = [(by_round[0][n], by_round[1][n]) for n in sorted(by_round[0].keys() & by_round[1].keys())]
+        rounds = Rounds([pair for pair in both if near(*pair)], 0)
         ratio = math.exp(statistics.fmean(rounds.log_ratios)) if rounds.pairs else None
         first, spread_of = cell.first.steps, spread(cell.rates)
-        rounds = [record.useful_flops for record in cell.records]
+        flops = [record.useful_flops for record in cell.records]
         mfu = (
-            statistics.median(map(float, filter(None, rounds))) / statistics.median(peaks)
-            if peaks and all(rounds)
+            statistics.median(map(float, filter(None, flops))) / statistics.median(peaks)
+            if peaks and all(flops)
             else None
         )
         lines.append(

@@ -215,6 +215,8 @@ class Against:
     published_speedup: float | None
     here_speedup: float | None
     here_interval: tuple[float, float] | None
+    here_noise: float | None = None
+    here_refusal: str | None = None
 
 
 def load(paths: list[Path]) -> tuple[list[Record], list[PublishedRecord], list[str]]:
@@ -287,6 +289,8 @@ def against(records: list[Record], published: Iterable[PublishedRecord]) -> list
                         published_speedup=pair.speedup,
                         here_speedup=row.speedup if paired else None,
                         here_interval=row.interval if paired else None,
+                        here_noise=row.noise if paired else None,
+                        here_refusal=row.refusal if paired else None,
                     )
                 )
     return found
@@ -466,7 +470,9 @@ def _fields(table: Table, pair: Pair) -> dict[str, Any]:
 
 
 def _against_texts(row: Against) -> list[str]:
-    speedup = NOT_AVAILABLE if row.here_speedup is None else verdict(row.here_speedup, row.here_interval)
+    speedup = row.here_refusal or NOT_AVAILABLE
+    if row.here_speedup is not None:
+        speedup = verdict(row.here_speedup, row.here_interval, row.here_noise)
     return [
         row.model,
         METHODS[row.method],

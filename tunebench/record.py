@@ -252,6 +252,8 @@ class Conditions(Strict):
         """
         cores = max(0.0, self.others_cores - self.idle_core_seconds / self.seconds * on_gpu)
         named = [f"{taker.name} {taker.core_seconds / self.seconds:.1%}" for taker in self.takers]
+        if sum(taker.core_seconds for taker in self.takers) / self.seconds > 1.3 * cores + MARKED:
+            named = []  # they took other cores, or idle ones
         named += [f"the hypervisor {self.steal_core_seconds / self.seconds:.1%}"] * (self.steal_core_seconds > 0)
         found = [(cores, f"others took {cores:.1%} of a core" + f" ({', '.join(named)})" * bool(named))]
         for i, gpu in enumerate(self.gpus):
@@ -259,12 +261,17 @@ class Conditions(Strict):
         return max(found)
 
     def remarks(self) -> list[str]:
-        """What else a reader must know: swapping, throttled or shared GPUs."""
+        """What else a reader must know: swapping, throttled or shared GPUs, and beside these waiting for cores."""
         lines = [f"{self.swapped_bytes >> 20} MiB were swapped"] * ((self.swapped_bytes or 0) >= 2**20)
+        waited = (self.run_delay_seconds or 0.0) / self.seconds
+        lines += [f"its threads waited for a core for {waited:.0%} of the time"] * (
+            waited >= DISTURBED and bool(self.gpus)
+        )
         for i, gpu in enumerate(self.gpus):
             reasons = [reason for reason in gpu.throttled if any(word in reason for word in HARMFUL)]
             lines += [f"GPU {i} was throttled: {', '.join(reasons)}"] * bool(reasons)
             lines += [f"GPU {i} was shared with {gpu.processes} other process(es)"] * bool(gpu.processes)
+            lines += [f"what others took of GPU {i} is not known"] * (gpu.share is None)
         return lines
 
 

@@ -68,6 +68,11 @@ def beside(a: Record, b: Record) -> bool:
     return abs(_start(a) - _start(b)) <= max(APART, RUNS_APART * max(_seconds(a), _seconds(b)))
 
 
+def minutes_apart(a: Record, b: Record) -> float:
+    """Minutes between the starts of two runs."""
+    return abs(_start(a) - _start(b)) / 60
+
+
 def started_lately(record: Record) -> bool:
     """Whether a run that starts now would still be beside this one."""
     return time.time() - _start(record) <= max(APART, RUNS_APART * _seconds(record))

@@ -265,8 +265,8 @@ class Run:
         if done == self.flags.warmup_steps:
             self._look_before()
         now = time.perf_counter()
-        if done == self.plan.steps and self.before:
-            self.conditions = conditions.between(self.before, conditions.read(self.root))
+        if done == self.plan.steps:
+            self._look_after()
         self.seconds.append(now - self._clock)
         self._clock = now
         self.losses.append(loss)
@@ -277,14 +277,28 @@ class Run:
     def _look_before(self) -> None:
         """Reads the machine before the timed steps, on one process: the others wait for it at their next exchange."""
         if not self.world.rank:
-            self.before = conditions.read(self.root)
+            with self._said_alone():
+                self.before = conditions.read(self.roots)
+
+    def _look_after(self) -> None:
+        if self.before:
+            with self._said_alone():
+                self.conditions = conditions.between(self.before, conditions.read(self.roots))
+
+    @contextlib.contextmanager
+    def _said_alone(self) -> Iterator[None]:
+        """Of what cannot be read of a machine a line is said: the run is worth more."""
+        try:
+            yield
+        except Exception as error:
+            self.say(f"warning: the machine's conditions cannot be read: {type(error).__name__}: {error}")
 
     @functools.cached_property
-    def root(self) -> int:
-        """The process that all of this run's on this node descend from."""
+    def roots(self) -> set[int]:
+        """The processes that all of this run's on this node descend from."""
         if RUN_SUPERVISOR in os.environ:
-            return int(os.environ[RUN_SUPERVISOR])
-        return conditions.root_of_run(sys.argv[0], self.world.nproc) if self.world.size > 1 else os.getpid()
+            return {int(os.environ[RUN_SUPERVISOR])}
+        return conditions.roots_of_run(sys.argv[0], self.world.nproc) if self.world.size > 1 else {os.getpid()}
 
     def finish(self, losses: list[float], peak_memory_bytes: list[int], matmul_flops: list[int]) -> None:
         """Writes the record of a run whose steps are all done; FloatingPointError on a loss that is not finite.
@@ -314,6 +328,8 @@ class Run:
             share, words = record.disturbance
             level = "disturbed: " if record.disturbed else "warning: " if share >= MARKED else "the machine was quiet: "
             self.say("; ".join([level + words, *record.conditions.remarks()]))
+        else:
+            self.say("what other programs took of the machine is not known")
         if change:
             self.say(f"warning: the run {drift_in_words(change)} (--warmup-steps is {self.flags.warmup_steps})")
 

@@ -34,13 +34,14 @@ from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.flags import Parser, positive
 from tunebench.record import DISTURBED, LOG_LINES, Record, read_record
 from tunebench.resume import FINAL, record_before, set_aside
-from tunebench.rounds import beside, started_lately
+from tunebench.rounds import APART, RUNS_APART, beside, started_lately
 from tunebench.run import describe_run
 from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
 
 PROGRAM = "run_all.sh"
 GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
 MOST_WAITING, LOOK_AROUND = 300.0, 1.0  # seconds to wait for a quiet machine, and of a look at it
+MARGIN = 10.0  # seconds that a run may take to note when it started
 TRIES_AGAIN = 2  # of a round that others disturbed
 LOOK, LINE = 0.25, 10.0  # seconds between two looks at a run, two lines about it; rare: the cores are the run's
 STEP = re.compile(rb"step (\d+)/(\d+): ([\d.]+) s, (\d+) effective tokens/s")
@@ -104,10 +105,12 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
 
     before = [record_before(run.record, run.argv, run.flags.nproc) for run in runs]
     rounds = [list(group) for _, group in itertools.groupby(range(len(runs)), key=lambda i: _round(runs[i]))]
+    doubtful: set[int] = set()
     if not anyway:
         for members in rounds:
             for i, why in _to_run_again([before[i][0] for i in members]).items():
                 before[members[i]] = None, why
+                doubtful.add(members[i])
     to_run = sum(record is None for record, _ in before)
     print(f"runs: {len(runs)}, done already: {len(runs) - to_run}")
     if expected and to_run:
@@ -117,22 +120,32 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
             print(f"done already: {run.name}: {_result(record)}")
     bad: list[str] = []
     took: list[float] = []  # seconds of each run so far
-    again, disturbed = 0, []
+    again, spoilt = sum(why is not None and i in doubtful for i, (_, why) in enumerate(before)), []
+    patience = MOST_WAITING
     ran = False
     for members in rounds:
         ran = False
         todo = {i: before[i][1] for i in members if before[i][0] is None}
         records = {i: before[i][0] for i in members}
         for attempt in range(1 + TRIES_AGAIN * (not anyway)):
-            for i, why in todo.items():
+            started = 0.0
+            for number, (i, why) in enumerate(todo.items()):
                 run = runs[i]
                 title = f"[{i + 1}/{len(runs)}] {run.name}"
-                if why:  # what is there could pass for the record to come
-                    print(
-                        f"{title}: again, since {why}; the old one moves to {set_aside(folder, run.record, run.log)}/"
-                    )
                 if not anyway and not stop_signals:
-                    wait_until_quiet(title)
+                    # Of the time that may lie between the two sides of a round, what is left.
+                    left = (
+                        max(APART, RUNS_APART * took[-1]) - MARGIN - (time.monotonic() - started)
+                        if number
+                        else patience
+                    )
+                    quiet = wait_until_quiet(title, max(0.0, min(left, patience)))
+                    if not number:  # where it waited in vain, it only looks from here on, until it is quiet
+                        patience = MOST_WAITING if quiet else 0.0
+                started = started if number else time.monotonic()
+                if why and not stop_signals:  # what is there could pass for the record to come
+                    place = set_aside(folder, run.record, run.log)
+                    print(f"{title}: again, since {why}; the old one moves to {place}/")
                 record = None if stop_signals else _execute(run, title, took, to_run - len(took) - 1)
                 if record is None:
                     done = sum(record_before(run.record, run.argv, run.flags.nproc)[0] is not None for run in runs)
@@ -143,52 +156,56 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
                     return 130
                 print(f"{title}: {_result(record)}, {_duration(took[-1])}")
                 ran, records[i] = True, record
-            todo = {members[i]: why for i, why in _to_run_again([records[i] for i in members]).items()}
+            found = _to_run_again([records[i] for i in members])
+            todo = {members[i]: why for i, why in found.items()}
             if not todo or anyway:
                 break
             if attempt < TRIES_AGAIN:
                 again, to_run = again + len(todo), to_run + len(todo)
+        spoilt += [f"  {runs[i].name}: {why}" for i, why in todo.items()]
         for i in members:
             if records[i].status not in FINAL:
                 bad.append(f"  {runs[i].name}: {_result(records[i])}, log: {runs[i].log}")
-            if records[i].disturbed:
-                disturbed.append(f"  {runs[i].name}: {records[i].disturbance[1]}")
         if ran:
             print_tables([folder])
     if not ran:
         print_tables([folder])
     if again:
-        print(f"{again} runs were measured again, since others disturbed a side of their round")
-    if disturbed:
+        print(f"measured again, since others disturbed a side of the round or its sides ran apart: {again} runs")
+    if spoilt:
         advice = "" if anyway else "; the same command measures them again"
-        print(
-            f"{len(disturbed)} of {len(runs)} runs were disturbed, and have no speedup{advice}:", *disturbed, sep="\n"
-        )
+        print(f"{len(spoilt)} of {len(runs)} runs are of rounds that tell nothing{advice}:", *spoilt, sep="\n")
     if bad:
         print(f"{len(bad)} of {len(runs)} runs did not end well; the same command tries them again:", *bad, sep="\n")
     return 1 if bad else 0
 
 
-def wait_until_quiet(title: str) -> None:
-    """Waits while others take a part of a core or of a GPU, for five minutes at most, and says for what."""
-    deadline = time.monotonic() + MOST_WAITING
+def wait_until_quiet(title: str, seconds: float) -> bool:
+    """Waits while others take a part of a core or of a GPU, for so long at most, and says for what; whether it became
+    quiet."""
+    deadline = time.monotonic() + seconds
     busy = said = _busy_with()
-    if busy:
-        print(f"{title}: waits for a quiet machine, {_duration(MOST_WAITING)} at most: {busy}")
+    if busy and seconds:
+        print(f"{title}: waits for a quiet machine, {_duration(seconds)} at most: {busy}")
     while busy and not stop_signals and time.monotonic() < deadline:
         busy = _busy_with()
     if said and not stop_signals:
         print(f"{title}: " + (f"goes on all the same: {busy}" if busy else "the machine is quiet now"))
+    return not busy
 
 
 def _busy_with() -> str:
     """What others take of the machine just now, in words; empty where it is less than what disturbs a run."""
-    first = conditions.read(os.getpid())
-    time.sleep(LOOK_AROUND)
-    used = conditions.gpu_use()  # by others: no run of this suite has started
-    share, words = conditions.between(first, conditions.read(os.getpid())).disturbance(on_gpu=bool(used))
-    shares = [(share, words), *((use, f"others use {use:.0%} of GPU {i}") for i, use in enumerate(used))]
-    share, words = max(shares)
+    try:
+        first = conditions.read([os.getpid()])
+        time.sleep(LOOK_AROUND)
+        used = conditions.gpu_use()  # by others: no run of this suite has started
+        found = conditions.between(first, conditions.read([os.getpid()]))
+    except (OSError, ValueError):  # a system without these counters
+        return ""
+    shares = [found.disturbance(on_gpu=bool(used))] if found else []
+    shares += [(use, f"others use {use:.0%} of GPU {i}") for i, use in enumerate(used)]
+    share, words = max(shares, default=(0.0, ""))
     return words if share >= DISTURBED else ""
 
 

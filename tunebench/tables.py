@@ -248,7 +248,7 @@ def verdict(difference: float, interval: tuple[float, float] | None, noise: floa
     """What a difference says: itself where its interval leaves 0 out, that it is small, or that the sides are not told
     apart. Of one round, the difference and what it is worth by the machine's A/A noise, where that is known."""
     if interval is None:
-        worth = f" ± {noise:.0%} (one round, A/A noise)" if noise else " (one round)"
+        worth = f" ± {noise:.{0 if noise >= 0.02 else 1}%} (one round, A/A noise)" if noise else " (one round)"
         return _percent(difference) + worth
     if not is_across_zero(interval):
         return _percent(difference)
