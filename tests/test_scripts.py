@@ -592,7 +592,7 @@ class TestTables:
         long = [r.model_copy(update={"setup_seconds": 1800.0}) for r in far]  # so that no pause lies between them
         *_, row = join(long)
         assert "its sides ran up to 8 minutes apart" in row.note
-        one = [r.model_copy(update={"conditions": conditions(0.5)}) if i == 0 else r for i, r in enumerate(runs)]
+        one = [r.model_copy(update={"conditions": conditions(0.5)}) if i == 6 else r for i, r in enumerate(runs)]
         assert join(one)[-1].refusal.startswith("disturbed: paddle: "), "the best is not hidden by one disturbed round"
         later = [at(r, 600 + 5 * n, n) if r.setup.zero else r for n, r in zip((1, 2, 3) * 4, runs, strict=True)]
         assert all(row.compared != "best of each" for row in join(later)), "hours lie between the two"
