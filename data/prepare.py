@@ -37,6 +37,7 @@ from tunebench.plan import (
     plan_path,
     read_plan,
     read_samples,
+    row_seeds,
     tokens_key,
     write_plan,
     write_samples,
@@ -79,8 +80,7 @@ def make_plan(options: dict[str, Any], checkpoint: Checkpoint) -> None:
     rows = rows._replace(order=drawn[rows.order])
     about = {"data": data_name(options["data"]), "samples": len(samples.lengths), "skipped": len(found["skipped"])}
     about |= {"pad_id": found["pad_id"], "bsz": options["bsz"], "remarks": remarks(about["data"], found)}
-    how = [options[name] for name in ("bsz", "steps", "epochs", "order", "packing")]
-    how += [options["seed"]] * (options["order"] == "grouped" or options["packing"] > 0)
+    how = [*(options[name] for name in ("bsz", "steps", "epochs", "order", "packing")), *row_seeds(options)]
     about["drawn_from"] = hashlib.sha256(json.dumps([samples.digest(), how]).encode()).hexdigest()
     write_plan(plan_path(options, checkpoint), about, samples, rows)
 

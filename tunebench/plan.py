@@ -254,12 +254,17 @@ def plan_path(options: dict[str, Any], checkpoint: Checkpoint) -> Path:
     parts += [options[name] for name in ("bsz", "steps", "epochs", "order", "packing", "plan_seed")]
     if options["steps"] and options["paired_halves"]:
         parts += [min(options["warmup_steps"], options["steps"] - 1)]
-    parts += [options["seed"]] * (options["order"] == "grouped" or options["packing"] > 0)
+    parts += row_seeds(options)
     name = data_name(options["data"]).replace(":", "-")
     if not is_named(options["data"]):
         # A file's own name may be as long as the system allows, and the plan's is longer.
         name = Path(name).stem.encode()[:100].decode(errors="ignore")
     return cache_folder() / "plans" / f"{name}-bsz{options['bsz']}-{_key(parts)}.safetensors"
+
+
+def row_seeds(options: dict[str, Any]) -> list[int]:
+    """The seed of the rows' order; none where they are in the order in which samples are drawn."""
+    return [options["seed"]] * (options["order"] == "grouped" or options["packing"] > 0)
 
 
 def data_name(data: str) -> str:

@@ -105,12 +105,12 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
 
     before = [record_before(run.record, run.argv, run.flags.nproc) for run in runs]
     rounds = [list(group) for _, group in itertools.groupby(range(len(runs)), key=lambda i: _round(runs[i]))]
-    doubtful: set[int] = set()
+    again = 0
     if not anyway:
         for members in rounds:
             for i, why in _to_run_again([before[i][0] for i in members]).items():
                 before[members[i]] = None, why
-                doubtful.add(members[i])
+                again += 1
     to_run = sum(record is None for record, _ in before)
     print(f"runs: {len(runs)}, done already: {len(runs) - to_run}")
     if expected and to_run:
@@ -120,7 +120,7 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
             print(f"done already: {run.name}: {_result(record)}")
     bad: list[str] = []
     took: list[float] = []  # seconds of each run so far
-    again, spoilt = sum(why is not None and i in doubtful for i, (_, why) in enumerate(before)), []
+    spoilt: list[str] = []
     patience = MOST_WAITING
     ran = False
     for members in rounds:
@@ -156,8 +156,7 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
                     return 130
                 print(f"{title}: {_result(record)}, {_duration(took[-1])}")
                 ran, records[i] = True, record
-            found = _to_run_again([records[i] for i in members])
-            todo = {members[i]: why for i, why in found.items()}
+            todo = {members[i]: why for i, why in _to_run_again([records[i] for i in members]).items()}
             if not todo or anyway:
                 break
             if attempt < TRIES_AGAIN:
