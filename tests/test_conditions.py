@@ -130,6 +130,27 @@ def test_what_starts_and_ends_between_two_readings_counts_by_its_parent(burner):
     assert found.own_core_seconds == 0.0
 
 
+def test_time_from_before_the_first_reading_is_not_an_ancestors(burner):
+    """A shell that ends hands on the time of its children, through as many shells as wait for each other."""
+    burn = "import time; [0 for _ in iter(lambda: time.process_time() < 0.6, False)]"
+    shells = f"sh -c '{PYTHON} -c \"{burn}\"; echo burnt; read line; true'; true"
+    code = f"{NAMED}import subprocess, sys, time\nsubprocess.run(['sh', '-c', sys.argv[1]])\n"
+    code += "print('reaped', flush=True)\ntime.sleep(99)"
+    ancestor = burner(code, shells, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert ancestor.stdout.readline() == "burnt\n"
+    root = burner("import time; time.sleep(99)")  # a run that does nothing
+    first = conditions.read([root.pid])
+    ancestor.stdin.write("\n")
+    ancestor.stdin.flush()
+    assert ancestor.stdout.readline() == "reaped\n"
+    time.sleep(0.3)
+    last = conditions.read([root.pid])
+    before, after = (each.processes[ancestor.pid].ended_children for each in (first, last))
+    assert (after - before) * conditions.TICK > 0.5, "it got the time of all that ended"
+    found = conditions.between(first, last)
+    assert sum(taker.core_seconds for taker in found.takers if taker.name == NAME) < 0.2
+
+
 def test_threads_that_are_bound_to_cores_count_with_all_of_them():
     """As OMP_PROC_BIND does: the first thread's cores are not those of the process."""
     code = "import os, threading, time; threading.Thread(target=time.sleep, args=(9,), daemon=True).start(); "

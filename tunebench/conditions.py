@@ -249,20 +249,30 @@ def _mhz() -> float | None:
 
 
 def _takers(first: Reading, last: Reading) -> list[Taker]:
-    """The names under which other processes took most; of those that ended, their parent's."""
+    """The names under which other processes took most; of those that ended, the nearest ancestor's that still runs."""
     took: dict[str, int] = defaultdict(int)
-    for pid, process in last.processes.items():
+    handed_on = _handed_on(first.processes, last.processes)
+    for pid in last.processes.keys() - last.own:
+        process = last.processes[pid]
         before = first.processes.get(pid)
         if before is None or before.start != process.start:
             before = process._replace(ticks=0, ended_children=0)
-        if pid not in last.own:
-            ended = process.ended_children - before.ended_children
-            for other, child in first.processes.items():
-                if child.parent == pid and other not in last.processes:
-                    ended -= child.ticks + child.ended_children
-            took[process.name] += process.ticks - before.ticks + max(ended, 0)
+        ended = process.ended_children - before.ended_children - handed_on[pid]
+        took[process.name] += process.ticks - before.ticks + max(ended, 0)
     most = sorted(took.items(), key=lambda item: -item[1])[:TAKERS]
     return [Taker(name=name, core_seconds=_seconds(ticks)) for name, ticks in most if _seconds(ticks) >= LEAST_TAKEN]
+
+
+def _handed_on(first: dict[int, Process], last: dict[int, Process]) -> dict[int, int]:
+    """Ticks from before the first reading that ancestors got from processes that ended since, by the ancestor."""
+    ended = {pid for pid, process in first.items() if pid not in last or last[pid].start != process.start}
+    ticks: dict[int, int] = defaultdict(int)
+    for pid in ended:
+        heir = first[pid].parent
+        while heir in ended:
+            heir = first[heir].parent
+        ticks[heir] += first[pid].ticks + first[pid].ended_children
+    return ticks
 
 
 def _since(first: Any, last: Any) -> Any:
