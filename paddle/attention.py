@@ -1,14 +1,14 @@
 """Which attention kernel Paddle runs: the separate ones of `eager`, or paddle's scaled_dot_product_attention.
 
-The rows of a batch are padded at their end, so that causal attention alone keeps every token from the padding after it.
-The fused kernels are given no mask but that, as on the other side. Where samples stand end to end, each of them is
-attended to on its own: sample by sample, or, in low precision on a GPU, by flashmask. `sdpa` and `flash` call the same:
-on a GPU Paddle takes its flash kernel wherever that can run, and a run of `flash` where it did not fails.
+The rows of a batch are padded at their end. Causal attention alone therefore keeps every token from the padding after
+it. The fused kernels get no other mask, as on the other side. Samples that stand end to end (`--padding-free`) are
+attended to one by one, or, in low precision on a GPU, by flashmask. `sdpa` and `flash` call the same function. On a GPU
+that function takes Paddle's flash kernel wherever the kernel can run. A run of `flash` without it fails.
 """
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,31 +17,34 @@ import paddle.nn.functional as F
 from paddlenlp import transformers
 
 from tunebench.flags import Flags
-from tunebench.plan import MicroBatch
 
-LENGTHS: list[int] = []  # of the samples that stand end to end in the pass under way
-ENDS: list[paddle.Tensor] = []  # where the sample of each token ends, for flashmask
+
+class Samples:
+    """Where the samples of a padding-free micro-batch stand.
+
+    PaddleNLP hands it on to its attention unread, as `attn_mask_startend_row_indices`, and then makes no mask.
+    """
+
+    __slots__ = ("ends", "lengths")
+
+    def __init__(self, lengths: Sequence[int], device: str) -> None:
+        """`ends` is `sample_ends`, for flashmask on GPUs."""
+        self.lengths = list(lengths)
+        self.ends = None if device == "cpu" else paddle.to_tensor(sample_ends(lengths), place=device)
 
 
 def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
-    """Says in a model's config which attention to build; of ChatGLMv2 `fuse` does it."""
+    """Says in a model's config which attention to build; `use_one_kernel` does it for ChatGLMv2."""
     config.use_flash_attention = flags.attention != "eager" and config.model_type != "chatglm_v2"
     if config.use_flash_attention:
         os.environ["USE_CASUAL_MASK"] = "True"  # PaddleNLP's, spelled so: Llama and Qwen2 then leave their mask out
 
 
-def expect(batch: MicroBatch) -> None:
-    """Names the samples of the pass to come, where they stand end to end."""
-    LENGTHS[:] = batch.lengths or ()
-    if LENGTHS and paddle.get_device() != "cpu":
-        ENDS[:] = [paddle.to_tensor(ends(LENGTHS))]
+def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:
+    """Makes ChatGLMv2's attention one kernel, and attends sample by sample where samples stand end to end.
 
-
-def fuse(flags: Flags, model: paddle.nn.Layer) -> None:
-    """Lets ChatGLMv2's attention run as one kernel, and that of the others sample by sample.
-
-    PaddleNLP's own way, `use_flash_attention`, mixes up the rows of a batch: it reshapes a result of (batch, width, …)
-    to (width, batch, …) where it should transpose it.
+    PaddleNLP's own `use_flash_attention` mixes up the rows of ChatGLMv2's batch. It reshapes a result of
+    (batch, width, …) to (width, batch, …) where it should transpose it.
     """
     if flags.padding_free:
         flashmask = paddle.get_device() != "cpu" and flags.attention != "eager" and flags.dtype != "fp32"
@@ -55,9 +58,11 @@ def fuse(flags: Flags, model: paddle.nn.Layer) -> None:
         attention.forward = functools.partial(attend, attention)
 
 
-def ends(lengths: list[int]) -> np.ndarray:
-    """For each key the first query after its sample, int32, (1, tokens): from there on flashmask hides it, and before
-    the key itself, being causal."""
+def sample_ends(lengths: Sequence[int]) -> np.ndarray:
+    """For each key the first query after its sample, int32, (1, tokens): flashmask's `startend_row_indices`.
+
+    From that query on flashmask hides the key. Being causal, it also hides the key from the queries before it.
+    """
     return np.repeat(np.cumsum(lengths, dtype=np.int32), lengths)[None]
 
 
@@ -67,12 +72,13 @@ def attend_by_sample(
     config: transformers.PretrainedConfig,
     key: paddle.Tensor,
     value: paddle.Tensor,
-    mask: paddle.Tensor | None,
+    mask: None,
     *rest: Any,
+    attn_mask_startend_row_indices: Samples,
     **others: Any,
 ) -> paddle.Tensor:
-    """PaddleNLP's attention of each sample, which is causal without a mask: (1, tokens, heads, head size) each."""
-    samples = zip(*(x.split(LENGTHS, axis=1) for x in (query, key, value)), strict=True)
+    """PaddleNLP's attention to each sample alone, which is causal without a mask: (1, tokens, heads, head size)."""
+    samples = zip(*(x.split(attn_mask_startend_row_indices.lengths, axis=1) for x in (query, key, value)), strict=True)
     return paddle.concat([attend(q, config, k, v, None, *rest, **others) for q, k, v in samples], axis=1)
 
 
@@ -82,14 +88,14 @@ def attend_by_flashmask(
     config: transformers.PretrainedConfig,
     key: paddle.Tensor,
     value: paddle.Tensor,
-    mask: paddle.Tensor | None,
     *rest: Any,
+    attn_mask_startend_row_indices: Samples,
     **others: Any,
 ) -> paddle.Tensor:
-    """The same by PaddleNLP's call of flashmask, one kernel for all samples."""
-    query, key = (x.astype(value.dtype) for x in (query, key))  # at O1 rotary embedding has left them in float32
-    others["attn_mask_startend_row_indices"] = ENDS[0]
-    return attend(query, config, key, value, None, *rest, **others)
+    """PaddleNLP's call of flashmask, one kernel for all samples."""
+    query, key = (x.astype(value.dtype) for x in (query, key))  # at O1 the rotary embedding leaves them in float32
+    others["attn_mask_startend_row_indices"] = attn_mask_startend_row_indices.ends
+    return attend(query, config, key, value, *rest, **others)
 
 
 def attend(

@@ -8,13 +8,13 @@ The loop in `main` is all that is timed. One JSON record is written; summarize.p
 import functools
 import pathlib
 import runpy
+from typing import Any
 
 BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
 runpy.run_path(str(BOOTSTRAP))["enter"]("paddle")
 
 from tunebench.checkpoint import Checkpoint, lora_a
 from tunebench.flags import Flags
-from tunebench.hardware import peak_resident_bytes
 from tunebench.optimizer import BETAS, EPSILON, WEIGHT_DECAY
 from tunebench.plan import MicroBatch
 from tunebench.presets import LORA_TARGETS
@@ -25,17 +25,17 @@ JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the s
 
 import attention
 import built
-import compute
-import head
+import cpu_kernels
+import device
+import kernels_seen
 import layer_norm
-import lean
+import losses
+import numpy as np
 import paddle
 import parallel
 import precision
 import weights
 from paddlenlp import peft, transformers
-
-GPU = paddle.device.cuda.device_count() > 0
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> paddle.nn.Layer:
@@ -47,9 +47,9 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
         setattr(config, name, value)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
     weights.load(model, checkpoint)
-    attention.fuse(flags, model)
-    head.fuse(flags, model)
-    lean.fuse(flags, model)
+    attention.use_one_kernel(flags, model)
+    losses.sum_in_head(flags, model)
+    cpu_kernels.replace_layers(flags, model)
     precision.autocast_forward(flags, model)
     targets = {weights.module_name(t, checkpoint.config): t for t in LORA_TARGETS[checkpoint.config["model_type"]]}
     config = peft.LoRAConfig(
@@ -97,28 +97,21 @@ def wrap(
     return parallel.wrap(flags, model, optimizer, group)
 
 
-def to_device(batch: MicroBatch) -> tuple[dict[str, paddle.Tensor], paddle.Tensor]:
+def to_device(flags: Flags, batch: MicroBatch, device: str) -> tuple[dict[str, Any], paddle.Tensor]:
     """What the model is given and the shifted labels, each (micro_bsz, width); without padding (1, tokens)."""
-    attention.expect(batch)
-    head.expect(batch)
-    lean.expect(batch)
-    names = ("input_ids", "position_ids") if batch.lengths else ("input_ids", "attention_mask")
-    inputs = {name: paddle.to_tensor(getattr(batch, name)) for name in names}
-    return inputs, paddle.to_tensor(batch.labels)
 
+    def tensor(array: np.ndarray) -> paddle.Tensor:
+        return paddle.to_tensor(array, place=device)
 
-def synchronize() -> None:
-    """Waits until the device has done all that it was given, on every process."""
-    if GPU:
-        paddle.device.synchronize()
-    parallel.barrier()
-
-
-def peak_memory_bytes() -> int:
-    """The most memory held: by tensors on a GPU, by the whole process on a CPU."""
-    if GPU:
-        return paddle.device.cuda.max_memory_allocated()
-    return peak_resident_bytes()
+    inputs = {"input_ids": tensor(batch.input_ids)}
+    if flags.padding_free:
+        inputs["position_ids"] = tensor(batch.position_ids)
+        inputs["attn_mask_startend_row_indices"] = attention.Samples(batch.lengths, device)
+    else:
+        inputs["attention_mask"] = tensor(batch.attention_mask)
+    if flags.head == "labels":
+        inputs |= {"labelled": tensor(batch.labelled), "targets": tensor(batch.targets)}
+    return inputs, tensor(batch.labels)
 
 
 def main(run: Run) -> None:
@@ -127,25 +120,25 @@ def main(run: Run) -> None:
     paddle.seed(flags.seed)
     model = build_model(flags, checkpoint, group)
     trainable = [p for p in model.parameters() if not p.stop_gradient]
-    name = paddle.device.cuda.get_device_name() if GPU else "cpu"
-    matmul_flops = compute.matmul_flops(flags, synchronize)
-    run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group), built.read(model))
-    compute.watch(model, run.check_kernels)
+    matmul_flops = device.matmul_flops(flags)
+    parameters = (parallel.count(each, group) for each in (model.parameters(), trainable))
+    run.describe(device.name(), *parameters, built.read(model))
+    kernels_seen.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
 
-    run.start(synchronize)
+    run.start(device.synchronize)
     for step in range(plan.steps):
         loss = 0.0
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
-            inputs, labels = to_device(batch)
-            logits = model(**inputs)[0]
-            micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
+            inputs, labels = to_device(flags, batch, group.device)
+            outputs = model(**inputs)
+            micro_loss = losses.total(flags, outputs, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()
         grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
-    measured = (parallel.gather(value, group) for value in (peak_memory_bytes(), matmul_flops))
+    measured = (parallel.gather(value, group) for value in (device.peak_memory_bytes(), matmul_flops))
     run.finish(parallel.sum_over_replicas(run.losses, group), *measured)
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 import precision
 from paddle import distributed
 from paddle.distributed import fleet
@@ -22,7 +21,6 @@ from paddle.nn.clip import ClipGradBase, _squared_l2_norm
 from tunebench.flags import Flags
 from tunebench.launch import World
 from tunebench.optimizer import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
-from tunebench.plan import IGNORED
 
 SHARDING_LEVELS = {2: "os_g", 3: "p_g_os"}  # as Paddle names what is sharded
 
@@ -132,7 +130,7 @@ def slicing(group: Group) -> dict[str, Any]:
     return {
         "tensor_parallel_degree": group.mp,
         "tensor_parallel_rank": group.mp_rank,
-        "tensor_parallel_output": True,  # logits stay sliced over the vocabulary, for `sum_of_losses`
+        "tensor_parallel_output": True,  # logits stay sliced over the vocabulary, for `losses.total`
     }
 
 
@@ -209,19 +207,6 @@ def sync_gradients(model: paddle.nn.Layer, last: bool, group: Group) -> None:
     """
     if isinstance(model, paddle.DataParallel):
         model.grad_need_sync = last
-
-
-def sum_of_losses(logits: paddle.Tensor, labels: paddle.Tensor, group: Group) -> paddle.Tensor:
-    """The sum of the token losses, over the positions that have a label.
-
-    With --head labels the model has summed already.
-    """
-    if not logits.ndim:
-        return logits
-    logits, labels = logits.flatten(0, 1).astype("float32"), labels.flatten()
-    if group.mp == 1:
-        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return fleet.meta_parallel.ParallelCrossEntropy(ignore_index=IGNORED)(logits, labels.unsqueeze(-1)).sum()
 
 
 def backward(model: paddle.nn.Layer, loss: paddle.Tensor, group: Group) -> None:

@@ -245,7 +245,7 @@ class Torch:
             "parameters": count(model.parameters(), group),
             "trainable": count([p for p in model.parameters() if p.requires_grad], group),
             "held": sum(script["parallel"].local(p).numel() for p in model.parameters()),
-            "dtypes": sorted({script["compute"].name_of(p.dtype) for p in model.parameters()}),
+            "dtypes": sorted({script["kernels_seen"].name_of(p.dtype) for p in model.parameters()}),
         }
 
     def step(self, script: Script, method: str, flags: Flags, layers: int) -> Facts:
@@ -264,21 +264,23 @@ class Torch:
         run = Run("torch", method, Job(flags, checkpoint, script["JOB"].plan, ALONE))
         run.describe("cpu", facts["parameters"], facts["trainable"], built)
         trainable = [p for p in model.parameters() if p.requires_grad]
-        script["compute"].watch(model, run.check_kernels)
+        script["kernels_seen"].watch(model, run.check_kernels)
         batch = run.plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz)[0][1]
         with shapes:
             model, optimizer = script["wrap"](flags, model, trainable, group)
-            inputs, labels = script["to_device"](batch, group.device)
+            inputs, labels = script["to_device"](flags, batch, group.device)
             inputs = {name: shapes.from_tensor(tensor) for name, tensor in inputs.items()}
             labels = shapes.from_tensor(labels)
-            logits = model(**inputs).logits
-            parallel.backward(model, parallel.sum_of_losses(logits, labels, group), group)
-            facts["gradients"] = sorted({script["compute"].name_of(p.grad.dtype) for p in trainable})
+            outputs = model(**inputs)
+            parallel.backward(model, script["losses"].total(flags, outputs, labels, group), group)
+            facts["gradients"] = sorted({script["kernels_seen"].name_of(p.grad.dtype) for p in trainable})
             # Of fp16 it asks whether the gradients overflowed, which shapes do not tell.
             with contextlib.suppress(*[DataDependentOutputException] * (flags.dtype == "fp16")):
                 parallel.update(model, optimizer, trainable, group)
             optimizer.step()
-        return facts | run.about["kernels"].model_dump() | {"logits": [*logits.shape], "inputs": [*labels.shape]}
+        return (
+            facts | run.about["kernels"].model_dump() | {"logits": [*outputs.logits.shape], "inputs": [*labels.shape]}
+        )
 
     def shard(self, script: Script, flags: Flags) -> Facts:
         """What DeepSpeed makes of the flags: its configuration, the model that it loads, and its engine of a tiny one.
@@ -296,9 +298,9 @@ class Torch:
             "precision": [name for name, part in low.items() if part.enabled],
         }
         with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
-            facts |= self.counts(script, self.load(script, flags, checkpoint, group), group)
+            facts |= self.counts(script, script["build_model"](flags, checkpoint, group), group)
             facts["whole"] = checkpoint.parameters
-        model = self.load(script, flags, tiny_checkpoint(flags), group)
+        model = script["build_model"](flags, tiny_checkpoint(flags), group)
         trainable = [p for p in model.parameters() if p.requires_grad]
         try:
             engine, optimizer = script["wrap"](flags, model, trainable, group)
@@ -306,13 +308,6 @@ class Torch:
         except ValueError as refusal:
             facts["refused"] = str(refusal)
         return facts
-
-    def load(self, script: Script, flags: Flags, checkpoint: Checkpoint, group: Any) -> Any:
-        """The script's model, after which the next one is not loaded in ZeRO 3 too."""
-        try:
-            return script["build_model"](flags, checkpoint, group)
-        finally:
-            vars(script["parallel"]).pop("_zero_3", None)
 
 
 class Paddle:
@@ -362,7 +357,7 @@ class Paddle:
             "parameters": count(model.parameters(), self.group),
             "trainable": count([p for p in model.parameters() if not p.stop_gradient], self.group),
             "held": sum(p.size for p in model.parameters()),
-            "dtypes": sorted({script["compute"].name_of(p.dtype) for p in model.parameters()}),
+            "dtypes": sorted({script["kernels_seen"].name_of(p.dtype) for p in model.parameters()}),
             "recompute": True in recompute,
         }
 
@@ -370,7 +365,7 @@ class Paddle:
         """The dtypes of the tiny model of the family, which is loaded."""
         model = script["build_model"](flags, tiny_checkpoint(flags), self.group)
         assert all(p._is_initialized() for p in model.parameters())
-        return sorted({script["compute"].name_of(p.dtype) for p in model.parameters()})
+        return sorted({script["kernels_seen"].name_of(p.dtype) for p in model.parameters()})
 
     def forward(self, script: Script, flags: Flags) -> Facts:
         """The forward pass as a static program, which knows shapes: in float32, since others have no kernels here."""

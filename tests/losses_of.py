@@ -59,9 +59,8 @@ def measure(framework: str, script: dict, folder: Path) -> dict:
     found = built.read(model)
     if contradiction := found.contradiction(checkpoint.expected):
         return {"error": contradiction}
-    inputs, labels = script["to_device"](batch, *([group.device] if framework == "torch" else []))
-    outputs = model(**inputs)
-    loss = parallel.sum_of_losses(outputs.logits if framework == "torch" else outputs[0], labels, group)
+    inputs, labels = script["to_device"](flags, batch, group.device)
+    loss = script["losses"].total(flags, model(**inputs), labels, group)
     loss.backward()
     gradients = [p.grad.numpy().astype(np.float64) for p in model.parameters()]
     norm = float(np.sqrt(sum((gradient**2).sum() for gradient in gradients)))

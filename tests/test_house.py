@@ -68,7 +68,7 @@ def definitions(script: str) -> list[str]:
 def test_twins_have_the_same_blocks_in_the_same_order(method):
     torch, paddle = (definitions(f"{framework}/finetune_{method}.py") for framework in ("torch", "paddle"))
     assert torch == [name for name in paddle if name != "require_gradient"]  # peft's work on the other side
-    assert len(torch) >= 6  # the loss, clipping and all that concerns several processes are in parallel.py
+    assert len(torch) >= 4  # the loss is in losses.py, all that concerns several processes in parallel.py
 
 
 @pytest.mark.parametrize("framework", ["torch", "paddle"])

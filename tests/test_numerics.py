@@ -66,16 +66,14 @@ def test_lora_with_recompute_runs_every_layer_twice(model, monkeypatch):
     script = runpy.run_path(str(ROOT / HERE / "finetune_lora.py"))
     flags, checkpoint, plan, world = script["JOB"]
     group = script["parallel"].join(flags, world)
-    on_device = [group.device] if HERE == "torch" else []
     built = script["build_model"](flags, checkpoint, group)
     layers = built.named_modules() if HERE == "torch" else built.named_sublayers()
     forwards = dict.fromkeys((name for name, _ in layers if name.endswith(".mlp")), 0)
     for name, layer in built.named_modules() if HERE == "torch" else built.named_sublayers():
         if name in forwards:
             layer.register_forward_pre_hook(lambda *_, name=name: forwards.update({name: forwards[name] + 1}))
-    inputs, labels = script["to_device"](plan.micro_batches(0, 1)[0][1], *on_device)
-    output = built(**inputs)
-    script["parallel"].sum_of_losses(output.logits if HERE == "torch" else output[0], labels, group).backward()
+    inputs, labels = script["to_device"](flags, plan.micro_batches(0, 1)[0][1], group.device)
+    script["losses"].total(flags, built(**inputs), labels, group).backward()
     assert list(forwards.values()) == [2, 2, 2, 2]
 
 

@@ -1,5 +1,6 @@
 """Less work, same result: without padding, packed, losses at labels alone, the leaner kernels, and --tuned."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -82,20 +83,23 @@ def test_packed_rows_train_as_their_samples_padded(short, tmp_path, framework):
 KINDS = [{"attention": "eager"}, {"attention": "sdpa"}] + [{"lean": True}] * (HERE == "paddle")
 
 
+def end_to_end(lengths, tokens=None):
+    """A padding-free micro-batch of samples of these lengths, without labels."""
+    ids = np.array([tokens or [5 + i % 90 for i in range(sum(lengths))]])
+    positions = np.concatenate([np.arange(length) for length in lengths])[None]
+    nothing = np.full_like(ids, IGNORED)
+    return MicroBatch(ids, positions, np.ones_like(ids), nothing, np.zeros(0, dtype=np.int64), lengths=lengths)
+
+
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_no_token_of_a_sample_changes_another_sample(script, kind):
     flags, checkpoint, _, world = script["JOB"]
     flags = flags.model_copy(update={"padding_free": True} | kind)
     group = script["parallel"].join(flags, world)
-    on_device = [group.device] if HERE == "torch" else []
     model = script["build_model"](flags, checkpoint, group)
 
     def logits(tokens):
-        ids = np.array([tokens])
-        positions = np.array([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]])
-        nothing = np.full_like(ids, IGNORED)
-        batch = MicroBatch(ids, positions, np.ones_like(ids), nothing, np.zeros(0, dtype=np.int64), lengths=[6, 4])
-        output = model(**script["to_device"](batch, *on_device)[0])
+        output = model(**script["to_device"](flags, end_to_end([6, 4], tokens), group.device)[0])
         return (output.logits if HERE == "torch" else output[0]).detach().numpy()[0]
 
     before = logits([5, 6, 7, 8, 9, 10, 5, 6, 7, 8])
@@ -107,30 +111,38 @@ def test_no_token_of_a_sample_changes_another_sample(script, kind):
 
 
 @pytest.mark.skipif(HERE != "torch", reason="Paddle has no compiler for CPUs")
-def test_the_layers_are_compiled(script, tmp_path):
+@pytest.mark.parametrize("padding_free", [False, True])
+def test_the_layers_are_compiled(script, tmp_path, padding_free):
     """More of them than the number of codes (8) after which Dynamo would leave the rest as they are."""
     from torch._dynamo.utils import counters
 
     flags, _, plan, world = script["JOB"]
-    flags = flags.model_copy(update={"compile": True})
+    kind = {"padding_free": True, "attention": "sdpa"} if padding_free else {}
+    flags = flags.model_copy(update={"compile": True} | kind)
     preset = PRESETS["llama-tiny"]
     write_random(tmp_path, Preset(preset.config | {"num_hidden_layers": 10}, preset.checkpoint_dtype), seed=0)
     checkpoint = open_checkpoint(tmp_path)
     group = script["parallel"].join(flags, world)
     model = script["build_model"](flags, checkpoint, group)
     seen = []
-    script["compute"].watch(model, lambda *kernels: seen.append(kernels))
-    (_, batch), *_ = plan.micro_batches(0, 1)
-    inputs, _ = script["to_device"](batch, group.device)
+    script["kernels_seen"].watch(model, lambda *kernels: seen.append(kernels))
+    first = end_to_end([9, 6]) if padding_free else plan.micro_batches(0, 1)[0][1]
+    inputs, _ = script["to_device"](flags, first, group.device)
     counters.clear()
     plain = model(**inputs).logits
-    assert seen == [({"float32"}, {"float32"}, {"softmax"})], "the first pass is not compiled: its kernels are seen"
+    kernel = "scaled_dot_product_flash_attention_for_cpu" if padding_free else "softmax"
+    assert seen == [({"float32"}, {"float32"}, {kernel})], "the first pass is not compiled: its kernels are seen"
     assert counters["stats"]["unique_graphs"] == 0
     compiled = model(**inputs).logits
     codes = counters["stats"]["unique_graphs"]
     assert 0 < codes < 8, "one for all layers, so that the limit is not met"
-    model(**{name: x[:, :-3] for name, x in inputs.items()})
-    assert counters["stats"]["unique_graphs"] == codes, "the same for another number of tokens"
+    if padding_free:
+        others = (end_to_end(lengths) for lengths in ([4, 5, 3], [12], [2, 2, 2, 2, 9], [9, 6]))
+        for batch in others:
+            model(**script["to_device"](flags, batch, group.device)[0])
+    else:
+        model(**{name: x[:, :-3] for name, x in inputs.items()})
+    assert counters["stats"]["unique_graphs"] == codes, "the same for other numbers of tokens and of samples"
     assert compiled.detach().numpy() == pytest.approx(plain.detach().numpy(), abs=1e-5)
 
 
@@ -140,7 +152,7 @@ def test_flashmask_hides_what_is_of_other_samples(script):
     import paddle
 
     attention = script["attention"]
-    hidden_from = attention.ends([3, 1, 2])
+    hidden_from = attention.sample_ends([3, 1, 2])
     queries, keys = np.mgrid[:6, :6]
     seen = (keys <= queries) & (queries < hidden_from)
     blocks = [np.tril(np.ones((n, n), dtype=bool)) for n in (3, 1, 2)]
@@ -152,12 +164,14 @@ def test_flashmask_hides_what_is_of_other_samples(script):
     flags = flags.model_copy(update={"attention": "flash"})
     config = script["weights"].read_config(checkpoint)
     attention.configure(flags, config)
-    attention.ENDS[:] = [paddle.to_tensor(hidden_from)]
+    samples = attention.Samples([3, 1, 2], "cpu")
+    samples.ends = paddle.to_tensor(hidden_from)  # as on a GPU
     one = paddle.rand([1, 6, 4, 16])
     from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
 
     with pytest.raises(ValueError, match="FLAGS_cudnn_deterministic"):  # after its checks of shapes and dtypes
-        attention.attend_by_flashmask(scaled_dot_product_attention, one, config, one, one, None, False)
+        attend = functools.partial(attention.attend_by_flashmask, scaled_dot_product_attention)
+        attend(one, config, one, one, None, False, attn_mask_startend_row_indices=samples)
 
 
 def test_a_compiler_that_is_not_there_is_named(monkeypatch):

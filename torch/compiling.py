@@ -6,7 +6,7 @@ import torch
 from tunebench.flags import Flags
 
 
-def fuse(flags: Flags, model: torch.nn.Module) -> None:
+def compile_layers(flags: Flags, model: torch.nn.Module) -> None:
     """Lets torch compile each layer when it is first used: one code for all of them, and for any number of tokens.
 
     So what is not a product is done in a few passes over memory. Layers one by one are compiled in seconds, where the

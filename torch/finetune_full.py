@@ -7,13 +7,13 @@ The loop in `main` is all that is timed. One JSON record is written; summarize.p
 
 import pathlib
 import runpy
+from typing import Any
 
 BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
 runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
 
 from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
-from tunebench.hardware import peak_resident_bytes
 from tunebench.optimizer import BETAS, EPSILON, WEIGHT_DECAY
 from tunebench.plan import MicroBatch
 from tunebench.run import Run, read_job, recorded
@@ -24,34 +24,35 @@ JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the s
 import attention
 import built
 import compiling
-import compute
-import head
+import device
+import kernels_seen
+import losses
+import numpy as np
 import parallel
 import precision
 import torch
 import weights
-
-GPU = torch.cuda.is_available()
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> torch.nn.Module:
     """The checkpoint as transformers' model, with every parameter trainable."""
     config = weights.read_config(checkpoint)
     config.use_cache = False
-    model = weights.load(
-        config,
-        checkpoint,
-        dtype=getattr(torch, flags.weights_dtype),
-        attn_implementation=attention.implementation(flags, checkpoint),
-        **parallel.loading(flags, checkpoint),
-    )
+    with parallel.loading_arguments(flags, checkpoint) as arguments:
+        model = weights.load(
+            config,
+            checkpoint,
+            dtype=getattr(torch, flags.weights_dtype),
+            attn_implementation=attention.implementation(flags, checkpoint),
+            **arguments,
+        )
     parallel.take_heads(model, group)
-    attention.fuse(flags, model)
-    head.fuse(flags, model)
+    attention.use_one_kernel(flags, model)
+    losses.sum_in_head(flags, model)
     precision.autocast_forward(flags, model, group.device)
     if flags.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    compiling.fuse(flags, model)
+    compiling.compile_layers(flags, model)
     return model.to(group.device).train()
 
 
@@ -65,27 +66,21 @@ def wrap(
     return parallel.wrap(flags, model, optimizer, group)
 
 
-def to_device(batch: MicroBatch, device: torch.device) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+def to_device(flags: Flags, batch: MicroBatch, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
     """What the model is given and the shifted labels, each (micro_bsz, width); without padding (1, tokens)."""
-    attention.expect(batch, device)
-    head.expect(batch, device)
-    names = ("input_ids", "position_ids") if batch.lengths else ("input_ids", "attention_mask")
-    inputs = {name: torch.from_numpy(getattr(batch, name)).to(device) for name in names}
-    return inputs, torch.from_numpy(batch.labels).to(device)
 
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
 
-def synchronize() -> None:
-    """Waits until the device has done all that it was given, on every process."""
-    if GPU:
-        torch.cuda.synchronize()
-    parallel.barrier()
-
-
-def peak_memory_bytes() -> int:
-    """The most memory held: by tensors on a GPU, by the whole process on a CPU."""
-    if GPU:
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes()
+    inputs = {"input_ids": tensor(batch.input_ids)}
+    if flags.padding_free:
+        inputs["position_ids"] = tensor(batch.position_ids)
+        inputs["samples"] = attention.Samples(batch.lengths, device)
+    else:
+        inputs["attention_mask"] = tensor(batch.attention_mask)
+    if flags.head == "labels":
+        inputs |= {"labelled": tensor(batch.labelled), "targets": tensor(batch.targets)}
+    return inputs, tensor(batch.labels)
 
 
 def main(run: Run) -> None:
@@ -94,25 +89,25 @@ def main(run: Run) -> None:
     torch.manual_seed(flags.seed)
     model = build_model(flags, checkpoint, group)
     trainable = [p for p in model.parameters() if p.requires_grad]
-    name = torch.cuda.get_device_name() if GPU else "cpu"
-    matmul_flops = compute.matmul_flops(flags, synchronize)
-    run.describe(name, parallel.count(model.parameters(), group), parallel.count(trainable, group), built.read(model))
-    compute.watch(model, run.check_kernels)
+    matmul_flops = device.matmul_flops(flags)
+    parameters = (parallel.count(each, group) for each in (model.parameters(), trainable))
+    run.describe(device.name(), *parameters, built.read(model))
+    kernels_seen.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
 
-    run.start(synchronize)
+    run.start(device.synchronize)
     for step in range(plan.steps):
         loss = 0.0
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
-            inputs, labels = to_device(batch, group.device)
-            logits = model(**inputs).logits
-            micro_loss = parallel.sum_of_losses(logits, labels, group) / plan.label_tokens(step)
+            inputs, labels = to_device(flags, batch, group.device)
+            outputs = model(**inputs)
+            micro_loss = losses.total(flags, outputs, labels, group) / plan.label_tokens(step)
             parallel.backward(model, micro_loss, group)
             loss += micro_loss.detach()
         grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
-    measured = (parallel.gather(value, group) for value in (peak_memory_bytes(), matmul_flops))
+    measured = (parallel.gather(value, group) for value in (device.peak_memory_bytes(), matmul_flops))
     run.finish(parallel.sum_over_replicas(run.losses, group), *measured)
 
 

@@ -3,18 +3,18 @@
 The functions stand in the order in which a script calls them. With one process none of them changes anything.
 """
 
+import contextlib
 import datetime
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import precision
 import torch
 import torch.distributed
-import torch.nn.functional as F
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -25,7 +25,6 @@ from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
 from tunebench.launch import World
 from tunebench.optimizer import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
-from tunebench.plan import IGNORED
 
 # Rules for transformers' tensor parallelism where a family ships none. Bloom's query_key_value holds q, k and v of one
 # head after the other, so that a slice of its rows is a slice of the heads.
@@ -82,14 +81,24 @@ def join(flags: Flags, world: World) -> Group:
     return Group(device, world.rank, world.size, flags.zero, flags.mp, mesh, precision.LossScale(flags))
 
 
-def loading(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Further arguments of `from_pretrained`, with which each process loads its share of the weights alone."""
+@contextlib.contextmanager
+def loading_arguments(flags: Flags, checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+    """Further arguments of `from_pretrained`, with which each process loads its share of the weights alone.
+
+    `from_pretrained` must be called inside: transformers finds ZeRO 3's configuration by a weak reference.
+    """
+    kept = None
     if flags.zero == 3:
         from transformers.integrations import HfDeepSpeedConfig
 
         import_deepspeed()
-        # transformers finds it by a weak reference while it builds the model, so it has to be kept.
-        globals()["_zero_3"] = HfDeepSpeedConfig(zero_config(flags, checkpoint.config["hidden_size"]))
+        kept = HfDeepSpeedConfig(zero_config(flags, checkpoint.config["hidden_size"]))
+    yield sharding_arguments(flags, checkpoint)
+    del kept
+
+
+def sharding_arguments(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The arguments of `from_pretrained` that ask for tensor parallelism, and for its replicas."""
     if flags.mp == 1:
         return {}
     from transformers.distributed import DistributedConfig
@@ -194,16 +203,6 @@ def sync_gradients(model: torch.nn.Module, last: bool, group: Group) -> None:
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(last)
                 break  # the outermost one passes it on
-
-
-def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, group: Group) -> torch.Tensor:
-    """The sum of the token losses, over the positions that have a label; the logits are whole in every setup.
-
-    With --head labels the model has summed already.
-    """
-    if not logits.ndim:
-        return logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
 
 def backward(model: torch.nn.Module, loss: torch.Tensor, group: Group) -> None:

@@ -51,6 +51,11 @@ class MicroBatch:
     labelled: np.ndarray
     lengths: list[int] | None
 
+    @property
+    def targets(self) -> np.ndarray:
+        """The labels at `labelled`."""
+        return self.labels.flat[self.labelled]
+
 
 @dataclass(frozen=True)
 class Plan:

@@ -6,9 +6,6 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tunebench.flags import Flags
-from tunebench.hardware import best_product
-
 PRODUCTS = ("mm", "addmm")  # of activations with weights; those of attention are `bmm`
 SOFTMAX = ("_softmax", "_safe_softmax")
 
@@ -51,17 +48,6 @@ def watch(model: torch.nn.Module, check: Callable[[set[str], set[str], set[str]]
         check({name_of(p.dtype) for p in model.parameters()}, witness.matmuls, witness.attention)
 
     hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
-
-
-def matmul_flops(flags: Flags, synchronize: Callable[[], None]) -> int:
-    """Operations per second of the best of five products of square matrices, in the dtype that the run multiplies in.
-
-    On a CPU in float32: in low precision its products are no measure of anything.
-    """
-    gpu = torch.cuda.is_available()
-    size, dtype = (8192, getattr(torch, flags.compute_dtype)) if gpu else (2048, torch.float32)
-    a, b = (torch.rand(size, size, dtype=dtype, device="cuda" if gpu else "cpu") for _ in range(2))
-    return best_product(a, b, synchronize)
 
 
 def name_of(dtype: torch.dtype) -> str:

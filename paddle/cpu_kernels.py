@@ -1,8 +1,9 @@
-"""Leaner kernels for Llama on a CPU (`--lean`): the same mathematics in fewer and cheaper operations of Paddle's.
+"""Kernels for Llama on a CPU (`--lean`): the same mathematics in fewer and cheaper operations of Paddle's.
 
-On a CPU Paddle's products run on all threads, and so do elementwise kernels of equal shapes; broadcasts, copies,
-reductions and activations run on one. So sums and broadcasts are products with ones here, the halves of rotary
-embedding change places by a product, and attention keeps one layout, (heads, rows, head size), whose copies are fast.
+On a CPU Paddle's matrix products and its elementwise kernels of equal shapes run on all threads. Its broadcasts,
+copies, reductions and activations run on one. Here therefore a product with ones makes sums and broadcasts, and a
+product exchanges the halves for the rotary embedding. Attention keeps one layout, (heads, rows, head size), whose
+copies are fast.
 
 tests/test_tuned.py compares losses and gradient norms with PaddleNLP's own.
 """
@@ -16,13 +17,12 @@ from paddle import _C_ops
 from paddle.autograd import PyLayer
 
 from tunebench.flags import Flags
-from tunebench.plan import MicroBatch
 
 LOWEST = -1e30  # what is added to the scores of later keys
 
 
 class Layout(NamedTuple):
-    """The pass under way: the lengths of its samples (or padded rows), end to end, and what is the same in each layer.
+    """A micro-batch: the lengths of its samples (or padded rows), end to end, and what is the same in each layer.
 
     `cos` and `sin` are the rotary tables, (heads, rows, head size). `later` is added to the scores of samples of a
     length, as `cut` gives them: (heads, length, length), and of all samples at once where they are equally long.
@@ -34,11 +34,8 @@ class Layout(NamedTuple):
     later: dict[int, paddle.Tensor]
 
 
-LAYOUT: list[Layout] = []
-
-
-def fuse(flags: Flags, model: paddle.nn.Layer) -> None:
-    """Takes these kernels where they apply: RMSNorm, SwiGLU, and the attention of Llama without grouped queries."""
+def replace_layers(flags: Flags, model: paddle.nn.Layer) -> None:
+    """Replaces layers where these kernels apply: RMSNorm, SwiGLU, and Llama's attention without grouped queries."""
     if not flags.lean or paddle.get_device() != "cpu" or flags.mp > 1 or model.config.model_type != "llama":
         return
     for layer in model.sublayers():
@@ -51,21 +48,23 @@ def fuse(flags: Flags, model: paddle.nn.Layer) -> None:
         layers = model.llama.layers
         for layer in layers:
             layer.self_attn.forward = functools.partial(attend, layer.self_attn)
-        model.llama._prepare_decoder_attention_mask = lambda *_, **__: None
         rotary = layers[0].self_attn.rotary_emb
         tables = [table.reshape([-1, table.shape[-1]]) for table in (rotary.cos_cached, rotary.sin_cached)]
-        EXPECT[:] = [functools.partial(lay_out, *tables, config.num_attention_heads)]
+        hook = functools.partial(put_layout_in, *tables, config.num_attention_heads)
+        model.llama.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-EXPECT: list[Any] = []  # what makes the layout of a pass, once a model asked for one
+def put_layout_in(
+    cos: paddle.Tensor, sin: paddle.Tensor, heads: int, llama: paddle.nn.Layer, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """A hook for the model without its head: puts a `Layout` where PaddleNLP has flashmask's input.
 
-
-def expect(batch: MicroBatch) -> None:
-    """Makes the layout of the pass to come."""
-    for make in EXPECT:
-        rows, width = batch.input_ids.shape
-        LAYOUT.clear()  # its masks first
-        LAYOUT.append(make(batch.lengths or [width] * rows))
+    PaddleNLP hands that on to each layer, and makes no mask then.
+    """
+    rows, width = (args[0] if args else kwargs["input_ids"]).shape
+    samples = kwargs.get("attn_mask_startend_row_indices")
+    layout = lay_out(cos, sin, heads, samples.lengths if samples else [width] * rows)
+    return args, kwargs | {"attn_mask_startend_row_indices": layout, "attention_mask": None}
 
 
 @paddle.no_grad()
@@ -87,12 +86,18 @@ def feed_forward(layer: paddle.nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
     return layer.down_proj(SwiGLU.apply(layer.gate_proj(x), layer.up_proj(x)))
 
 
-def attend(layer: paddle.nn.Layer, hidden_states: paddle.Tensor, *_: Any, **__: Any) -> paddle.Tensor:
+def attend(
+    layer: paddle.nn.Layer,
+    hidden_states: paddle.Tensor,
+    *_: Any,
+    attn_mask_startend_row_indices: Layout,
+    **__: Any,
+) -> paddle.Tensor:
     """LlamaAttention's forward, causal within each sample."""
     shape = hidden_states.shape
     projections = (layer.q_proj, layer.k_proj, layer.v_proj)
     q, k, v = (project(hidden_states).reshape([-1, shape[-1]]) for project in projections)
-    return layer.o_proj(RotaryAttention.apply(q, k, v, layer.num_heads, LAYOUT[0]).reshape(shape))
+    return layer.o_proj(RotaryAttention.apply(q, k, v, layer.num_heads, attn_mask_startend_row_indices).reshape(shape))
 
 
 class RMSNorm(PyLayer):
@@ -202,16 +207,16 @@ def by_row(x: paddle.Tensor) -> paddle.Tensor:
 
 def rotate(x: paddle.Tensor, layout: Layout) -> paddle.Tensor:
     """Rotary embedding."""
-    return (x * layout.cos).add_(paddle.matmul(x, turn(x.shape[-1])).multiply_(layout.sin))
+    return (x * layout.cos).add_(paddle.matmul(x, rotation_of_halves(x.shape[-1])).multiply_(layout.sin))
 
 
 def rotate_back(x: paddle.Tensor, layout: Layout) -> paddle.Tensor:
     """Its transpose: the gradient."""
-    return (x * layout.cos).add_(paddle.matmul(x * layout.sin, turn(x.shape[-1]), transpose_y=True))
+    return (x * layout.cos).add_(paddle.matmul(x * layout.sin, rotation_of_halves(x.shape[-1]), transpose_y=True))
 
 
 @functools.cache
-def turn(size: int) -> paddle.Tensor:
+def rotation_of_halves(size: int) -> paddle.Tensor:
     """(size, size): a product with it puts the second half of the last axis, its sign turned, before the first."""
     one, none = paddle.eye(size // 2), paddle.zeros([size // 2, size // 2])
     return paddle.concat([paddle.concat([none, one], axis=1), paddle.concat([-one, none], axis=1)])

@@ -6,9 +6,6 @@ from typing import Any
 import paddle
 from paddle.base import core
 
-from tunebench.flags import Flags
-from tunebench.hardware import best_product
-
 # How the names of matrix products have it: of activations with weights, and in most attention. ChatGLMv2's eager one
 # has `bmm`, which autocast leaves in float32.
 PRODUCTS = ("matmul", "linear", "gemm")
@@ -38,16 +35,6 @@ def watch(model: paddle.nn.Layer, check: Callable[[set[str], set[str], set[str]]
         check({name_of(p.dtype) for p in model.parameters()}, matmuls, attention)
 
     hooks = [model.register_forward_pre_hook(begin), model.register_forward_post_hook(end)]
-
-
-def matmul_flops(flags: Flags, synchronize: Callable[[], None]) -> int:
-    """Operations per second of the best of five products of square matrices, in the dtype that the run multiplies in.
-
-    On a CPU in float32, the only one that it has products for.
-    """
-    size, dtype = (8192, flags.compute_dtype) if paddle.device.cuda.device_count() else (2048, "float32")
-    a, b = (paddle.rand([size, size]).astype(dtype) for _ in range(2))
-    return best_product(a, b, synchronize)
 
 
 def name_of(dtype: paddle.dtype) -> str:

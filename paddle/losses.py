@@ -1,0 +1,95 @@
+"""The loss of a micro-batch: from all logits, or, with `--head labels`, from the head where there are labels."""
+
+import functools
+from typing import Any
+
+import paddle
+import paddle.nn.functional as F
+import parallel
+from paddle.autograd import PyLayer
+from paddle.distributed.fleet.meta_parallel import ParallelCrossEntropy
+
+from tunebench.flags import Flags
+from tunebench.plan import IGNORED
+
+POSITIONS = 1024  # of which logits are held at once
+
+
+def total(flags: Flags, outputs: Any, labels: paddle.Tensor, group: parallel.Group) -> paddle.Tensor:
+    """The sum of the token losses over the positions that have a label, a scalar; logits may be sliced by --mp."""
+    if flags.head == "labels":
+        return outputs  # `sum_in_head` has made the model's forward pass end with this sum
+    logits, labels = outputs[0].flatten(0, 1).astype("float32"), labels.flatten()
+    if group.mp == 1:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return ParallelCrossEntropy(ignore_index=IGNORED)(logits, labels.unsqueeze(-1)).sum()
+
+
+def sum_in_head(flags: Flags, model: paddle.nn.Layer) -> None:
+    """With --head labels makes a model's forward pass give the sum of the token losses in place of logits."""
+    if flags.head == "labels":
+        # PaddleNLP's __setattr__ would add arguments to what it takes for an old forward.
+        vars(model)["forward"] = functools.partial(forward_to_loss, model)
+        model.lm_head.forward = functools.partial(forward_head_to_loss, model.lm_head)
+
+
+def forward_to_loss(
+    model: paddle.nn.Layer, labelled: paddle.Tensor, targets: paddle.Tensor, **inputs: Any
+) -> paddle.Tensor:
+    """The model's forward pass: a scalar.
+
+    `labelled` are the positions in the flattened batch that have a label, and `targets` these labels, each (n,).
+    It calls the head as a layer, so that ZeRO 3 gathers the head's weight.
+    """
+    return model.lm_head(getattr(model, model.base_model_prefix)(**inputs)[0], labelled, targets)
+
+
+def forward_head_to_loss(
+    head: paddle.nn.Layer, hidden: paddle.Tensor, labelled: paddle.Tensor, targets: paddle.Tensor
+) -> paddle.Tensor:
+    """The head's forward pass: a scalar, from (rows, width, hidden)."""
+    # A tied weight is the embedding's, (vocabulary, hidden): always Bloom's, and that of others whose config says so.
+    weight = head.decoder_weight if hasattr(head, "decoder_weight") else head.weight
+    tied = hasattr(head, "decoder_weight") or head.transpose_y
+    return SumOfLosses.apply(hidden.flatten(0, 1).index_select(labelled), weight, targets, tied)
+
+
+class SumOfLosses(PyLayer):
+    """cross_entropy(hidden @ weight, labels, reduction="sum").
+
+    The forward pass makes the gradients too, by hidden and by weight; the backward pass scales them.
+
+    So each stretch of logits is used up before the next one is made, and no logit is computed twice. As in Liger
+    Kernel's FusedLinearCrossEntropy.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: paddle.Tensor, weight: paddle.Tensor, labels: paddle.Tensor, tied: bool) -> paddle.Tensor:
+        """A scalar, from (n, hidden), (hidden, vocabulary) or, where it is tied, its transpose, and (n,)."""
+        total, by_hidden = paddle.zeros([]), []
+        frozen, weight = weight.stop_gradient, weight.detach()
+        weight.stop_gradient = frozen
+        by_weight = None if frozen else paddle.zeros_like(weight, dtype="float32")
+        for first in range(0, len(hidden), POSITIONS):
+            stretch = slice(first, first + POSITIONS)
+            some = hidden[stretch].detach()
+            some.stop_gradient = False
+            with paddle.enable_grad():
+                logits = paddle.matmul(some, weight, transpose_y=tied).astype("float32")
+                loss = F.cross_entropy(logits, labels[stretch], reduction="sum")
+            gradient, *rest = paddle.grad(loss, [some, weight][: 2 - frozen])
+            by_hidden.append(gradient)
+            for gradient in rest:
+                by_weight.add_(gradient.astype("float32"))
+            total += loss.detach()
+        ctx.save_for_backward(paddle.concat(by_hidden), by_weight)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient: paddle.Tensor) -> tuple[paddle.Tensor | None, ...]:
+        """By hidden and by weight."""
+        by_hidden, by_weight = ctx.saved_tensor()
+        if by_weight is not None:
+            by_weight = (by_weight * gradient).astype(ctx.dtype)
+        return by_hidden * gradient.astype(by_hidden.dtype), by_weight, None
