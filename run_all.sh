@@ -36,4 +36,4 @@ trap 'echo "run_all.sh: interrupted during set-up; the same command goes on" >&2
 bash "$root/setup.sh" ${setup[@]+"${setup[@]}"}
 trap - INT
 # -P: the working directory could be the repository, which must not be on Python's path.
-exec "$root/.venv/torch/bin/python" -P -m tunebench.suite ${suite[@]+"${suite[@]}"}
+exec "$root/.venv/torch/bin/python" -P -m tunebench.suite.runner ${suite[@]+"${suite[@]}"}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up what is missing, then checks format and lint and runs every test: the shared ones in both environments, since
+# Sets up what is missing, then checks format, lint and types, and runs every test: the shared ones in both environments, since
 # these pin different versions of the same libraries, and those that start programs once.
 #
 #   bash run_tests.sh [pytest arguments]     -n0: one test at a time, as --pdb and -s need it
@@ -14,5 +14,6 @@ arguments=(--numprocesses=2 --dist=loadfile "$@")
 bash setup.sh
 .venv/torch/bin/ruff format --check .
 .venv/torch/bin/ruff check .
+.venv/torch/bin/mypy
 .venv/paddle/bin/python -P -m pytest -m 'not frameworks' "${arguments[@]}" || [ $? -eq 5 ]  # 5: none was asked for
 .venv/torch/bin/python -P -m pytest "${arguments[@]}"

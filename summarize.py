@@ -10,14 +10,17 @@ import runpy
 import sys
 
 BOOTSTRAP = pathlib.Path(__file__).resolve().parent / "tunebench" / "bootstrap.py"
-runpy.run_path(str(BOOTSTRAP))["enter"]("torch", "paddle")
+runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch", "paddle")
 
-from tunebench.cache import results_folder
-from tunebench.errors import one_line_refusals
+from tunebench.errors import BadInput, one_line_refusals
+from tunebench.files import results_folder, write_atomically
 from tunebench.flags import Parser
-from tunebench.join import join
-from tunebench.published import FOLDER, combine, load, render_against, render_published
-from tunebench.tables import combined, render
+from tunebench.report.documents import documents
+from tunebench.report.keep import keep
+from tunebench.report.page import combined
+from tunebench.report.pairing import join
+from tunebench.report.published import FOLDER, combine, load, render_against, render_published
+from tunebench.report.tables import render
 
 
 def main() -> None:
@@ -28,7 +31,22 @@ def main() -> None:
     parser.add_argument("--parity", action="store_true", help="a column with the largest relative differences")
     parser.add_argument("--against", choices=["published"], help="a table of what stands beside that record's runs")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a record is broken")
+    parser.add_argument(
+        "--keep", type=pathlib.Path, metavar="FOLDER", help="copy the records of one folder there, without local paths"
+    )
+    parser.add_argument(
+        "--docs", action="store_true", help="write docs/results.md, docs/flags.md and README's table anew"
+    )
     options = parser.parse_args()
+    if options.keep:
+        if len(options.paths) != 1 or not options.paths[0].is_dir():
+            raise BadInput("--keep copies the records of one folder; name it, such as results/cpu")
+        print(f"{keep(options.paths[0], options.keep)} records copied to {options.keep}")
+        return
+    if options.docs:
+        for path, text in documents().items():
+            write_atomically(path, text.encode())
+        return
     paths = options.paths or [results_folder()]
     records, published, broken = load(paths)
     reference, faults = load([FOLDER])[1:] if options.against else ([], [])

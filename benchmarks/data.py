@@ -8,7 +8,7 @@ import runpy
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter"]("torch", "paddle")
+runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter_environment"]("torch", "paddle")
 sys.path.insert(0, str(ROOT / "data"))
 
 import argparse

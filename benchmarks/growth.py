@@ -12,7 +12,7 @@ import runpy
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter"]("torch", "paddle")
+runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter_environment"]("torch", "paddle")
 sys.path.insert(0, str(ROOT / "data"))
 
 import itertools
@@ -33,13 +33,13 @@ import sources
 import tokenizer as tokenizers_of
 
 from tunebench import processes
-from tunebench.cache import cache_folder
 from tunebench.errors import BadInput, one_line_refusals
+from tunebench.files import cache_folder
 from tunebench.flags import Parser, positive
-from tunebench.presets import PRESETS
+from tunebench.models.presets import PRESETS
 from tunebench.record import Record, digest_of, read_record
-from tunebench.stats import ratio_interval
-from tunebench.tables import markdown
+from tunebench.report.markdown import markdown
+from tunebench.report.stats import ratio_interval
 
 FRAMEWORKS = ("torch", "paddle")
 MODELS = ("llama-tiny", "llama-13b-tiny", "llama-30b-tiny", "llama-65b-tiny")
@@ -64,9 +64,9 @@ print(json.dumps([time.perf_counter() - start, peak_resident_bytes()]))
 JOIN = """
 import json, pathlib, sys, time
 from tunebench.hardware import peak_resident_bytes
-from tunebench.join import join
-from tunebench.published import load
-from tunebench.tables import render
+from tunebench.report.pairing import join
+from tunebench.report.published import load
+from tunebench.report.tables import render
 clock = [time.perf_counter()]
 records, _, broken = load([pathlib.Path(sys.argv[1])])
 assert not broken, broken[0]

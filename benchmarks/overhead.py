@@ -10,7 +10,7 @@ import pathlib
 import runpy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter"]("torch", "paddle")
+runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter_environment"]("torch", "paddle")
 
 import contextlib
 import os
@@ -18,13 +18,13 @@ import statistics
 import tempfile
 import time
 
-from tunebench.checkpoint import find_checkpoint
 from tunebench.errors import one_line_refusals
 from tunebench.flags import Parser, parse_flags
-from tunebench.launch import ALONE
+from tunebench.models.checkpoint import find_checkpoint
 from tunebench.plan import load_plan
 from tunebench.record import read_record
-from tunebench.run import Job, Run
+from tunebench.run.run import Job, Run
+from tunebench.world import ALONE
 
 FLAGS = ["--model=llama-65b-tiny", "--bsz=8", "--samples=400", "--steps=50", "--warmup-steps=2", "--tuned"]
 
@@ -39,13 +39,15 @@ def main() -> None:
     checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
     plan = load_plan(flags, checkpoint)
     run = Run("torch", "full", Job(flags, checkpoint, plan, ALONE))
-    run.describe("cpu", checkpoint.parameters, checkpoint.parameters)
+    run.describe("cpu", checkpoint.parameters, checkpoint.parameters, checkpoint.expected)
     batches = [seconds(lambda i=i: list(plan._passes(i, flags.micro_bsz, 0, 1))) for i in range(plan.steps)]
     with pathlib.Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         run.start(lambda: None)
         meter = [seconds(lambda: run.end_step(1.0, 1.0)) for _ in range(plan.steps)]
     with tempfile.TemporaryDirectory() as folder:
-        written = seconds(lambda: run.record("failed", "timed", run.steps()).write(pathlib.Path(folder) / "r.json"))
+        written = seconds(
+            lambda: run.record("failed", "timed", run.meter.steps()).write(pathlib.Path(folder) / "r.json")
+        )
     parts = {"batches": statistics.median(batches), "meter": statistics.median(meter), "record": written / plan.steps}
     for name, value in parts.items():
         print(f"{name}: {value * 1e6:.0f} µs a step")

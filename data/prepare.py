@@ -11,7 +11,7 @@ import pathlib
 import runpy
 
 BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
-runpy.run_path(str(BOOTSTRAP))["enter"]("torch", "paddle")
+runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch", "paddle")
 
 from collections.abc import Iterator
 from itertools import chain
@@ -23,10 +23,10 @@ import sources
 import tokenizer as tokenizers_of
 from rich.progress import track
 
-from tunebench.cache import cache_folder, only_one
-from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, one_line_refusals
+from tunebench.files import cache_folder, only_one
 from tunebench.flags import DEFAULT_FIXED_SAMPLES, Parser, add_plan_flags, fixed_tokens, resolve_plan_flags
+from tunebench.models.checkpoint import Checkpoint, find_checkpoint
 from tunebench.plan import (
     PROMPT_TOKENS,
     RESPONSE_TOKENS,

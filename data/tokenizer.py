@@ -15,9 +15,9 @@ import synthetic
 from spiece import SentencePiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from tunebench.cache import write_atomically
-from tunebench.checkpoint import tokenizer_files
 from tunebench.errors import BadInput
+from tunebench.files import write_atomically
+from tunebench.models.checkpoint import tokenizer_files
 
 VOCAB_SIZE = 8192
 SPECIAL = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2

@@ -36,8 +36,8 @@ class Samples:
 def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
     """Says in a model's config which attention to build; `use_one_kernel` does it for ChatGLMv2."""
     config.use_flash_attention = flags.attention != "eager" and config.model_type != "chatglm_v2"
-    if config.use_flash_attention:
-        os.environ["USE_CASUAL_MASK"] = "True"  # PaddleNLP's, spelled so: Llama and Qwen2 then leave their mask out
+    # PaddleNLP's variable, spelled so: with it Llama and Qwen2 leave their mask out.
+    os.environ["USE_CASUAL_MASK"] = str(config.use_flash_attention)
 
 
 def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:

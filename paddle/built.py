@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import paddle
 from paddlenlp import peft
 
-from tunebench.readback import PROBES, activation_name, only
+from tunebench.models.readback import PROBES, activation_name, only
 from tunebench.record import Built
 
 ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "SelfAttention", "BloomAttention")

@@ -10,16 +10,19 @@ import runpy
 from typing import Any
 
 BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
-runpy.run_path(str(BOOTSTRAP))["enter"]("paddle")
+runpy.run_path(str(BOOTSTRAP))["enter_environment"]("paddle")
 
-from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
-from tunebench.optimizer import BETAS, EPSILON, WEIGHT_DECAY
+from tunebench.models.checkpoint import Checkpoint
 from tunebench.plan import MicroBatch
-from tunebench.run import Run, read_job, recorded
+from tunebench.recipe import BETAS, EPSILON, WEIGHT_DECAY
+from tunebench.run.run import Run, recorded
+from tunebench.run.start import start_run
 
 FRAMEWORK, METHOD = "paddle", "full"
-JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
+JOB = start_run(
+    FRAMEWORK, METHOD
+)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import attention
 import built
@@ -113,7 +116,7 @@ def main(run: Run) -> None:
         grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
     measured = (parallel.gather(value, group) for value in (device.peak_memory_bytes(), matmul_flops))
-    run.finish(parallel.sum_over_replicas(run.losses, group), *measured)
+    run.finish(parallel.sum_over_replicas(run.meter.losses, group), *measured)
 
 
 if __name__ == "__main__":

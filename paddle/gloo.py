@@ -22,7 +22,6 @@ from paddle.distributed.fleet.meta_parallel.sharding import (
 )
 from paddle.distributed.sharding import group_sharded
 
-STORES: list[core.TCPStore] = []  # kept alive as long as their groups
 # Parts of names that its library exports.
 MANAGER = "3phi11distributed18CommContextManager"
 MILLISECONDS = "NSt6chrono8durationIlSt5ratioILl1ELl1000EEEE"
@@ -43,6 +42,7 @@ def separate_stores(timeout: float) -> None:
     groups overlap, one reads an address of another group and is refused.
     """
     create = core.ProcessGroupGloo.create
+    stores: list[core.TCPStore] = []  # kept alive as long as their groups
 
     def create_with_store(store: core.TCPStore, rank: int, world_size: int, group_id: int = 0) -> core.ProcessGroupGloo:
         key = f"store of group {group_id}"
@@ -53,12 +53,12 @@ def separate_stores(timeout: float) -> None:
                 reserved.bind(("", 0))
                 port = reserved.getsockname()[1]
                 # 0: it does not wait for the others.
-                STORES.append(core.TCPStore(host, port, True, 0, math.ceil(timeout)))
+                stores.append(core.TCPStore(host, port, True, 0, math.ceil(timeout)))
             store.set(key, f"{host}:{port}")
         else:
             host, _, port = bytes(store.get(key)).decode().rpartition(":")
-            STORES.append(core.TCPStore(host, int(port), False, 0, math.ceil(timeout)))
-        group = create(STORES[-1], rank, world_size, group_id)
+            stores.append(core.TCPStore(host, int(port), False, 0, math.ceil(timeout)))
+        group = create(stores[-1], rank, world_size, group_id)
         set_timeout(group_id, rank, world_size, timeout)
         return group
 

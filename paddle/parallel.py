@@ -19,8 +19,8 @@ from paddle.distributed.sharding import group_sharded_parallel
 from paddle.nn.clip import ClipGradBase, _squared_l2_norm
 
 from tunebench.flags import Flags
-from tunebench.launch import World
-from tunebench.optimizer import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
+from tunebench.recipe import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
+from tunebench.world import World
 
 SHARDING_LEVELS = {2: "os_g", 3: "p_g_os"}  # as Paddle names what is sharded
 

@@ -8,7 +8,7 @@ from typing import Any
 import paddle
 
 from tunebench.flags import Flags
-from tunebench.optimizer import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
+from tunebench.recipe import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
 
 # As PaddleNLP's Trainer has it: with weights in low precision an embedding's output is to be so too.
 LOW_PRECISION_LOOKUP = {"lookup_table", "lookup_table_v2"}

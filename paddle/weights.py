@@ -10,7 +10,8 @@ import paddle
 from paddlenlp import transformers
 from safetensors import safe_open
 
-from tunebench.checkpoint import HEAD, Checkpoint, canonical_name, is_computed
+from tunebench.models.checkpoint import Checkpoint, canonical_name, is_computed
+from tunebench.models.families import HEAD
 
 # Where ChatGLMv2 keeps what transformers' Glm has under the name on the left: the same architecture, but q, k and v in
 # one matrix. PaddleNLP has no mapping for it.

@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORED = -100  # the label of a position that is not trained on
-BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0  # those of tunebench/optimizer.py
+BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0  # those of tunebench/recipe.py
 
 # The repository root on sys.path would offer torch/ and paddle/ as empty namespace packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]

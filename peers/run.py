@@ -10,7 +10,7 @@ import pathlib
 import runpy
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter"]("torch")
+runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter_environment"]("torch")
 
 import fnmatch
 import json
@@ -23,16 +23,17 @@ import time
 from typing import Any, NamedTuple
 
 from tunebench import conditions, processes
-from tunebench.cache import results_folder
-from tunebench.checkpoint import Checkpoint, find_checkpoint
 from tunebench.errors import BadInput, one_line_refusals
+from tunebench.files import results_folder
 from tunebench.flags import Flags, Parser, parse_flags, positive
+from tunebench.models.checkpoint import Checkpoint, find_checkpoint
+from tunebench.models.families import FAMILIES
+from tunebench.models.presets import PRESETS
 from tunebench.plan import Plan, load_plan
-from tunebench.presets import LORA_TARGETS, PRESETS
 from tunebench.record import LOG_LINES, Model, Record, Steps, read_record
-from tunebench.resume import record_before, set_aside
-from tunebench.run import describe_run
-from tunebench.tables import print_tables
+from tunebench.report.page import print_tables
+from tunebench.run.run import describe_run
+from tunebench.suite.resume import record_before, set_aside
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, so the scripts beside them do too
 SAMPLES, BSZ = 96, 8  # by default
@@ -202,7 +203,7 @@ def run_peer(
             "seed": flags.seed,
             "lora_r": flags.lora_r or 8,
             "lora_alpha": flags.lora_alpha or 32,
-            "lora_targets": LORA_TARGETS["llama"],
+            "lora_targets": FAMILIES["llama"].lora_targets,
             "row_tokens": ROW_TOKENS,
             "in_order": not packed,  # the plan's own batches
             "out": str(measured),

@@ -29,11 +29,14 @@ from pathlib import Path
 from typing import Any
 
 from tunebench import processes
-from tunebench.checkpoint import SHARD_BYTES, Checkpoint, find_checkpoint, open_checkpoint, tensor_shapes
 from tunebench.flags import Flags, parse_flags
-from tunebench.launch import ALONE, World, export
-from tunebench.presets import PRESETS, Preset
-from tunebench.run import Job, Run
+from tunebench.models.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
+from tunebench.models.families import family_of
+from tunebench.models.presets import PRESETS, Preset
+from tunebench.models.random_weights import SHARD_BYTES
+from tunebench.run.place import export_place
+from tunebench.run.run import Job, Run
+from tunebench.world import ALONE, World
 
 ROOT = Path(__file__).resolve().parents[1]
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -164,10 +167,12 @@ def tiny_checkpoint(flags: Flags) -> Checkpoint:
 def write_hollow(folder: Path, preset: Preset, dtype: str) -> None:
     """config.json and safetensors files that take no space: their heads are written, their tensors left out."""
     (folder / "config.json").write_text(json.dumps(preset.config))
-    sizes = {name: math.prod(shape) * BYTES[dtype] for name, shape in tensor_shapes(preset.config).items()}
+    sizes = {
+        name: math.prod(shape) * BYTES[dtype] for name, shape in family_of(preset.config).tensors(preset.config).items()
+    }
     files: dict[str, dict[str, Any]] = {}
     start = SHARD_BYTES
-    for name, shape in tensor_shapes(preset.config).items():
+    for name, shape in family_of(preset.config).tensors(preset.config).items():
         if start + sizes[name] > SHARD_BYTES:
             files[f"model-{len(files)}.safetensors"], start = {}, 0
         place = [start, start + sizes[name]]
@@ -209,11 +214,6 @@ class Torch:
 
     def build(self, method: str, flags: Flags) -> Facts:
         """What the flags build: whole in one process, or as the last rank of several holds it."""
-        import torch
-
-        torch.backends.cuda.enable_cudnn_sdp(True)
-        torch.backends.cuda.enable_mem_efficient_sdp(True)
-        torch.backends.cuda.enable_math_sdp(True)
         script = self.scripts[method]
         if flags.zero:
             return self.shard(script, flags)
@@ -315,7 +315,7 @@ class Paddle:
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
         self.scripts, self.world, self.group = scripts, world, None
-        export(world, "paddle")
+        export_place(world, "paddle")
 
     def share(self, flags: Flags) -> Flags:
         """The flags of what is built here: replicas and ZeRO do not change how a model is built.
@@ -391,7 +391,7 @@ def check_places(model: Any, checkpoint: Checkpoint) -> None:
 
     targets = weights.name_targets(model, checkpoint.config)
     wholes: dict[str, list[int]] = {}
-    for source, shape in tensor_shapes(checkpoint.config).items():
+    for source, shape in family_of(checkpoint.config).tensors(checkpoint.config).items():
         name, transpose, part = targets[source]
         shape = [*(reversed(shape) if transpose else shape)]
         if part and name in wholes:  # q, k and v, one after the other along the outputs

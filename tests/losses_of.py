@@ -35,10 +35,10 @@ def main(framework: str) -> None:
 
 def measure(framework: str, script: dict, folder: Path) -> dict:
     """Builds the model of a checkpoint folder and takes its loss and gradient norm on one padded batch."""
-    from tunebench.checkpoint import open_checkpoint
     from tunebench.errors import BadInput
+    from tunebench.models.checkpoint import open_checkpoint
     from tunebench.plan import IGNORED, MicroBatch
-    from tunebench.run import not_offered
+    from tunebench.run.unsupported import not_offered
 
     flags, parallel, built = script["JOB"].flags, script["parallel"], script["built"]
     try:

@@ -23,7 +23,7 @@ import psutil
 
 from tunebench import processes
 from tunebench.record import parse_record
-from tunebench.resume import FINAL
+from tunebench.suite.resume import FINAL
 
 SUITE = """
 title = "short runs to be killed"
@@ -62,7 +62,7 @@ class Stress:
                     sys.executable,
                     "-P",
                     "-m",
-                    "tunebench.suite",
+                    "tunebench.suite.runner",
                     f"--suite={self.folder / 'mini.toml'}",
                     "--anyway",
                     *arguments,

@@ -3,8 +3,8 @@
 import pytest
 from conftest import FRAMEWORKS, assert_one_curve, assert_one_model, train, train_altered
 
-from tunebench.checkpoint import write_random
-from tunebench.presets import PRESETS, Preset
+from tunebench.models.presets import PRESETS, Preset
+from tunebench.models.random_weights import write_random
 
 pytestmark = pytest.mark.frameworks
 FEW = ["--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"]

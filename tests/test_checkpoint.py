@@ -15,9 +15,11 @@ import pytest
 from conftest import ROOT
 from safetensors.numpy import load_file, save_file
 
-from tunebench.checkpoint import SHARD_BYTES, find_checkpoint, lora_a, open_checkpoint, tensor_shapes, write_random
 from tunebench.errors import BadInput
-from tunebench.presets import PRESETS
+from tunebench.models.checkpoint import find_checkpoint, open_checkpoint
+from tunebench.models.families import family_of
+from tunebench.models.presets import PRESETS
+from tunebench.models.random_weights import SHARD_BYTES, lora_a, write_random
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,7 @@ from tunebench.presets import PRESETS
     ],
 )
 def test_published_parameter_counts(name, parameters):
-    assert sum(map(math.prod, tensor_shapes(PRESETS[name].config).values())) == parameters
+    assert sum(map(math.prod, family_of(PRESETS[name].config).tensors(PRESETS[name].config).values())) == parameters
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.endswith("-tiny")])
@@ -77,7 +79,7 @@ def test_shards_hold_the_same_weights(tmp_path):
 # resident memory, which ru_maxrss is not: that starts at the peak of whoever started the process.
 WRITE_CUT_7B = """
 import dataclasses, pathlib, runpy, sys
-from tunebench.presets import PRESETS
+from tunebench.models.presets import PRESETS
 whole = PRESETS["llama-7b"]
 PRESETS["llama-7b"] = dataclasses.replace(whole, config=whole.config | {"num_hidden_layers": 4})
 del sys.argv[0]

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from conftest import HERE, ROOT, train_altered
 
-from tunebench import conditions, suite
-from tunebench.join import join
+from tunebench import conditions
 from tunebench.record import Record, read_record
+from tunebench.report.pairing import join
+from tunebench.suite import runner as suite
 
 NAME = "burner"
 NAMED = f"import ctypes; ctypes.CDLL(None).prctl(15, b'{NAME}')\n"  # PR_SET_NAME
@@ -224,8 +225,8 @@ script = "finetune_lora.py"
 SHORT_WAIT = """
 import sys
 from tunebench import bootstrap
-bootstrap.enter("torch", "paddle", module="tunebench.suite")
-from tunebench import suite
+bootstrap.enter_environment("torch", "paddle", module="tunebench.suite.runner")
+from tunebench.suite import runner as suite
 suite.MOST_WAITING = 1.0
 sys.exit(suite.main())
 """

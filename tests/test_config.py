@@ -6,10 +6,13 @@ import json
 import pytest
 from conftest import HERE
 
-from tunebench.checkpoint import open_checkpoint, tensor_shapes, write_random
-from tunebench.config import FAMILIES, expected_model, normalise, paddle_lacks, read_config
 from tunebench.errors import BadInput
-from tunebench.presets import PRESETS, Preset
+from tunebench.models.checkpoint import open_checkpoint
+from tunebench.models.config import normalise, read_config
+from tunebench.models.families import FAMILIES, family_of
+from tunebench.models.presets import PRESETS, Preset
+from tunebench.models.random_weights import write_random
+from tunebench.run.unsupported import paddle_lacks
 
 LLAMA = {
     "model_type": "llama",
@@ -345,10 +348,13 @@ PUBLISHED = {
 def test_configs_of_the_hub_are_read_as_they_are(tmp_path, name, parameters):
     (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
     config = read_config(tmp_path)
-    sizes = (1 if len(shape) == 1 else shape[1] for shape in tensor_shapes(config).values())
-    assert sum(size * shape[0] for size, shape in zip(sizes, tensor_shapes(config).values(), strict=True)) == parameters
+    sizes = (1 if len(shape) == 1 else shape[1] for shape in family_of(config).tensors(config).values())
+    assert (
+        sum(size * shape[0] for size, shape in zip(sizes, family_of(config).tensors(config).values(), strict=True))
+        == parameters
+    )
     assert paddle_lacks(config) is None
-    assert expected_model(config).layers == PUBLISHED[name].get("num_hidden_layers", 24)
+    assert family_of(config).computes(config).layers == PUBLISHED[name].get("num_hidden_layers", 24)
 
 
 @pytest.mark.parametrize("base", [LLAMA, QWEN2, GLM, BLOOM], ids=lambda base: base["model_type"])

@@ -14,9 +14,10 @@ from conftest import FRAMEWORKS, ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tunebench.checkpoint import write_random
-from tunebench.config import FAMILIES, normalise
-from tunebench.presets import Preset
+from tunebench.models.config import normalise
+from tunebench.models.families import FAMILIES
+from tunebench.models.presets import Preset
+from tunebench.models.random_weights import write_random
 from tunebench.record import Built
 
 EXAMPLES = int(os.environ.get("TUNEBENCH_FUZZ_EXAMPLES", "40"))

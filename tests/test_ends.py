@@ -12,8 +12,8 @@ import pytest
 from conftest import FRAMEWORKS, ROOT
 
 from tunebench import processes
-from tunebench.launch import RUN_RECORD
 from tunebench.record import read_record
+from tunebench.run.outcome import RUN_RECORD
 
 LONG = ["--samples=40", "--steps=2000", "--bsz=2"]
 

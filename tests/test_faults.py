@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import ROOT, run_program
-from test_suite import SUITE
+from helpers import SUITE
 
 from tunebench.record import read_record
 
@@ -41,7 +41,7 @@ def on_a_small_disk(tmp_path: Path, script: str, environment: dict[str, str]) ->
 
 def test_a_full_disk_ends_a_suite_in_one_line_and_keeps_what_is_there(tmp_path):
     (tmp_path / "mini.toml").write_text(SUITE)
-    suite = f"'{sys.executable}' -P -m tunebench.suite '--suite={tmp_path}/mini.toml' 2>&1 --anyway --only"
+    suite = f"'{sys.executable}' -P -m tunebench.suite.runner '--suite={tmp_path}/mini.toml' 2>&1 --anyway --only"
     printed, copy = on_a_small_disk(
         tmp_path,
         f"""
@@ -126,7 +126,7 @@ def test_a_process_that_the_kernel_ends_for_want_of_memory_is_oom(tmp_path, cgro
             sys.executable,
             "-P",
             "-m",
-            "tunebench.suite",
+            "tunebench.suite.runner",
             f"--suite={tmp_path / 'mini.toml'}",
             "--anyway",
             "--only=*/torch",

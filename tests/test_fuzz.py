@@ -17,10 +17,10 @@ from pyarrow import parquet
 
 from tunebench.errors import BadInput
 from tunebench.flags import Flags, parse_flags
-from tunebench.join import join
-from tunebench.published import FOLDER, load, render_against, render_published
 from tunebench.record import digest_of, parse_record
-from tunebench.tables import render
+from tunebench.report.pairing import join
+from tunebench.report.published import FOLDER, load, render_against, render_published
+from tunebench.report.tables import render
 
 pytestmark = pytest.mark.filterwarnings("error")  # a warning would reach the user too
 FUZZ = settings(

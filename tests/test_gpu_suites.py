@@ -12,14 +12,16 @@ from pathlib import Path
 import pytest
 from conftest import FRAMEWORKS, ROOT
 
-from tunebench.checkpoint import Checkpoint, tensor_shapes
-from tunebench.config import normalise
 from tunebench.errors import BadInput
 from tunebench.flags import place
-from tunebench.presets import LORA_TARGETS, PRESETS
-from tunebench.published import FOLDER, Pair, PublishedRecord, load, tables
-from tunebench.run import check_tensor_parallel, multiplies_float16, not_offered
-from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
+from tunebench.models.checkpoint import Checkpoint
+from tunebench.models.config import normalise
+from tunebench.models.families import family_of
+from tunebench.models.presets import PRESETS
+from tunebench.report.published import FOLDER, Pair, PublishedRecord, load, tables
+from tunebench.run.start import check_tensor_parallel
+from tunebench.run.unsupported import multiplies_float16, not_offered
+from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
 
 GPUS = {"a100x4": 4, "a100x4-as-published": 4, "h100x8": 8}
 PAIRS = [(suite, pair.name) for suite in GPUS for pair in read_suite(find_suite(suite)).pair]
@@ -147,15 +149,15 @@ def built(tmp_path_factory):
 
 
 def parameters(config: dict, **cut: int) -> int:
-    return sum(map(math.prod, tensor_shapes(config | cut).values()))
+    return sum(map(math.prod, family_of(config | cut).tensors(config | cut).values()))
 
 
 def adapters(config: dict, rank: int, **cut: int) -> int:
     """LoRA's weights: A and B of each adapted layer."""
     return sum(
         rank * sum(shape)
-        for name, shape in tensor_shapes(config | cut).items()
-        if name.endswith(".weight") and name.split(".")[-2] in LORA_TARGETS[config["model_type"]]
+        for name, shape in family_of(config | cut).tensors(config | cut).items()
+        if name.endswith(".weight") and name.split(".")[-2] in family_of(config).lora_targets
     )
 
 

@@ -50,13 +50,86 @@ def test_which_of_mkls_kernels_the_processor_gets(monkeypatch, vendor, flags, ow
     assert bootstrap.maths_settings().get("MKL_DEBUG_CPU_TYPE") == path
 
 
+# Files that everything may import, and that import no folder of tunebench.
+GROUND = (
+    *("bootstrap", "checkout", "conditions", "errors", "files", "frameworks", "hardware", "processes", "progress"),
+    *("recipe", "record", "world"),
+)
+
+
+def module_of(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_by(file, known):
+    """The modules of `known` that a file imports anywhere, also within its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.add(inner if inner in known else node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def imports():
+    """What each file of tunebench imports of it, by module."""
+    files = {module_of(file): file for file in (ROOT / "tunebench").rglob("*.py")}
+    assert len(files) > 40
+    return {name: imported_by(file, files) & files.keys() for name, file in files.items()}
+
+
+def circle_in(graph):
+    """A circle of a graph, as a path; None where there is none."""
+    done = set()
+
+    def search(name, path):
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in done:
+            for other in sorted(graph.get(name, ())):
+                if found := search(other, [*path, name]):
+                    return found
+            done.add(name)
+        return None
+
+    return next(filter(None, (search(name, []) for name in sorted(graph))), None)
+
+
+def test_no_files_import_each_other():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle_in(imports()) is None
+    for side in ("torch", "paddle", "data", "peers"):
+        files = {file.stem: file for file in (ROOT / side).glob("*.py")}
+        assert circle_in({name: imported_by(file, files) & files.keys() for name, file in files.items()}) is None
+
+
+def test_ground_files_import_no_folder():
+    graph, ground = imports(), {f"tunebench.{name}" for name in GROUND}
+    assert ground <= graph.keys()
+    assert {name: graph[name] - ground for name in ground if graph[name] - ground} == {}
+
+
+def test_reports_import_neither_runs_nor_suites():
+    graph = imports()
+    reports = {name for name in graph if name.startswith("tunebench.report.")}
+    assert len(reports) > 8
+    for name in reports:
+        assert not [other for other in graph[name] if other.startswith(("tunebench.run", "tunebench.suite"))], name
+
+
+def test_no_test_file_imports_from_another():
+    files = {file.stem: file for file in (ROOT / "tests").rglob("test_*.py")}
+    assert len(files) > 25
+    assert {name: found for name, file in files.items() if (found := imported_by(file, {}) & files.keys())} == {}
+
+
 def test_tunebench_imports_neither_framework():
-    for file in (ROOT / "tunebench").glob("*.py"):
-        tree = ast.walk(ast.parse(file.read_text()))
-        names = [alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names]
-        tree = ast.walk(ast.parse(file.read_text()))
-        names += [node.module or "" for node in tree if isinstance(node, ast.ImportFrom)]
-        assert not {name.split(".")[0] for name in names} & {"torch", "paddle", "paddlenlp", "transformers"}, file
+    for file in (ROOT / "tunebench").rglob("*.py"):
+        names = {name.split(".")[0] for name in imported_by(file, {})}
+        assert not names & {"torch", "paddle", "paddlenlp", "transformers"}, file
 
 
 def definitions(script: str) -> list[str]:

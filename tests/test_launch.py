@@ -9,10 +9,10 @@ from conftest import FRAMEWORKS, ROOT, refusal, run_program
 
 from tunebench import processes
 from tunebench.bootstrap import maths_settings
-from tunebench.checkpoint import write_random
 from tunebench.errors import BadInput
 from tunebench.flags import place
-from tunebench.presets import PRESETS, Preset
+from tunebench.models.presets import PRESETS, Preset
+from tunebench.models.random_weights import write_random
 from tunebench.record import Record, read_record
 
 pytestmark = pytest.mark.frameworks

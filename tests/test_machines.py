@@ -10,16 +10,18 @@ from pathlib import Path
 
 import pytest
 from conftest import FRAMEWORKS, HERE, ROOT, refusal, run_program
+from helpers import record
 
 from tunebench import bootstrap, hardware
-from tunebench.cache import only_one, write_atomically
-from tunebench.checkpoint import open_checkpoint, write_random
 from tunebench.errors import BadInput
+from tunebench.files import only_one, write_atomically
 from tunebench.flags import parse_flags
-from tunebench.presets import PRESETS
+from tunebench.models.checkpoint import open_checkpoint
+from tunebench.models.presets import PRESETS
+from tunebench.models.random_weights import write_random
 from tunebench.record import read_record
-from tunebench.resume import record_before, set_aside
-from tunebench.run import new_record_path
+from tunebench.run.run import new_record_path
+from tunebench.suite.resume import record_before, set_aside
 
 OTHER_USER = 12345
 BARE = next(p for p in ("/usr/bin/python3", "/usr/local/bin/python3", sys.executable) if Path(p).exists())
@@ -281,8 +283,6 @@ def test_a_shell_of_slurms_gets_a_hint():
 
 
 def test_what_need_not_run_again(tmp_path, monkeypatch):
-    from test_record import record
-
     path = tmp_path / "series" / "a.json"
     argv = ["finetune_full.py", "--steps=30", f"--out={path}"]
     assert record_before(path, argv, nproc=1) == (None, "")

@@ -7,8 +7,9 @@ import pytest
 from conftest import FRAMEWORKS, assert_one_curve, assert_one_model, run_program, train
 
 from tunebench.bootstrap import THREADS_LEFT_TO_US
-from tunebench.launch import expand, read_world, share_threads
 from tunebench.record import read_record
+from tunebench.run.place import read_world
+from tunebench.world import expand, share_threads
 
 # Each way of splitting, and with accumulation those that tell the last pass of a step from others; numbers of
 # processes, families and methods by turns.

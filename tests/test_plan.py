@@ -15,12 +15,12 @@ import batching
 import synthetic
 import tokenizer
 
-from tunebench.cache import cache_folder, write_atomically
-from tunebench.checkpoint import find_checkpoint
 from tunebench.errors import BadInput
+from tunebench.files import cache_folder, write_atomically
 from tunebench.flags import parse_flags
+from tunebench.models.checkpoint import find_checkpoint
 from tunebench.plan import IGNORED, Rows, Samples, load_plan, plan_path, read_plan, write_plan
-from tunebench.suite_file import find_suite, plan_runs, read_suite
+from tunebench.suite.file import find_suite, plan_runs, read_suite
 
 SAMPLES = [(np.array([11, 12, 13, 21, 2]), 3), (np.array([14, 22, 23, 2]), 1), (np.array([15, 2]), 1)]
 ABOUT = {"data": "hand-made", "samples": 3, "skipped": 0, "bsz": 2, "pad_id": 0, "remarks": [], "drawn_from": "x"}

@@ -2,11 +2,11 @@
 
 import pytest
 from conftest import run_program, train, train_altered
-from test_sharding import MODEL, close, probe
+from helpers import MODEL, close, probe
 
-from tunebench.join import TOLERANCES
 from tunebench.record import read_record
-from tunebench.run import multiplies_float16
+from tunebench.report.parity import TOLERANCES
+from tunebench.run.unsupported import multiplies_float16
 
 pytestmark = pytest.mark.frameworks
 NEEDS_FLOAT16 = pytest.mark.skipif(not multiplies_float16(), reason="DeepSpeed refuses float16 on this processor")
@@ -14,7 +14,7 @@ NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def assert_close(record, exact):
-    """Within what tunebench/tables.py takes for one training."""
+    """Within what tunebench/report/parity.py takes for one training."""
     tolerance = TOLERANCES[record.setup.dtype]
     assert record.steps.loss[0] == pytest.approx(exact.steps.loss[0], rel=tolerance.first_loss)
     assert record.steps.loss == pytest.approx(exact.steps.loss, rel=tolerance.loss)
@@ -94,7 +94,7 @@ def test_what_paddle_cannot_do_on_a_cpu_is_unsupported(short, tmp_path):
 @pytest.mark.parametrize(("family", "method"), [("llama", "full"), ("llama", "lora"), ("bloom", "lora")])
 def test_paddle_gets_as_far_as_a_cpu_lets_it(short, tmp_path, family, method):
     """At O2 the model, its adapters and its optimizer are made: what is missing is the first layer's kernel."""
-    offered = "import tunebench.run; tunebench.run.not_offered = lambda *_: None"
+    offered = "import tunebench.run.start as start; start.not_offered = lambda *_: None"
     flags = [f"--model={family}-tiny", *short, "--dtype=bf16", "--amp=O2"]
     record = train_altered(offered, "paddle", method, tmp_path / "r.json", *flags)
     assert record.status == "failed"
@@ -107,7 +107,7 @@ def test_paddle_gets_as_far_as_a_cpu_lets_it(short, tmp_path, family, method):
     ("framework", "code", "what"),
     [
         # Paddle's own autocast, on a CPU: it warns and computes in float32.
-        ("paddle", "import tunebench.run; tunebench.run.not_offered = lambda *_: None", "matrix products"),
+        ("paddle", "import tunebench.run.start as start; start.not_offered = lambda *_: None", "matrix products"),
         ("torch", "import precision; precision.autocast_forward = lambda *_: None", "matrix products"),
     ],
 )

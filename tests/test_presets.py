@@ -6,9 +6,10 @@ import sys
 import pytest
 from conftest import HERE, ROOT
 
-from tunebench.checkpoint import Checkpoint, tensor_shapes
-from tunebench.config import normalise
-from tunebench.presets import PRESETS
+from tunebench.models.checkpoint import Checkpoint
+from tunebench.models.config import normalise
+from tunebench.models.families import family_of
+from tunebench.models.presets import PRESETS
 
 
 def built_by_torch(checkpoint):
@@ -36,4 +37,4 @@ def test_the_framework_builds_the_parameters_of_the_config(monkeypatch, tmp_path
     monkeypatch.setattr(sys, "path", [str(ROOT / HERE), *sys.path])
     build = built_by_torch if HERE == "torch" else built_by_paddle
     parameters = sum(math.prod(parameter.shape) for parameter in build(checkpoint))
-    assert parameters == sum(map(math.prod, tensor_shapes(checkpoint.config).values()))
+    assert parameters == sum(map(math.prod, family_of(checkpoint.config).tensors(checkpoint.config).values()))

@@ -9,10 +9,10 @@ import pytest
 from conftest import refusal, run_program
 
 from tunebench.flags import parse_flags
-from tunebench.published import FOLDER, PublishedRecord, against, load, render_against, render_published, tables
 from tunebench.record import Record
-from tunebench.run import describe_run
-from tunebench.suite_file import find_suite, plan_runs, read_suite
+from tunebench.report.published import FOLDER, PublishedRecord, against, load, render_against, render_published, tables
+from tunebench.run.run import describe_run
+from tunebench.suite.file import find_suite, plan_runs, read_suite
 
 FILES = sorted(FOLDER.glob("*.json"))
 MP4, ZERO2, ZERO3 = {"mp": 4, "zero": 0}, {"mp": 1, "zero": 2}, {"mp": 1, "zero": 3}

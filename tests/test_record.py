@@ -5,18 +5,10 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers import record
 
 from tunebench.errors import BadInput
-from tunebench.flags import parse_flags
-from tunebench.record import Record, Steps, json_schema, read_record
-from tunebench.run import describe_run
-
-
-def record(**changes) -> Record:
-    """A record of a run that never started, as a runner would write it, with changes."""
-    known = describe_run("torch", "full", parse_flags("full", ["--model=llama-tiny"]), ["finetune_full.py"])
-    unknown = {"model": None, "plan": None, "steps": None, "setup_seconds": None, "peak_memory_bytes": [], "log": []}
-    return Record(**(known | unknown | {"status": "failed", "reason": "killed by SIGKILL (9)"} | changes))
+from tunebench.record import Steps, json_schema, read_record
 
 
 def test_schema_in_the_repository_is_current():

@@ -20,13 +20,16 @@ import pytest
 from conftest import ROOT, assert_one_curve, assert_one_model, refusal, run_program, train, train_altered
 
 from tunebench.bootstrap import maths_settings
-from tunebench.checkpoint import tensor_shapes, write_random
 from tunebench.hardware import Accelerator
-from tunebench.join import join, parity
-from tunebench.peers import render_peers
-from tunebench.presets import LORA_TARGETS, PRESETS
+from tunebench.models.families import FAMILIES as MODEL_FAMILIES
+from tunebench.models.families import family_of
+from tunebench.models.presets import PRESETS
+from tunebench.models.random_weights import write_random
 from tunebench.record import Conditions, Device, Record, Taker, read_record
-from tunebench.tables import COLUMNS, render
+from tunebench.report.pairing import join
+from tunebench.report.parity import parity
+from tunebench.report.peers import render_peers
+from tunebench.report.tables import COLUMNS, render
 
 pytestmark = pytest.mark.frameworks
 
@@ -81,11 +84,11 @@ class TestPairs:
 
     def test_what_is_trainable(self, records, family, method):
         model = records[family, method, "paddle"].model
-        shapes = tensor_shapes(PRESETS[f"{family}-tiny"].config)
+        shapes = family_of(PRESETS[f"{family}-tiny"].config).tensors(PRESETS[f"{family}-tiny"].config)
         adapters = [
             8 * sum(shape)
             for name, shape in shapes.items()
-            if name.endswith(".weight") and name.split(".")[-2] in LORA_TARGETS[family]
+            if name.endswith(".weight") and name.split(".")[-2] in MODEL_FAMILIES[family].lora_targets
         ]
         assert len(adapters) == (12 if family == "llama" else 4)
         assert model.trainable_parameters == (sum(adapters) if method == "lora" else model.parameters)
@@ -258,7 +261,7 @@ class TestTables:
     def test_printed_from_the_records_alone(self, records, folder):
         printed = run_program("summarize.py", folder, check=True).stdout
         heading = [cell.strip() for cell in printed.split("\n| ")[1].splitlines()[0].strip(" |").split("|")]
-        assert tuple(heading) == COLUMNS
+        assert heading == [column.title for column in COLUMNS]
         assert printed.index("### Bloom") < printed.index("### Llama")
         assert printed.count("| none: one round ") == 4
         assert printed.count(" (one round) ") == 4

@@ -5,18 +5,15 @@ beyond an even share is stated where it is tested.
 """
 
 import json
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conftest import run_program
+from helpers import MODEL, close, probe
 
-from tunebench.presets import PRESETS
-from tunebench.record import Record, read_record
+from tunebench.models.presets import PRESETS
 
 pytestmark = pytest.mark.frameworks
 FRAMEWORKS = ("torch", "paddle")
-MODEL = "llama-tiny"
 FLOAT, MIB = 4, 2**20
 SHAPE = PRESETS[MODEL].config
 HIDDEN, LAYERS = SHAPE["hidden_size"], SHAPE["num_hidden_layers"]
@@ -41,19 +38,6 @@ def work(tmp_path_factory):
         json.dumps([{"instruction": " ".join(words[: 2 + i % 7]), "output": words[i % 10]} for i in range(40)])
     )
     return [f"--model={MODEL}", f"--data={file}", "--bsz=4", "--steps=4", "--warmup-steps=1"]
-
-
-def probe(framework: str, method: str, folder: Path, *flags: object) -> tuple[list[dict], Record]:
-    """Runs a script for real; the bytes that each rank held, by kind, and the run's record."""
-    where = {"TUNEBENCH_PROBE": f"{framework}/finetune_{method}.py", "TUNEBENCH_BYTES": str(folder)}
-    run_program("tests/bytes_held.py", *flags, "--out", folder / "record", check=True, env=where)
-    record = read_record(folder / "record")
-    ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(record.devices)]
-    for held in ranks:
-        assert held["passes"][-1] == held["gradients"]
-        for kind in ("trainable", "frozen"):  # the step gathers weights: it has to let them go again
-            assert held["after"][kind] == held[kind]
-    return ranks, record
 
 
 @pytest.fixture
@@ -84,11 +68,6 @@ def alone(work, tmp_path_factory):
 def most(framework: str, whole: Whole) -> int:
     """What a process may hold beside the counted kinds; DeepSpeed sends gradients from a bucket of a million."""
     return whole.rest + MIB + (2**20 * FLOAT if framework == "torch" else 0)
-
-
-def close(size: float):
-    """Equal, but for what aligns a slice in a buffer."""
-    return pytest.approx(size, rel=1e-4)
 
 
 def assert_in_partition(gradients: int, share: float) -> None:

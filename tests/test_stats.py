@@ -8,15 +8,15 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from tunebench.join import Itself, against_itself
 from tunebench.record import parse_record
-from tunebench.stats import drift, is_across_zero, outlying, pooled_noise, ratio_interval, spread
+from tunebench.report.pairing import SelfComparison, against_itself
+from tunebench.report.stats import drift, is_across_zero, outlying, pooled_noise, ratio_interval, spread
 
 DRAWS = 250  # of each row and number of rounds
 
 
 @pytest.fixture(scope="module")
-def itself() -> list[Itself]:
+def itself() -> list[SelfComparison]:
     """The comparisons of the A/A runs of tests/data/README.md, one for each thing that was run."""
     records = [parse_record(line) for line in (ROOT / "tests" / "data" / "aa.jsonl").read_bytes().splitlines()]
     found = against_itself(records)
@@ -24,7 +24,7 @@ def itself() -> list[Itself]:
     return found
 
 
-def resampled(itself: list[Itself], rounds: int, shift: float = 0.0) -> list[tuple[float, float]]:
+def resampled(itself: list[SelfComparison], rounds: int, shift: float = 0.0) -> list[tuple[float, float]]:
     """Intervals of `rounds` rounds of a row, drawn without replacement, each with a random sign; b is `shift` faster.
 
     What is a and what b is a matter of names, so that either sign is as likely.

@@ -12,28 +12,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import SUITE
 
 from tunebench import processes
 from tunebench.record import read_record
 
 ROOT = Path(__file__).resolve().parents[1]
-SUITE = """
-title = "two short pairs"
-[defaults]
-steps = 4
-"warmup-steps" = 1
-bsz = 2
-samples = 40
-model = "llama-tiny"
-recompute = false
-[[pair]]
-name = "full"
-script = "finetune_full.py"
-[[pair]]
-name = "lora"
-script = "finetune_lora.py"
-flags = { steps = 20, recompute = true }
-"""
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
@@ -43,7 +27,15 @@ def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen
     """
     own = {"TUNEBENCH_RESULTS": str(folder / "results"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "tunebench.suite", f"--suite={folder / 'mini.toml'}", "--anyway", *arguments],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "tunebench.suite.runner",
+            f"--suite={folder / 'mini.toml'}",
+            "--anyway",
+            *arguments,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,11 +7,12 @@ import pytest
 import tokenizer
 from conftest import ROOT, refusal, run_program
 
-from tunebench.checkpoint import find_checkpoint, write_random
 from tunebench.errors import BadInput
 from tunebench.flags import parse_flags
+from tunebench.models.checkpoint import find_checkpoint
+from tunebench.models.presets import PRESETS
+from tunebench.models.random_weights import write_random
 from tunebench.plan import tokens_key
-from tunebench.presets import PRESETS
 
 DATA = ROOT / "tests" / "data"
 EXPECTED = json.loads((DATA / "tokenizer-ids.json").read_text())

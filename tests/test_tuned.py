@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from conftest import HERE, train
 
-from tunebench.checkpoint import find_checkpoint, open_checkpoint, write_random
 from tunebench.errors import BadInput
 from tunebench.flags import TUNED, in_words, parse_flags
+from tunebench.models.checkpoint import find_checkpoint, open_checkpoint
+from tunebench.models.presets import PRESETS, Preset
+from tunebench.models.random_weights import write_random
 from tunebench.plan import IGNORED, MicroBatch
-from tunebench.presets import PRESETS, Preset
-from tunebench.run import not_offered, prepare_compiler
+from tunebench.run.start import prepare_compiler
+from tunebench.run.unsupported import not_offered
 
 IN_ORDER = ["--tuned", "--order=plan"]  # in grouped batches the steps would be others
 

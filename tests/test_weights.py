@@ -8,8 +8,9 @@ import pytest
 from conftest import FRAMEWORKS, ROOT, assert_one_curve, assert_one_model, train
 from safetensors.numpy import load_file
 
-from tunebench.checkpoint import find_checkpoint, open_checkpoint, write_random
-from tunebench.presets import PRESETS
+from tunebench.models.checkpoint import find_checkpoint, open_checkpoint
+from tunebench.models.presets import PRESETS
+from tunebench.models.random_weights import write_random
 
 
 def test_chatglm2_and_back(monkeypatch, tmp_path):

@@ -18,11 +18,11 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi_tensor
 
-from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
+from tunebench.models.checkpoint import Checkpoint
 
 # Names of attention functions. transformers makes no mask for a name that it has no mask function of.
-CAUSAL, BY_SAMPLE = "causal", "by_sample"
+CAUSAL, BY_SAMPLE = "causal", "by_sample_"  # and the kind: transformers keeps them for the whole process
 
 
 class Samples:
@@ -44,8 +44,9 @@ class Samples:
 def implementation(flags: Flags, checkpoint: Checkpoint) -> str:
     """The name that `from_pretrained` gets. `use_one_kernel` replaces Bloom's attention afterwards."""
     if flags.padding_free and checkpoint.config["model_type"] != "bloom":
-        AttentionInterface.register(BY_SAMPLE, functools.partial(attend_by_sample, flags.attention))
-        return BY_SAMPLE
+        name = BY_SAMPLE + flags.attention
+        AttentionInterface.register(name, functools.partial(attend_by_sample, flags.attention))
+        return name
     if flags.attention == "eager":
         return "eager"
     AttentionInterface.register(CAUSAL, sdpa_attention_forward)
@@ -56,18 +57,21 @@ def use_one_kernel(flags: Flags, model: torch.nn.Module) -> None:
     """Makes a model's attention one kernel: the one that torch chooses, or the flash kernel and no other."""
     if flags.attention == "eager":
         return
-    if model.config.model_type == "bloom":
+    bloom = model.config.model_type == "bloom"
+    # Despite their names these switches count on CPUs too. Where they leave no kernel that can run, torch raises.
+    for allow in (
+        torch.backends.cuda.enable_cudnn_sdp,
+        torch.backends.cuda.enable_mem_efficient_sdp,
+        torch.backends.cuda.enable_math_sdp,
+    ):
+        allow(bloom or flags.attention != "flash")
+    if bloom:
         # torch's flash kernels for GPUs take no additive bias. torch chooses among the kernels that do.
         model.samples = None
         model.transformer.build_alibi_tensor = causal_alibi
         for block in model.transformer.h:
             block.self_attention.forward = functools.partial(attend_with_alibi, block.self_attention, model)
         model.register_forward_pre_hook(bind_samples, with_kwargs=True)
-    elif flags.attention == "flash":
-        # Despite their names these switches count on CPUs too. Where the flash kernel cannot run, torch raises now.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        torch.backends.cuda.enable_mem_efficient_sdp(False)
-        torch.backends.cuda.enable_math_sdp(False)
 
 
 @torch.compiler.disable  # it would make other code for other lengths

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from tunebench.readback import PROBES, activation_name, only
+from tunebench.models.readback import PROBES, activation_name, only
 from tunebench.record import Built
 
 

@@ -11,17 +11,20 @@ import runpy
 from typing import Any
 
 BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
-runpy.run_path(str(BOOTSTRAP))["enter"]("torch")
+runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch")
 
-from tunebench.checkpoint import Checkpoint, lora_a
 from tunebench.flags import Flags
-from tunebench.optimizer import BETAS, EPSILON, WEIGHT_DECAY
+from tunebench.models.checkpoint import Checkpoint
+from tunebench.models.random_weights import lora_a
 from tunebench.plan import MicroBatch
-from tunebench.presets import LORA_TARGETS
-from tunebench.run import Run, read_job, recorded
+from tunebench.recipe import BETAS, EPSILON, WEIGHT_DECAY
+from tunebench.run.run import Run, recorded
+from tunebench.run.start import start_run
 
 FRAMEWORK, METHOD = "torch", "lora"
-JOB = read_job(FRAMEWORK, METHOD)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
+JOB = start_run(
+    FRAMEWORK, METHOD
+)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
 
 import attention
 import built
@@ -53,7 +56,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     attention.use_one_kernel(flags, model)
     losses.sum_in_head(flags, model)
     precision.autocast_forward(flags, model, group.device)
-    targets = LORA_TARGETS[checkpoint.config["model_type"]]
+    targets = list(checkpoint.family.lora_targets)
     config = peft.LoraConfig(r=flags.lora_r, lora_alpha=flags.lora_alpha, lora_dropout=0.0, target_modules=targets)
     if flags.recompute:
         # peft then makes the embedding's output require a gradient, as enable_input_require_grads does.
@@ -118,7 +121,7 @@ def main(run: Run) -> None:
         grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
     measured = (parallel.gather(value, group) for value in (device.peak_memory_bytes(), matmul_flops))
-    run.finish(parallel.sum_over_replicas(run.losses, group), *measured)
+    run.finish(parallel.sum_over_replicas(run.meter.losses, group), *measured)
 
 
 if __name__ == "__main__":

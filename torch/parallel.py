@@ -21,10 +21,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tunebench.checkpoint import Checkpoint
 from tunebench.flags import Flags
-from tunebench.launch import World
-from tunebench.optimizer import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
+from tunebench.models.checkpoint import Checkpoint
+from tunebench.recipe import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
+from tunebench.world import World
 
 # Rules for transformers' tensor parallelism where a family ships none. Bloom's query_key_value holds q, k and v of one
 # head after the other, so that a slice of its rows is a slice of the heads.

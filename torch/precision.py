@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from tunebench.flags import Flags
-from tunebench.optimizer import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
+from tunebench.recipe import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
 
 
 def autocast_forward(flags: Flags, model: torch.nn.Module, device: torch.device) -> None:

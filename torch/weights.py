@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import transformers
 
-from tunebench.checkpoint import Checkpoint
+from tunebench.models.checkpoint import Checkpoint
 
 # Of the checkpoint's config: what transformers has under other names, and token ids, which are no part of the model.
 NOT_PASSED = ("model_type", "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -15,7 +15,7 @@ def read_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
     """transformers' config of the checkpoint's model. Without a padding token every row of the embedding is trained."""
     config = checkpoint.config
     fields = {name: value for name, value in config.items() if name not in NOT_PASSED}
-    if config["model_type"] != "bloom":
+    if checkpoint.family.rotates:
         rotary = {"rope_type": "default", "rope_theta": config["rope_theta"]}
         rotary["partial_rotary_factor"] = config["partial_rotary_factor"]
         fields["rope_parameters"] = rotary | (config["rope_scaling"] or {})

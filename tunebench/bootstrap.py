@@ -21,7 +21,7 @@ MOST_THREADS = 4096
 UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PYTHONOPTIMIZE")
 
 
-def enter(*environments: str, module: str = "") -> None:
+def enter_environment(*environments: str, module: str = "") -> None:
     """Continues in an interpreter that has `tunebench` and, for one environment, its framework of the same name.
 
     With several names, the first environment that is complete will do (programs that need no framework). Where the
@@ -165,9 +165,9 @@ def home_settings(paddle: bool) -> dict:
         folder = Path(os.environ.get("PPNLP_HOME") or str(home / ".paddlenlp"))
         fault = _not_for_paddlenlp(folder)
         if fault:
-            own = own_home() / ".paddlenlp"
-            settings["PPNLP_HOME"] = str(own)
-            if _not_for_paddlenlp(own):
+            ours = own_home() / ".paddlenlp"
+            settings["PPNLP_HOME"] = str(ours)
+            if _not_for_paddlenlp(ours):
                 fault = f"PaddleNLP writes to {folder}: {fault}; name another folder by PPNLP_HOME"
                 refuse(f"{Path(sys.argv[0]).name}: {fault}")
     return settings

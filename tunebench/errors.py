@@ -54,5 +54,5 @@ def cannot_write(path: Path, *otherwise: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = " or ".join([ADVICE.get(error.errno, "mend that"), *otherwise])
+        advice = " or ".join([ADVICE.get(error.errno or 0, "mend that"), *otherwise])
         raise BadInput(f"{path} cannot be written: {error.strerror}; {advice}, and run it again") from None

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tunebench.bootstrap import refuse
 from tunebench.errors import BadInput
+from tunebench.frameworks import FRAMEWORKS
 from tunebench.hardware import visible_accelerators
-from tunebench.launch import World
-from tunebench.presets import PRESETS
+from tunebench.models.presets import PRESETS
+from tunebench.world import World
 
 HUB = {"alpaca": "tatsu-lab/alpaca", "guanaco": "Chinese-Vicuna/guanaco_belle_merge_v1.0"}  # data sets by name
 DATA_NAMES = ("synthetic-en", "synthetic-zh", *HUB)
@@ -119,7 +120,7 @@ class Flags(BaseModel):
 class Parser(argparse.ArgumentParser):
     """argparse, with a refusal of one line and no usage text."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse has it; refuses what no record could hold."""
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
@@ -353,9 +354,10 @@ def default_bsz(options: dict, unit: int) -> int:
 
 def tuned(options: dict, framework: str | None) -> dict:
     """What --tuned stands for beside these flags: without what they do not go with, or the framework does not have."""
+    compiles = framework is None or FRAMEWORKS[framework].compiles
     left_out = {"order"} if options["packing"] else set()
     left_out |= {"head"} if options["mp"] > 1 else set()
-    left_out |= {"compile"} if framework == "paddle" or not goes_with_compile(options) else set()
+    left_out |= {"compile"} if not compiles or not goes_with_compile(options) else set()
     return {name: value for name, value in TUNED.items() if name not in left_out}
 
 
@@ -377,8 +379,9 @@ def place(options: dict, gpus: int) -> None:
         options["nproc"] = options["mp"] * (2 if options["zero"] and nodes == 1 else 1)
         if gpus:
             fitting = (n for n in range(gpus, 0, -1) if _fits(options, n, nodes))
-            options["nproc"] = next(fitting, gpus)
-            if options["nproc"] < gpus:
+            fit = next(fitting, gpus)
+            options["nproc"] = fit
+            if fit < gpus:
                 print(f"--nproc {options['nproc']} (not all {gpus} GPUs: --bsz and --mp allow no more)", flush=True)
     if gpus and options["nproc"] > gpus:
         raise BadInput(

@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -58,11 +58,6 @@ LINKS = {
     pynvml.NVML_TOPOLOGY_HOSTBRIDGE: "PHB",
     pynvml.NVML_TOPOLOGY_NODE: "NODE",
     pynvml.NVML_TOPOLOGY_SYSTEM: "SYS",
-}
-PACKAGES = {
-    "torch": ("torch", "transformers", "peft", "accelerate", "deepspeed"),
-    "paddle": ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp"),
-    "shared": ("numpy", "datasets", "tokenizers", "sentencepiece", "safetensors"),
 }
 
 
@@ -193,10 +188,10 @@ def visible_accelerators() -> list[str]:
         return list(map(_name, gpus))
 
 
-def read_versions(framework: str) -> dict[str, str]:
-    """The versions of Python and of the packages that decide speed, as installed; of NVIDIA's libraries too."""
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of Python, of these packages where they are installed, and of NVIDIA's libraries."""
     versions = {"python": platform.python_version()}
-    for name in (*PACKAGES[framework], *PACKAGES["shared"]):
+    for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     names = {(each.metadata["Name"] or "").lower(): each.version for each in metadata.distributions()}
@@ -233,7 +228,7 @@ def _chosen(gpus: list[Any]) -> list[Any]:
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return gpus
-    visible = []
+    visible: list[Any] = []
     for entry in map(str.strip, chosen.split(",")):  # an index, or the start of a UUID
         fits = (
             gpu

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from tunebench.bootstrap import ROOT
-from tunebench.cache import cache_folder, write_atomically
-from tunebench.checkpoint import Checkpoint, tokenizer_files
 from tunebench.errors import BadInput
+from tunebench.files import cache_folder, write_atomically
 from tunebench.flags import FIXED, HUB, Flags, is_named
+from tunebench.models.checkpoint import Checkpoint, tokenizer_files
 from tunebench.processes import dying_with_parent
 from tunebench.record import PlanInfo
 
@@ -129,7 +129,9 @@ class Plan:
             samples = range(self.rows[start], self.rows[start + micro_bsz])
             lengths = [int(self.offsets[i + 1] - self.offsets[i]) for i in samples]
             shape = (1, sum(lengths)) if self.padding_free else (micro_bsz, width)
-            arrays = {name: np.zeros(shape, dtype=np.int64) for name in ("position_ids", "attention_mask")}
+            arrays: dict[str, np.ndarray] = {
+                name: np.zeros(shape, dtype=np.int64) for name in ("position_ids", "attention_mask")
+            }
             arrays["input_ids"] = np.full(shape, self.about["pad_id"], dtype=np.int64)
             arrays["labels"] = np.full(shape, IGNORED, dtype=np.int64)
             row, at = 0, 0
@@ -225,8 +227,10 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
 
 def read_plan(path: Path) -> Plan:
     """Reads a plan file. Raises FileNotFoundError, or `BadInput` where it is damaged."""
-    about, arrays = _read(path, "batch plan", ("tokens", "offsets", "prompt_lengths", "rows"))
-    return Plan(path, _file_key(path), about, **arrays)
+    names = ("tokens", "offsets", "prompt_lengths", "rows")
+    about, arrays = _read(path, "batch plan", names)
+    tokens, offsets, prompt_lengths, rows = (arrays[name] for name in names)
+    return Plan(path, _file_key(path), about, tokens, offsets, prompt_lengths, rows)
 
 
 def write_plan(path: Path, about: dict[str, Any], samples: Samples, rows: Rows) -> None:
@@ -255,7 +259,7 @@ def write_samples(path: Path, about: dict[str, Any], samples: Samples) -> None:
 
 def plan_path(options: dict[str, Any], checkpoint: Checkpoint) -> Path:
     """Where the plan of these flags lies: a name made of everything that the plan depends on."""
-    parts = [tokens_key(options, checkpoint), _file_key(ROOT / "data" / "batching.py")]
+    parts: list[Any] = [tokens_key(options, checkpoint), _file_key(ROOT / "data" / "batching.py")]
     parts += [options[name] for name in ("bsz", "steps", "epochs", "order", "packing", "plan_seed")]
     if options["steps"] and options["paired_halves"]:
         parts += [min(options["warmup_steps"], options["steps"] - 1)]
@@ -301,7 +305,7 @@ def _prepare(flags: Flags) -> None:
     arguments += [f"--epochs={flags.epochs}"] if flags.epochs else [f"--steps={flags.steps}"]
     arguments += [f"--warmup-steps={flags.warmup_steps}", f"--plan-seed={flags.plan_seed}"]
     arguments += ["--no-paired-halves"] * (not flags.paired_halves)
-    command = [sys.executable, ROOT / "data" / "prepare.py", *arguments, f"--seed={flags.seed}"]
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), *arguments, f"--seed={flags.seed}"]
     done = subprocess.run(command, check=False, preexec_fn=dying_with_parent())
     if done.returncode:
         sys.exit(done.returncode)  # prepare.py has said why

@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import from_json
 
-from tunebench.cache import write_atomically
 from tunebench.errors import BadInput
+from tunebench.files import write_atomically
+from tunebench.frameworks import FRAMEWORKS
 from tunebench.hardware import Hardware
 
 LOG_LINES = 40
@@ -48,6 +49,15 @@ class Work(Strict):
     attention_width: Count  # heads × head size
 
 
+def _check_framework(name: str) -> str:
+    if name not in FRAMEWORKS:
+        raise ValueError(f"use {' or '.join(FRAMEWORKS)}")
+    return name
+
+
+FrameworkName = Annotated[
+    str, AfterValidator(_check_framework), WithJsonSchema({"enum": list(FRAMEWORKS), "type": "string"})
+]
 Positive = Annotated[float, Field(gt=0, lt=1e9)]
 
 
@@ -262,7 +272,8 @@ class Conditions(Strict):
 
     def remarks(self) -> list[str]:
         """What else a reader must know: swapping, throttled or shared GPUs, and beside these waiting for cores."""
-        lines = [f"{self.swapped_bytes >> 20} MiB were swapped"] * ((self.swapped_bytes or 0) >= 2**20)
+        swapped = (self.swapped_bytes or 0) >> 20
+        lines = [f"{swapped} MiB were swapped"] * (swapped > 0)
         waited = (self.run_delay_seconds or 0.0) / self.seconds
         lines += [f"its threads waited for a core for {waited:.0%} of the time"] * (
             waited >= DISTURBED and bool(self.gpus)
@@ -284,7 +295,7 @@ class Record(Strict):
     status: Literal["ok", "oom", "failed", "timeout", "unsupported"]
     reason: str | None
     started_at: str
-    framework: Literal["torch", "paddle"]
+    framework: FrameworkName
     method: Literal["full", "lora"]
     peer: str | None = None  # what ran in place of this project's script, by peers/run.sh
     aa: Literal["a", "b"] | None  # which side of a comparison with itself this is, by --aa
@@ -330,7 +341,9 @@ class Record(Strict):
     @property
     def disturbance(self) -> tuple[float, str] | None:
         """What share of a core or a GPU others took of the timed steps, and in words; None where it is not known."""
-        return self.conditions and self.conditions.disturbance(on_gpu=self.hardware.device != "cpu")
+        if self.conditions is None:
+            return None
+        return self.conditions.disturbance(on_gpu=self.hardware.device != "cpu")
 
     @property
     def disturbed(self) -> bool:
@@ -360,12 +373,13 @@ class Record(Strict):
         done = products * sum(self.steps.effective_tokens[timed]) + attention * sum(self.steps.squared_lengths[timed])
         return done / sum(self.steps.seconds[timed])
 
-    @property
-    def mfu(self) -> float | None:
-        """Model FLOPs utilisation: `useful_flops` ÷ the framework's own matrix product's in the same run."""
-        if not self.matmul_flops or self.useful_flops is None:
-            return None
-        return self.useful_flops / sum(self.matmul_flops)
+    def mfu(self, peak: float | None = None) -> float | None:
+        """Model FLOPs utilisation: `useful_flops` ÷ `peak`, in operations per second.
+
+        The default peak is what the framework's own matrix product reached in this run, summed over its processes.
+        """
+        peak = peak or sum(self.matmul_flops)
+        return None if not peak or self.useful_flops is None else self.useful_flops / peak
 
     @property
     def skipped_steps(self) -> int:
@@ -412,7 +426,7 @@ def first_fault(error: ValidationError) -> str:
     """The first thing that is wrong: the field and what is."""
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"])
-    return f"{where + ': ' if where else ''}{first['msg']}"
+    return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
 
 
 def json_schema() -> str:

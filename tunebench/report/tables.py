@@ -4,61 +4,59 @@ import csv
 import io
 import itertools
 import json
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tunebench.join import (
-    BEST_OF_EACH,
-    METHODS,
-    Itself,
-    Row,
-    against_itself,
-    join,
-    load_records,
-    model_of,
-    noise_by_machine,
-    rank_of,
-)
+from tunebench.models.families import FAMILIES
 from tunebench.record import Record
-from tunebench.stats import SAME, is_across_zero, is_within
+from tunebench.report.identity import METHODS, model_of, rank_of
+from tunebench.report.markdown import NOT_AVAILABLE, figure, markdown, measured_on
+from tunebench.report.pairing import BEST_OF_EACH, Row, SelfComparison, against_itself, noise_by_machine
+from tunebench.report.stats import SAME, is_across_zero, is_within
 
-FAMILIES = {"llama": "Llama", "qwen2": "Qwen2", "glm": "ChatGLM2", "bloom": "Bloom"}
 TUNED = ", tuned: each side with the fast flags (`--tuned`)"
-NOT_AVAILABLE = "N/A"
-VERSIONS_SHOWN = ("torch", "transformers", "peft", "deepspeed", "paddlepaddle", "paddlepaddle-gpu", "paddlenlp")
-COLUMNS = (
-    "Model",
-    "Method",
-    "Num GPUs",
-    "Batch Size",
-    "Paddle Setup",
-    "Paddle Effective Tokens/s",
-    "Paddle Spread",
-    "Torch Setup",
-    "Torch Effective Tokens/s",
-    "Torch Spread",
-    "Speedup",
-    "95% Interval",
-    "Round Noise",
-    "Rounds",
-    "Compared",
-)
-PARITY = "Parity (first loss, loss, norm)"
 SETUP_COLUMNS = ("Model", "Setup", "Paddle Effective Tokens/s", "Torch Effective Tokens/s", "Speedup")
-ITSELF_COLUMNS = (
-    "Model",
-    "Method",
-    "Num GPUs",
-    "Batch Size",
-    "Side",
-    "Difference",
-    "95% Interval",
-    "Rounds",
-    "Verdict",
-)
+
+
+class Column(NamedTuple):
+    """A column of a table: its title, and its text for a row."""
+
+    title: str
+    text: Callable[[Any], str]
+
+
+COLUMNS = [
+    Column("Model", lambda row: row.model),
+    Column("Method", lambda row: METHODS[row.method]),
+    Column("Num GPUs", lambda row: str(row.num_gpus)),
+    Column("Batch Size", lambda row: str(row.batch_size)),
+    Column("Paddle Setup", lambda row: row.paddle_setup or NOT_AVAILABLE),
+    Column("Paddle Effective Tokens/s", lambda row: _figures(row)[0]),
+    Column("Paddle Spread", lambda row: _spread(row.paddle_spread)),
+    Column("Torch Setup", lambda row: row.torch_setup or NOT_AVAILABLE),
+    Column("Torch Effective Tokens/s", lambda row: _figures(row)[1]),
+    Column("Torch Spread", lambda row: _spread(row.torch_spread)),
+    Column("Speedup", lambda row: _verdict(row)),
+    Column("95% Interval", lambda row: NOT_AVAILABLE if row.speedup is None else _interval(row.interval)),
+    Column("Round Noise", lambda row: _spread(row.round_noise)),
+    Column("Rounds", lambda row: str(row.rounds) if row.rounds else NOT_AVAILABLE),
+    Column("Compared", lambda row: row.compared or NOT_AVAILABLE),
+]
+PARITY = Column("Parity (first loss, loss, norm)", lambda row: _parity(row))
+SELF_COLUMNS = [
+    *COLUMNS[:4],
+    Column("Side", lambda comparison: f"{comparison.framework}, {comparison.setup}"),
+    Column("Difference", lambda comparison: f"{comparison.difference:+.1%}"),
+    Column("95% Interval", lambda comparison: _interval(comparison.interval)),
+    Column("Rounds", lambda comparison: str(len(comparison.log_ratios))),
+    Column("Verdict", lambda comparison: _self_verdict(comparison)),
+]
+
+
+def table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
+    """A Markdown table of these rows."""
+    return markdown([column.title for column in columns], [[column.text(row) for column in columns] for row in rows])
 
 
 def render(rows: list[Row], form: str, records: list[Record], parity: bool = False) -> str:
@@ -69,21 +67,20 @@ def render(rows: list[Row], form: str, records: list[Record], parity: bool = Fal
     """
     if form == "json":
         return json.dumps([asdict(row) for row in rows], indent=1)
-    columns = (*COLUMNS, PARITY) if parity else COLUMNS
-    lines = [_texts(row) + [_parity(row)] * parity for row in rows]
+    columns = [*COLUMNS, PARITY] if parity else COLUMNS
     if form == "csv":
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("Family", *columns, "Note"))
-        writer.writerows((row.family, *line, row.note or "") for row, line in zip(rows, lines, strict=True))
+        writer.writerow(("Family", *(column.title for column in columns), "Note"))
+        writer.writerows((row.family, *(column.text(row) for column in columns), row.note or "") for row in rows)
         return text.getvalue().rstrip("\n")
     parts = []
-    kinds = sorted(zip(rows, lines, strict=True), key=lambda pair: pair[0].tuned)  # a table of the tuned ones, last
-    for (tuned, family), group in itertools.groupby(kinds, key=lambda pair: (pair[0].tuned, pair[0].family)):
-        members, texts = zip(*group, strict=True)
-        parts.append(f"### {FAMILIES.get(family, family)}{TUNED * tuned}\n")
+    kinds = sorted(rows, key=lambda row: row.tuned)  # a table of the tuned ones, last
+    for (tuned, family), group in itertools.groupby(kinds, key=lambda row: (row.tuned, row.family)):
+        members = list(group)
+        parts.append(f"### {FAMILIES[family].title if family in FAMILIES else family}{TUNED * tuned}\n")
         parts.append(measured_on([r for r in records if model_of(r)[0] == family and r.aa is None]) + "\n")
-        parts.append(markdown(columns, texts) + "\n")
+        parts.append(table(columns, members) + "\n")
         parts.extend(_notes(members))
     parts.extend(_setup_tables(rows))
     parts.extend(_noise(records))
@@ -117,7 +114,7 @@ def _noise(records: list[Record]) -> list[str]:
     parts = [
         "### Each side against itself (A/A)\n",
         measured_on([record for record in records if record.aa is not None]) + "\n",
-        markdown(ITSELF_COLUMNS, list(map(_itself_texts, comparisons))) + "\n",
+        table(SELF_COLUMNS, comparisons) + "\n",
     ]
     for noise in noise_by_machine(comparisons).values():
         worth = ", ".join(f"±{noise.worth(n):.1%} of {n}" for n in (1, 3, 5))
@@ -125,9 +122,9 @@ def _noise(records: list[Record]) -> list[str]:
             f"Noise: the rounds of a side against itself scatter by {noise.deviation:.1%} (pooled, {noise.freedom} "
             f"degrees of freedom). A difference of rounds is worth that much, at 95%: {worth}.\n"
         )
-    sure = [each for each in comparisons if each.interval and not each.disturbed]
+    sure = [each.interval for each in comparisons if each.interval and not each.disturbed]
     if sure:
-        claims = sum(not is_across_zero(each.interval) for each in sure)
+        claims = sum(not is_across_zero(interval) for interval in sure)
         parts.append(
             f"{claims} of {len(sure)} comparisons claimed a difference where there is none; chance makes "
             f"{len(sure) / 20:.2g} of them.\n"
@@ -135,22 +132,6 @@ def _noise(records: list[Record]) -> list[str]:
     else:
         parts.append("No comparison has two rounds that nothing disturbed: repeat with --repeats 4.\n")
     return parts
-
-
-def _itself_texts(comparison: Itself) -> list[str]:
-    return [
-        comparison.model,
-        METHODS[comparison.method],
-        str(comparison.num_gpus),
-        str(comparison.batch_size),
-        f"{comparison.framework}, {comparison.setup}",
-        f"{comparison.difference:+.1%}",
-        _interval(comparison.interval),
-        str(len(comparison.log_ratios)),
-        f"disturbed: {comparison.disturbed}"
-        if comparison.disturbed
-        else verdict(comparison.difference, comparison.interval),
-    ]
 
 
 def _setup_tables(rows: list[Row]) -> list[str]:
@@ -162,9 +143,9 @@ def _setup_tables(rows: list[Row]) -> list[str]:
         for _, setups in _grouped(members, lambda row: (rank_of(row.model), row.batch_size)):
             best = max((rate for row in setups if not row.refusal for rate in _rates(row) if rate), default=None)
             for row in setups:
-                setup = (row.paddle_setup or row.torch_setup or "").split(", ")
-                setup.sort(key=lambda part: "*" not in part)  # how it is accumulated stands beside the batch size
-                setup = " ".join(f"({part})" if "*" in part else part for part in setup)
+                words = (row.paddle_setup or row.torch_setup or "").split(", ")
+                words.sort(key=lambda part: "*" not in part)  # how it is accumulated stands beside the batch size
+                setup = " ".join(f"({part})" if "*" in part else part for part in words)
                 texts = [f"**{t}**" if r and r == best else t for t, r in zip(_figures(row), _rates(row), strict=True)]
                 lines.append([row.model, f"bsz {row.batch_size} {setup}", *texts, _verdict(row)])
         parts.append(f"### {METHODS[method]} with {devices} GPUs (or processes, where there are none), by setup\n")
@@ -183,44 +164,6 @@ def _grouped(rows: list[Row], key: Callable[[Row], Any]) -> Iterator[tuple[Any, 
         yield value, list(members)
 
 
-def print_tables(paths: list[Path]) -> None:
-    """Prints the Markdown tables of the records under `paths`, and names the broken ones."""
-    records, broken = load_records(paths)
-    for fault in broken:
-        print(f"skipped {fault}")
-    if records:
-        print(combined(records), flush=True)
-
-
-def combined(records: list[Record], parity: bool = False) -> str:
-    """All tables of these records as Markdown."""
-    from tunebench.peers import render_peers
-
-    ours = [record for record in records if record.peer is None]
-    return "\n\n".join(filter(None, [render(join(ours), "md", ours, parity), render_peers(records)]))
-
-
-def _texts(row: Row) -> list[str]:
-    paddle, torch = _figures(row)
-    return [
-        row.model,
-        METHODS[row.method],
-        str(row.num_gpus),
-        str(row.batch_size),
-        row.paddle_setup or NOT_AVAILABLE,
-        paddle,
-        _spread(row.paddle_spread),
-        row.torch_setup or NOT_AVAILABLE,
-        torch,
-        _spread(row.torch_spread),
-        _verdict(row),
-        _interval(row.interval) if row.speedup is not None else NOT_AVAILABLE,
-        _spread(row.round_noise),
-        str(row.rounds) if row.rounds else NOT_AVAILABLE,
-        row.compared or NOT_AVAILABLE,
-    ]
-
-
 def _rates(row: Row) -> tuple[float | None, float | None]:
     return row.paddle_effective_tokens_per_second, row.torch_effective_tokens_per_second
 
@@ -229,13 +172,6 @@ def _figures(row: Row) -> tuple[str, str]:
     """Both sides' rates, or what became of them."""
     paddle, torch = _rates(row)
     return figure(paddle, row.paddle_status), figure(torch, row.torch_status)
-
-
-def figure(rate: float | None, status: str | None) -> str:
-    """A rate as tables print it, or what became of the run; N/A where there was none."""
-    if rate is not None:
-        return f"{rate:.2f}"
-    return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
 
 
 def _verdict(row: Row) -> str:
@@ -257,6 +193,12 @@ def verdict(difference: float, interval: tuple[float, float] | None, noise: floa
     return f"not told apart ({interval[0] * 100:+.1f} to {interval[1]:+.1%})"
 
 
+def _self_verdict(comparison: SelfComparison) -> str:
+    if comparison.disturbed:
+        return f"disturbed: {comparison.disturbed}"
+    return verdict(comparison.difference, comparison.interval)
+
+
 def _percent(share: float) -> str:
     return f"{share:+.0%}" if abs(share) >= 0.1 else f"{share:+.1%}"
 
@@ -273,41 +215,3 @@ def _parity(row: Row) -> str:
     if row.parity is None or row.parity_first is None or row.parity_norm is None:
         return NOT_AVAILABLE
     return f"{row.parity_first:.0e}, {row.parity:.0e}, {row.parity_norm:.0e}"
-
-
-def markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
-    """A Markdown table, its columns aligned."""
-    table = [list(columns), *lines]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def measured_on(records: list[Record]) -> str:
-    """The caveat above a table: machine, versions, steps and runs, read from its records."""
-    done = [record for record in records if record.status == "ok"]
-    if not done:
-        return "No run ended ok."
-    machines: dict[tuple[str | None, str, int], set[int]] = defaultdict(set)
-    for r in done:
-        machines[r.hardware.device, r.hardware.cpu, r.hardware.cores].add(r.hardware.threads)
-    texts = []
-    for (device, cpu, cores), threads in sorted(machines.items()):
-        gpu = "no GPU" if device == "cpu" else f"one {device} per process"
-        per_process = " or ".join(map(str, sorted(threads))) + f" thread{'s' * (max(threads) > 1)} per process"
-        texts.append(f"{gpu}, {cpu} with {cores} cores, {per_process}")
-    versions = {f"{name} {r.versions[name]}" for r in done for name in VERSIONS_SHOWN if name in r.versions}
-    steps = {f"{len(r.steps.seconds) - r.timed_from} of {len(r.steps.seconds)}" for r in done if r.steps}
-    caveat = (
-        ""
-        if all(machine[0] != "cpu" for machine in machines)
-        else " It compares CPU kernels: it says nothing about GPUs."
-    )
-    revisions = {f"{(r.git.revision or 'no git')[:10]}{' changed' if r.git.dirty else ''}" for r in done}
-    environment = [r.hardware.environment.get("MKL_DEBUG_CPU_TYPE") for r in done]
-    kernels = "".join(f"; MKL_DEBUG_CPU_TYPE={value}" for value in sorted(set(filter(None, environment))))
-    return (
-        f"Measured on: {'; '.join(texts)}; {', '.join(sorted(versions))}; steps timed: {', '.join(sorted(steps))}"
-        f"{kernels}; revision {', '.join(sorted(revisions))}.{caveat}"
-    )

@@ -5,13 +5,15 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 
-from tunebench.join import METHODS, Cell, model_of, rank_of, setup_of
+from tunebench.frameworks import FRAMEWORKS
 from tunebench.record import Record
-from tunebench.rounds import Near, Rounds, in_one_series, round_of, turn
-from tunebench.stats import spread
-from tunebench.tables import NOT_AVAILABLE, figure, markdown, measured_on
+from tunebench.report.cells import Cell
+from tunebench.report.identity import METHODS, model_of, rank_of, setup_of
+from tunebench.report.markdown import figure, markdown, measured_on
+from tunebench.report.rounds import Near, Rounds, in_one_series, round_of, turn
+from tunebench.report.stats import spread
+from tunebench.report.tables import NOT_AVAILABLE
 
-BASELINES = {"torch": "hf-trainer", "paddle": "paddlenlp-trainer"}  # each framework's own trainer, as it comes
 COLUMNS = ("What", "Effective Tokens/s", "Spread", "Of Its Input Real", "MFU", "÷ {}", "95% Interval", "Rounds")
 CAVEAT = (
     "Ratios to the framework's own Trainer, by rounds that alternate, each within one series of runs. The tokens of "
@@ -25,15 +27,15 @@ def render_peers(records: list[Record]) -> str:
     parts = []
     near = in_one_series(records)
     for (framework, _, model, method), members in sorted(_groups(records), key=lambda group: _place(group[0])):
-        parts.append(f"### {framework.capitalize()}, {model}, {METHODS[method]}: beside other trainers\n")
+        parts.append(f"### {FRAMEWORKS[framework].title}, {model}, {METHODS[method]}: beside other trainers\n")
         parts.append(measured_on(members) + "\n")
-        baseline = BASELINES[framework]
+        baseline = FRAMEWORKS[framework].trainer
         columns = [column.format(baseline) for column in COLUMNS]
         parts.append(markdown(columns, _lines(members, baseline, near)) + "\n")
         parts += [
             f"{record.peer or 'ours'} was disturbed, and left out: {record.disturbance[1]}\n"
             for record in members
-            if record.disturbed
+            if record.disturbance and record.disturbed
         ]
     return "\n".join([*parts, CAVEAT]) if parts else ""
 
@@ -66,6 +68,7 @@ def _lines(members: list[Record], baseline: str, near: Near) -> list[list[str]]:
         for name, runs in rows.items()
     }
     peaks = [sum(r.matmul_flops) for r in members if r.matmul_flops]
+    peak = statistics.median(peaks) if peaks else None
     base = cells.get(baseline, Cell([]))
     lines = []
     for name, cell in sorted(cells.items(), key=lambda item: item[1].rate or 0.0):
@@ -83,12 +86,9 @@ def _lines(members: list[Record], baseline: str, near: Near) -> list[list[str]]:
         rounds = Rounds([pair for pair in both if near(*pair)], 0)
         ratio = math.exp(statistics.fmean(rounds.log_ratios)) if rounds.pairs else None
         first, spread_of = cell.first.steps, spread(cell.rates)
-        flops = [record.useful_flops for record in cell.records]
-        mfu = (
-            statistics.median(map(float, filter(None, flops))) / statistics.median(peaks)
-            if peaks and all(flops)
-            else None
-        )
+        used = [share for record in cell.records if (share := record.mfu(peak)) is not None]
+        mfu = statistics.median(used) if len(used) == len(cell.records) else None
+        assert first is not None
         lines.append(
             [
                 name,

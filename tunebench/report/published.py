@@ -14,21 +14,13 @@ from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationEr
 
 from tunebench.bootstrap import ROOT
 from tunebench.errors import BadInput
-from tunebench.join import (
-    BEST_OF_EACH,
-    LIKE_FOR_LIKE,
-    METHODS,
-    Row,
-    join,
-    load_records,
-    model_of,
-    rank_of,
-    record_files,
-    setup_of,
-)
 from tunebench.record import Record, first_fault
 from tunebench.record import Strict as Part
-from tunebench.tables import NOT_AVAILABLE, SETUP_COLUMNS, figure, markdown, verdict
+from tunebench.report.identity import METHODS, model_of, rank_of, setup_of
+from tunebench.report.load import load_records, record_files
+from tunebench.report.markdown import NOT_AVAILABLE, figure, markdown
+from tunebench.report.pairing import BEST_OF_EACH, LIKE_FOR_LIKE, Row, join
+from tunebench.report.tables import SETUP_COLUMNS, verdict
 
 FOLDER = ROOT / "results" / "published"
 FAMILIES = {"bloom": "Bloom", "llama": "Llama", "chatglm": "ChatGLM"}
@@ -224,7 +216,8 @@ def load(paths: list[Path]) -> tuple[list[Record], list[PublishedRecord], list[s
 
     Folders are searched as `load_records` does, so that `published` ones are left out unless they are named.
     """
-    published, files, broken = {}, [], []
+    published: dict[tuple[Any, str], PublishedRecord] = {}
+    files, broken = [], []
     for file in itertools.chain.from_iterable(record_files(path) for path in paths):
         try:
             run = _read(file)
@@ -246,8 +239,8 @@ def tables(published: Iterable[PublishedRecord]) -> list[Table]:
         for family, runs in _grouped(members, lambda run: list(FAMILIES).index(run.family)):
             name, models = list(FAMILIES)[family], sorted({run.model for run in runs})
             heading = f"A later revision's {FAMILIES[name]} rows ({', '.join(models)})" if later else FAMILIES[name]
-            rows = [runs for _, runs in _grouped(runs, lambda run: (run.method != "lora", _place(run)))]
-            found.append(Table(name, heading, "headline", [_pair(runs, fastest=True) for runs in rows]))
+            beside = [same for _, same in _grouped(runs, lambda run: (run.method != "lora", _place(run)))]
+            found.append(Table(name, heading, "headline", [_pair(same, fastest=True) for same in beside]))
         split = [run for run in members if run.num_gpus > 1]
         for (_, gpus), runs in _grouped(split, lambda run: (run.method != "lora", run.num_gpus)):
             rows = [
@@ -271,26 +264,31 @@ def against(records: list[Record], published: Iterable[PublishedRecord]) -> list
         for run in (pair.paddle, pair.torch):
             if run is None:
                 continue
-            for row in here.get((run.like, run.framework)) or [None]:
-                rate = row and getattr(row, f"{run.framework}_effective_tokens_per_second")
-                paired = row is not None and row.compared == LIKE_FOR_LIKE
+            rows: list[Row | None] = [*here.get((run.like, run.framework), [])]
+            for row in rows or [None]:
+                rate = getattr(row, f"{run.framework}_effective_tokens_per_second", None)
+                paired = row if row is not None and row.compared == LIKE_FOR_LIKE else None
                 theirs = run.effective_tokens_per_second
+                model, method, gpus, bsz = run.work
                 found.append(
                     Against(
-                        *run.work,
+                        model=model,
+                        method=method,
+                        num_gpus=gpus,
+                        batch_size=bsz,
                         setup=_words(run),
                         framework=run.framework,
                         published_status=run.reason or run.status,
                         published_effective_tokens_per_second=theirs,
-                        here_setup=row and getattr(row, f"{run.framework}_setup"),
-                        here_status=row and getattr(row, f"{run.framework}_status"),
+                        here_setup=getattr(row, f"{run.framework}_setup", None),
+                        here_status=getattr(row, f"{run.framework}_status", None),
                         here_effective_tokens_per_second=rate,
                         ratio=rate / theirs if rate and theirs else None,
                         published_speedup=pair.speedup,
-                        here_speedup=row.speedup if paired else None,
-                        here_interval=row.interval if paired else None,
-                        here_noise=row.noise if paired else None,
-                        here_refusal=row.refusal if paired else None,
+                        here_speedup=paired.speedup if paired else None,
+                        here_interval=paired.interval if paired else None,
+                        here_noise=paired.noise if paired else None,
+                        here_refusal=paired.refusal if paired else None,
                     )
                 )
     return found

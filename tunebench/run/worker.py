@@ -1,6 +1,6 @@
 """Stands between a launcher and one worker: starts it and keeps how it ended, which launchers tell unreliably.
 
-    python tunebench/worker.py SCRIPT [ARG ...]
+    python tunebench/run/worker.py SCRIPT [ARG ...]
 
 Ends with the worker's exit code; the worker ends with this process, and this process with the launcher.
 """
@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 
 from tunebench import processes
-from tunebench.cache import write_atomically
 from tunebench.errors import BadInput
-from tunebench.launch import HIDDEN_DEVICES, RUN_FOLDER, RUN_SUPERVISOR
+from tunebench.frameworks import FRAMEWORKS
+from tunebench.run.outcome import HIDDEN_DEVICES, RUN_FOLDER, RUN_SUPERVISOR, leave_exit
 
 
 def main() -> int:
@@ -31,9 +31,10 @@ def main() -> int:
     worker = processes.start([sys.executable, *sys.argv[1:]])
     code = worker.wait()
     if code:
-        rank = os.environ.get("RANK") or os.environ["PADDLE_TRAINER_ID"]
+        variables = (framework.rank_variable for framework in FRAMEWORKS.values())
+        rank = next(os.environ[name] for name in variables if os.environ.get(name))
         try:
-            write_atomically(Path(os.environ[RUN_FOLDER]) / f"exit-{rank}", str(code).encode())
+            leave_exit(Path(os.environ[RUN_FOLDER]), rank, code)
         except BadInput as fault:
             print(f"rank {rank} ended with {code}; {fault}", file=sys.stderr)
     return code if code >= 0 else 128 - code

@@ -54,15 +54,6 @@ BLOOM: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
-# LoRA adapts the same projections on both sides. The key is the config's model_type.
-LORA_TARGETS: dict[str, list[str]] = {
-    "llama": ["q_proj", "k_proj", "v_proj"],
-    "qwen2": ["q_proj", "k_proj", "v_proj"],
-    "bloom": ["query_key_value"],
-    # ChatGLM2's q, k and v are one matrix on one side: one update of it is not three of its parts. These are the same.
-    "glm": ["o_proj", "gate_up_proj", "down_proj"],
-}
-
 
 @dataclass(frozen=True)
 class Preset:

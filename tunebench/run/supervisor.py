@@ -6,57 +6,42 @@ import os
 import re
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple, NoReturn
+from typing import IO, NoReturn
 
 from tunebench import processes
-from tunebench.bootstrap import ROOT
 from tunebench.errors import cannot_write
-from tunebench.flags import Flags
+from tunebench.frameworks import FRAMEWORKS, Launch
 from tunebench.hardware import RUN_ENVIRONMENT, read_environment, visible_accelerators
-from tunebench.launch import (
+from tunebench.progress import read_step
+from tunebench.record import LOG_LINES, Steps
+from tunebench.run.outcome import (
     HIDDEN_DEVICES,
-    LOOPBACK,
     RUN_FOLDER,
     RUN_RECORD,
     RUN_SUPERVISOR,
-    device_of,
-    share_threads,
+    TIMEOUT_EXIT,
+    exits,
+    failures,
+    has_failed,
+    is_done,
 )
-from tunebench.record import LOG_LINES, Steps
-from tunebench.run import TIMEOUT_EXIT, Framework, Run
+from tunebench.run.run import Run
+from tunebench.world import device_of, own_address, share_threads
 
 LOOK = 0.1  # seconds between two looks at what the launcher prints
 PATIENCE = 8.0  # seconds that a launcher has to end the others after a worker failed
 ASK = 3.0  # seconds from SIGTERM to SIGKILL
-STEP = re.compile(r"step (\d+)/\d+: ")
 # What an earlier launch would tell the next one: Paddle's launcher takes each of its flags from the environment too.
 INHERITED = re.compile(
     r"(PADDLE|POD|TORCHELASTIC)_|FLAGS_selected_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$"
 )
-
-
-class Failure(NamedTuple):
-    """How a worker said that it ended; `steps` are the finished ones of the whole run, where it knows them."""
-
-    rank: int
-    status: str
-    reason: str
-    log: list[str]
-    steps: dict[str, list[float]] | None
-
-    def told(self) -> tuple[str, str, list[str], Steps | None]:
-        """What the record says of it."""
-        steps = None if self.steps is None else Steps.model_validate(self.steps)
-        return self.status, f"rank {self.rank}: {self.reason}", self.log, steps
 
 
 def run_workers(run: Run) -> int:
@@ -68,9 +53,11 @@ def run_workers(run: Run) -> int:
     with _own_folder() as folder, _interruptible():
         printed: deque[str] = deque(maxlen=LOG_LINES)
         oom_kills, process = processes.oom_kills(), None
+        worker: list[str | Path] = [Path(__file__).with_name("worker.py"), Path(sys.argv[0]).resolve(), *sys.argv[1:]]
+        launch = Launch(worker, flags.nproc, flags.nnodes, flags.node_rank, flags.master, folder)
         try:
             process = processes.start(
-                launcher(run.framework, flags, folder),
+                FRAMEWORKS[run.framework].command(launch),
                 env=_environment(run, folder),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -83,54 +70,20 @@ def run_workers(run: Run) -> int:
             _ignore_interruptions()  # it ends now in any case
             if process is not None:
                 processes.end(process, ASK)
-        if (folder / "done").exists() or (process.returncode == 0 and flags.node_rank):
+        if is_done(folder) or (process.returncode == 0 and flags.node_rank):
             return 0
         if not timely:
-            steps = [int(found[1]) for found in map(STEP.match, printed) if found]
+            steps = [step.number for step in map(read_step, printed) if step]
             where = f"after step {steps[-1]}" if steps else "before the first step ended"
             return _end(run, "timeout", f"not done within --timeout {flags.timeout:g} s, {where}", list(printed))
-        return _end(run, *_why(process, folder, list(printed), oom_kills))
-
-
-def launcher(framework: Framework, flags: Flags, folder: Path) -> list[str | Path]:
-    """The framework's own launcher, told to start the workers of this node."""
-    worker = [ROOT / "tunebench" / "worker.py", Path(sys.argv[0]).resolve(), *sys.argv[1:]]
-    python = [sys.executable, "-P", "-m"]
-    if framework == "torch":
-        # As --standalone, which takes a free port, but by address.
-        meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--rdzv-id={uuid.uuid4().hex}"]
-        meeting += [f"--local-addr={LOOPBACK}"]
-        if flags.master is not None:
-            host, _, port = flags.master.rpartition(":")
-            meeting = [f"--nnodes={flags.nnodes}", f"--node-rank={flags.node_rank}"]
-            meeting += [f"--master-addr={host}", f"--master-port={port}"]
-        return [*python, "torch.distributed.run", *meeting, f"--nproc-per-node={flags.nproc}", "--", *worker]
-    # Its log folder also gets each worker's whole environment, so it is one that is removed.
-    meeting = ["--nproc_per_node", str(flags.nproc), "--log_dir", folder / "log", "--log_level", "ERROR"]
-    meeting += ["--enable_gpu_log", "False", "--job_id", uuid.uuid4().hex if flags.master is None else flags.master]
-    if flags.master is not None:
-        # Whether it is the one to listen there, it finds out by comparing IP addresses; its own it would take from the
-        # host's name, which often stands for the loopback device.
-        host, _, port = flags.master.rpartition(":")
-        meeting += ["--master", f"{socket.gethostbyname(host)}:{port}", "--host", _own_address(host)]
-        meeting += ["--nnodes", str(flags.nnodes), "--rank", str(flags.node_rank)]
-    else:
-        meeting += ["--host", LOOPBACK]
-    return [*python, "paddle.distributed.launch", *meeting, *worker]
-
-
-def _own_address(master: str) -> str:
-    """This node's IP address on the network of the node `master`."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((master, 1))  # sends nothing
-        return probe.getsockname()[0]
+        return _end(run, *_what_failed(process, folder, list(printed), oom_kills))
 
 
 def _environment(run: Run, folder: Path) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if not INHERITED.match(name)}
     environment |= share_threads(run.flags.nproc)
-    own_address = run.flags.master and _own_address(run.flags.master.rpartition(":")[0])
-    if own_address and (device := device_of(own_address)):
+    address = run.flags.master and own_address(run.flags.master.rpartition(":")[0])
+    if address and (device := device_of(address)):
         # gloo would take the network device that the host's name stands for.
         environment.setdefault("GLOO_SOCKET_IFNAME", device)
     if "CUDA_VISIBLE_DEVICES" in environment and not visible_accelerators():
@@ -151,7 +104,7 @@ def _watch(process: subprocess.Popen, folder: Path, printed: deque[str], deadlin
         select.select([process.stdout], [], [], LOOK)
         unread = _pass_on(process.stdout, unread, printed)
         now = time.monotonic()
-        if failed_at is None and (any(folder.glob("exit-*")) or any(folder.glob("failure-*"))):
+        if failed_at is None and has_failed(folder):
             failed_at = now
         if ended or (failed_at is not None and now > failed_at + PATIENCE):
             if unread:
@@ -170,22 +123,21 @@ def _pass_on(stream: IO[bytes], unread: bytes, printed: deque[str]) -> bytes:
     return rest
 
 
-def _why(
+def _what_failed(
     process: subprocess.Popen, folder: Path, printed: list[str], oom_kills: int
 ) -> tuple[str, str, list[str], Steps | None]:
     """Status, reason, log and steps of a run without a record: what failed first, not what failed because of it."""
-    failures = [Failure(**json.loads(file.read_text())) for file in _oldest_first(folder.glob("failure-*"))]
-    for failure in failures:
+    told = failures(folder)
+    for failure in told:
         if failure.status == "oom":
             return failure.told()
     # SIGTERM is how a launcher ends the others.
-    for file in _oldest_first(folder.glob("exit-*")):
-        number = -int(file.read_text())
+    for rank, code in exits(folder):
+        number = -code
         if number > 0 and number != signal.SIGTERM:
-            rank = file.name.removeprefix("exit-")
             status, reason = processes.death_in_words(number, oom_kills)
             return status, f"rank {rank} was {reason}", printed, None
-    for failure in failures:
+    for failure in told:
         return failure.told()
     code = process.returncode
     if code < 0:
@@ -193,10 +145,6 @@ def _why(
         return status, f"the launcher was {reason}", printed, None
     last = printed[-1] if printed else "none"
     return "failed", f"the launcher ended with exit code {code}, last line: {last}", printed, None
-
-
-def _oldest_first(files: Iterator[Path]) -> list[Path]:
-    return sorted(files, key=lambda file: file.stat().st_mtime_ns)
 
 
 def _end(run: Run, status: str, reason: str, log: list[str], steps: Steps | None = None) -> int:

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
 from tunebench.bootstrap import ROOT
 from tunebench.errors import BadInput
 from tunebench.flags import Flags, arguments_of, parse_flags, path_of
+from tunebench.frameworks import FRAMEWORKS
 from tunebench.record import Strict
-from tunebench.run import Framework, Method
 
-METHODS: dict[str, Method] = {"finetune_lora.py": "lora", "finetune_full.py": "full"}
+METHODS: dict[str, str] = {"finetune_lora.py": "lora", "finetune_full.py": "full"}
+KEPT_APART = {"measured", "published"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of suites and pairs: they name folders
 
 
@@ -39,20 +40,36 @@ def _check_names(pairs: "list[Pair]") -> "list[Pair]":
         raise ValueError(f"two pairs have the name {max(names, key=names.count)}")
     if "aa" in names:
         raise ValueError("a pair cannot be named aa: that folder is for comparisons of a side with itself")
+    for name in KEPT_APART & set(names):
+        raise ValueError(f"a pair cannot be named {name}: summarize.py leaves such folders out")
     return pairs
 
 
-FlagTable = Annotated[dict[str, Any], AfterValidator(_check_flags), Field(default_factory=dict)]
+FlagTable = Annotated[dict[str, Any], AfterValidator(_check_flags)]
 
 
 class Pair(Strict):
-    """The same script on both sides; `torch` and `paddle` hold flags of one side only, which go before the others."""
+    """The same script on each side. A table of a framework's name has flags of that side, which override `flags`."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, FlagTable]
 
     name: str = Field(pattern=NAME)
     script: Literal["finetune_lora.py", "finetune_full.py"]
-    flags: FlagTable
-    torch: FlagTable
-    paddle: FlagTable
+    flags: FlagTable = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_sides(cls, content: Any) -> Any:
+        for name in content if isinstance(content, dict) else ():
+            if name not in cls.model_fields and name not in FRAMEWORKS:
+                raise ValueError(f"{name}: unknown key")
+        return content
+
+    @property
+    def own_flags(self) -> dict[str, dict[str, Any]]:
+        """The flags of one side only, by framework."""
+        return self.__pydantic_extra__
 
 
 class Suite(Strict):
@@ -62,7 +79,7 @@ class Suite(Strict):
     title: str
     repeats: int = Field(default=1, gt=0)  # rounds, unless --repeats says otherwise
     minutes: float | None = Field(default=None, gt=0)  # that one round took on two cores
-    defaults: FlagTable
+    defaults: FlagTable = Field(default_factory=dict)
     pair: Annotated[list[Pair], Field(min_length=1), AfterValidator(_check_names)]
 
 
@@ -74,10 +91,10 @@ class Planned:
     """
 
     pair: str
-    framework: Framework
+    framework: str
     side: str | None
     round: int
-    method: Method
+    method: str
     flags: Flags
     argv: list[str]
     record: Path
@@ -103,7 +120,7 @@ def find_suite(name: str) -> Path:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in suites.glob("*.toml")))
         raise BadInput(f"--suite {name}: no such suite; use {known}, or a .toml file")
-    if not re.match(NAME, path.stem) or path.stem in ("published", "runs"):
+    if not re.match(NAME, path.stem) or path.stem in ("measured", "published", "runs"):
         raise BadInput(f"--suite {name}: {path.stem} cannot name a folder in results/; use another file name")
     return path
 
@@ -118,7 +135,7 @@ def read_suite(path: Path) -> Suite:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = list(first["loc"])
-        if where[:1] == ["pair"] and len(where) > 1:
+        if where[:1] == ["pair"] and len(where) > 1 and isinstance(where[1], int):
             pair, number = content["pair"][where[1]], where[1] + 1
             where[:2] = [f"pair {pair.get('name', number) if isinstance(pair, dict) else number}"]
         message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
@@ -137,8 +154,8 @@ def plan_runs(
     batches of its own, the same for all sides.
     """
     checked: dict[tuple[str, str], tuple[Flags, list[str]]] = {}
-    for pair, framework in itertools.product(suite.pair, ("paddle", "torch")):
-        table = suite.defaults | pair.flags | getattr(pair, framework)
+    for pair, framework in itertools.product(suite.pair, FRAMEWORKS):
+        table = suite.defaults | pair.flags | pair.own_flags.get(framework, {})
         where = f"{path}: pair {pair.name} ({framework})"
         flags, arguments = _parse(where, METHODS[pair.script], framework, table, path.parent)
         checked[pair.name, framework] = flags, arguments
@@ -146,7 +163,7 @@ def plan_runs(
     if not wanted:
         raise BadInput(f"--only {only} fits none of {', '.join(map('/'.join, checked))}")
     runs = []
-    sides = list(itertools.product(("paddle", "torch"), ("a", "b") if aa else (None,)))
+    sides = list(itertools.product(FRAMEWORKS, ("a", "b") if aa else (None,)))
     in_order = [(pair, framework, side) for pair in suite.pair for framework, side in sides]
     for number in range(1, repeats + 1):
         for pair, framework, side in in_order if number % 2 else reversed(in_order):
@@ -164,9 +181,7 @@ def plan_runs(
     return runs
 
 
-def _parse(
-    where: str, method: Method, framework: Framework, table: dict[str, Any], folder: Path
-) -> tuple[Flags, list[str]]:
+def _parse(where: str, method: str, framework: str, table: dict[str, Any], folder: Path) -> tuple[Flags, list[str]]:
     """The flags as the script will read them, and as they are spelled on its command line. Raises `BadInput`.
 
     Relative paths count from the suite file.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from tunebench.record import Record
-from tunebench.stats import log_ratios, ratio_interval
+from tunebench.report.stats import log_ratios, ratio_interval
 
 APART, RUNS_APART = 120.0, 3  # seconds, or so many runs, between the starts of the two sides of a round, at most
 PAUSE = 600.0  # seconds without a run that end a series of measurement
@@ -25,7 +25,8 @@ class Rounds(NamedTuple):
     @property
     def rates(self) -> tuple[list[float], list[float]]:
         """Both sides' rates by round, in effective tokens/s."""
-        return tuple([pair[side].effective_tokens_per_second for pair in self.pairs] for side in (0, 1))
+        ours, theirs = ([pair[side].effective_tokens_per_second for pair in self.pairs] for side in (0, 1))
+        return ours, theirs
 
     @property
     def log_ratios(self) -> list[float]:
@@ -44,8 +45,8 @@ def pair_rounds(ours: Sequence[Record], theirs: Sequence[Record], near: Near) ->
     Runs without a number, and those of a number that has several, are paired in the order of their starts.
     """
     by_number: dict[int, tuple[list[Record], list[Record]]] = {}
-    for side, runs in enumerate((ours, theirs)):
-        for run in sorted(runs, key=turn):
+    for side, members in enumerate((ours, theirs)):
+        for run in sorted(members, key=turn):
             by_number.setdefault(round_of(run), ([], []))[side].append(run)
     pairs, dropped = [], 0
     for _, (mine, yours) in sorted(by_number.items()):

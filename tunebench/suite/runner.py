@@ -6,7 +6,7 @@ run_all.sh calls it. A suite is a TOML file: flags for all runs, and pairs of ru
 from tunebench import bootstrap
 
 if __name__ == "__main__":
-    bootstrap.enter("torch", "paddle", module="tunebench.suite")
+    bootstrap.enter_environment("torch", "paddle", module="tunebench.suite.runner")
 
 import contextlib
 import datetime
@@ -16,7 +16,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -29,14 +28,15 @@ from rich.live import Live
 from rich.text import Text
 
 from tunebench import conditions, processes
-from tunebench.cache import results_folder
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
+from tunebench.files import results_folder
 from tunebench.flags import Parser, positive
+from tunebench.progress import Step, read_step
 from tunebench.record import DISTURBED, LOG_LINES, Record, read_record
-from tunebench.resume import FINAL, record_before, set_aside
-from tunebench.rounds import APART, RUNS_APART, beside, started_lately
-from tunebench.run import describe_run
-from tunebench.suite_file import Planned, find_suite, plan_runs, read_suite
+from tunebench.report.rounds import APART, RUNS_APART, beside, started_lately
+from tunebench.run.run import describe_run
+from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
+from tunebench.suite.resume import FINAL, record_before, set_aside
 
 PROGRAM = "run_all.sh"
 GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
@@ -44,7 +44,6 @@ MOST_WAITING, LOOK_AROUND = 300.0, 1.0  # seconds to wait for a quiet machine, a
 MARGIN = 10.0  # seconds that a run may take to note when it started
 TRIES_AGAIN = 2  # of a round that others disturbed
 LOOK, LINE = 0.25, 10.0  # seconds between two looks at a run, two lines about it; rare: the cores are the run's
-STEP = re.compile(rb"step (\d+)/(\d+): ([\d.]+) s, (\d+) effective tokens/s")
 
 stop_signals: list[int] = []  # the signals that asked this process to end
 
@@ -65,7 +64,7 @@ def main() -> int:
     add("--anyway", action="store_true", help="do not wait for a quiet machine, nor measure disturbed rounds again")
     add("--dry-run", action="store_true", help="print the runs, start none")
     options = parser.parse_args()
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, lambda number, _: stop_signals.append(number))
@@ -101,7 +100,7 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
     `expected` are the seconds of one run, as far as they are known before. Unless `anyway`, each run waits for a quiet
     machine, and the sides of a round of which others disturbed one run again.
     """
-    from tunebench.tables import print_tables
+    from tunebench.report.page import print_tables
 
     before = [record_before(run.record, run.argv, run.flags.nproc) for run in runs]
     rounds = [list(group) for _, group in itertools.groupby(range(len(runs)), key=lambda i: _round(runs[i]))]
@@ -163,8 +162,9 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
                 again, to_run = again + len(todo), to_run + len(todo)
         spoilt += [f"  {runs[i].name}: {why}" for i, why in todo.items()]
         for i in members:
-            if records[i].status not in FINAL:
-                bad.append(f"  {runs[i].name}: {_result(records[i])}, log: {runs[i].log}")
+            record = records[i]
+            if record is not None and record.status not in FINAL:
+                bad.append(f"  {runs[i].name}: {_result(record)}, log: {runs[i].log}")
         if ran:
             print_tables([folder])
     if not ran:
@@ -217,9 +217,12 @@ def _to_run_again(records: list[Record | None]) -> dict[int, str]:
     """Which runs of a round must be measured again, by index, with the reason: all of them where others disturbed one,
     or where they ran at different times."""
     done = [record for record in records if record and record.status == "ok"]
-    why = ""
-    if disturbed := next((record for record in done if record.disturbed), None):
-        why = f"{disturbed.framework} was disturbed: {disturbed.disturbance[1]}"
+    disturbed = (
+        (record.framework, record.disturbance[1]) for record in done if record.disturbance and record.disturbed
+    )
+    why = next((f"{framework} was disturbed: {words}" for framework, words in disturbed), "")
+    if why:
+        pass
     elif done and None in records and not all(started_lately(record) for record in done):
         why = "the other side of its round is still to run"
     elif done and not all(beside(done[0], other) for other in done):
@@ -233,7 +236,7 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
     oom_kills = processes.oom_kills()
     started_at, started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
     limit = started + run.flags.timeout + GRACE
-    steps: list[tuple[float, ...]] = []
+    steps: list[Step] = []
     unread = b""
     with run.log.open("wb") as log, run.log.open("rb") as printed, _status_line() as show:
         show(f"{title}: starts, log: {run.log}", True)
@@ -248,7 +251,7 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
             while process.poll() is None and not stop_signals and time.monotonic() < limit:
                 time.sleep(LOOK)
                 *lines, unread = (unread + printed.read()).split(b"\n")
-                steps += [tuple(map(float, found.groups())) for found in map(STEP.search, lines) if found]
+                steps += filter(None, (read_step(line.decode(errors="replace")) for line in lines))
                 elapsed = time.monotonic() - started
                 show(f"{title}: {_progress(steps, run.flags.warmup_steps, elapsed, took, rest)}", False)
             exit_code = process.returncode
@@ -274,7 +277,8 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
     else:
         reason = f"exit code {exit_code}, last line: {log[-1] if log else 'none'}"
     # This interpreter is that of one environment: the other's versions have to be asked for.
-    ask = f"import json, tunebench.hardware as h; print(json.dumps(h.read_versions({run.framework!r})))"
+    ask = "import json; from tunebench.frameworks import FRAMEWORKS; "
+    ask += f"print(json.dumps(FRAMEWORKS[{run.framework!r}].versions()))"
     asked = subprocess.run([run.command[0], "-P", "-c", ask], capture_output=True, text=True, check=False)
     about = describe_run(run.framework, run.method, run.flags, run.argv)
     about |= {"started_at": started_at, "versions": json.loads(asked.stdout) if asked.returncode == 0 else {}}
@@ -284,18 +288,19 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
     return record
 
 
-def _progress(steps: list[tuple[float, ...]], warmup: int, elapsed: float, took: list[float], rest: int) -> str:
-    """Where a run is, from its steps so far (number, of how many, seconds, tokens/s), and how long all will take."""
+def _progress(steps: list[Step], warmup: int, elapsed: float, took: list[float], rest: int) -> str:
+    """Where a run is, from its steps so far, and how long all runs will take."""
     if not steps:
         return f"starting, {_duration(elapsed)}"
     timed = steps[warmup:] or steps
-    seconds = sum(step[2] for step in timed)
-    rate = sum(step[2] * step[3] for step in timed) / max(seconds, 1e-9)
-    done, total = steps[-1][:2]
-    left = (total - done) * seconds / len(timed)
+    seconds = sum(step.seconds for step in timed)
+    rate = sum(step.seconds * step.rate for step in timed) / max(seconds, 1e-9)
+    last = steps[-1]
+    left = (last.total - last.number) * seconds / len(timed)
     in_all = left + rest * (sum(took) / len(took) if took else elapsed + left)
     return (
-        f"step {done:.0f}/{total:.0f}, {rate:.0f} effective tokens/s, {_duration(left)} left, all: {_duration(in_all)}"
+        f"step {last.number}/{last.total}, {rate:.0f} effective tokens/s, {_duration(left)} left, "
+        f"all: {_duration(in_all)}"
     )
 
 

@@ -5,10 +5,11 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+from tunebench.checkout import read_git
 from tunebench.errors import BadInput
 from tunebench.hardware import Hardware, read_hardware
 from tunebench.record import Git, Record, read_record
-from tunebench.run import as_workers_have_it, read_git
+from tunebench.run.run import as_workers_have_it
 
 FINAL = ("ok", "oom", "unsupported")  # what another try would not change
 NOW = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"

@@ -1,0 +1,130 @@
+"""The documents: what is generated is current, what a page links to is there, and each command is known to work."""
+
+import os
+import re
+import shlex
+import subprocess
+
+import pytest
+from conftest import ROOT, run_program
+
+from tunebench.flags import parse_flags
+from tunebench.report.documents import BEGIN, END, documents, series
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "results" / "published" / "README.md"]
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_generated_documents_are_current(path):
+    assert path.read_text(encoding="utf-8") == documents()[path], "run: python3 summarize.py --docs"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_readme_fits_on_a_few_screens():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count(BEGIN) == text.count(END) == 1
+    assert len(text.splitlines()) <= 140
+
+
+def test_kept_records_name_no_local_folder():
+    for machine, suite, records in series():
+        assert records, (machine, suite)
+        for record in records:
+            assert not [word for word in record.argv if "=/" in word], record.argv
+            assert not any(value.startswith("/") for value in record.hardware.environment.values())
+            assert record.log == []
+
+
+# Each command of a page that is neither a script's nor summarize.py's: the test that runs it, or why none does.
+RUN_ELSEWHERE = {
+    "bash run_all.sh": "test_suite.py runs suites; this one takes half an hour",
+    "bash run_all.sh --cpu": "needs PyTorch's CPU index",
+    "bash run_all.sh --suite quick": "takes 12 minutes; test_plan.py checks its runs",
+    "bash run_all.sh --suite tuned": "takes 44 minutes; test_plan.py checks its runs",
+    "bash run_all.sh --suite parity": "takes 20 minutes; test_plan.py checks its runs",
+    "bash run_all.sh --suite a100x4": "needs four GPUs; test_gpu_suites.py builds its runs by shapes",
+    "bash run_all.sh --suite h100x8": "needs eight GPUs; test_gpu_suites.py builds its runs by shapes",
+    "bash run_all.sh --suite a100x4-as-published": "needs four GPUs; test_gpu_suites.py builds its runs by shapes",
+    "bash run_all.sh --suite NAME --aa --repeats 4": "test_suite.py runs a suite with --aa",
+    "bash run_tests.sh": "runs this test",
+    "bash setup.sh": "test_setup.py",
+    "bash setup.sh --cpu": "needs PyTorch's CPU index",
+    "bash setup.sh && bash peers/setup.sh": "downloads three environments",
+    "bash peers/run.sh": "downloads three environments",
+    "rm -r .venv/torch": "test_setup.py builds an environment anew",
+    ".venv/torch/bin/torchrun --standalone --nproc-per-node 2 torch/finetune_full.py": "test_launch.py",
+    ".venv/paddle/bin/python -m paddle.distributed.launch --nproc_per_node 2 paddle/finetune_full.py": "test_launch.py",
+    "python3 torch/finetune_full.py --nnodes 2 --node-rank 0 --master HOST:29500 --nproc 4 --bsz 16": "test_launch.py",
+    "srun --ntasks 2 python3 torch/finetune_full.py": "needs Slurm; test_launch.py sets its variables",
+    ".venv/torch/bin/python -P tests/stress.py --kills 200": "takes an hour",
+    "python3 benchmarks/matmul.py": "measures one machine",
+    "python3 benchmarks/data.py": "measures one machine",
+    "python3 benchmarks/growth.py": "test_growth.py runs it with small sizes",
+    "diff torch/finetune_full.py paddle/finetune_full.py": "prints a difference",
+}
+PRINTS = {  # and a part of what it prints
+    "python3 summarize.py": "no records in",
+    "python3 summarize.py results/published": "Multi-GPU record",
+    "python3 summarize.py --strict": "no records in",
+}
+NEEDS_RECORDS = (
+    "results/quick",
+    "results/parity",
+    "results/a100x4",
+    "results/peers",
+    "results/cpu",
+    "results/measured",
+)
+
+
+def commands():
+    """The commands of all pages: lines of blocks of bash, and code in a sentence or a table that starts a program."""
+    found = set()
+    starts = ("bash ", "python3 ", ".venv/", "srun ", "diff ", "rm ")
+    for page in PAGES[:-1]:
+        text = page.read_text(encoding="utf-8")
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+            found |= {line.split("  #")[0].strip() for line in block.splitlines()}
+        inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        found |= {code.strip() for code in inline if code.startswith(starts) and " " in code.strip()}
+    return {command for command in found if command and not command.startswith("#")}
+
+
+def test_each_command_is_known():
+    """A script's flags are read as the script reads them; what a program prints here is looked at."""
+    known = commands()
+    assert len(known) > 40
+    for command in sorted(known - RUN_ELSEWHERE.keys() - PRINTS.keys()):
+        words = shlex.split(command)
+        if words[1].endswith((".py",)) and words[1].split("/")[0] in ("torch", "paddle"):
+            method = "lora" if "lora" in words[1] else "full"
+            parse_flags(method, words[2:], framework=words[1].split("/")[0])
+        else:
+            assert words[:2] == ["python3", "summarize.py"] or words[1].startswith("data/"), command
+            assert (ROOT / words[1]).exists(), command
+            assert words[2:3] == ["--docs"] or words[1] == "data/prepare.py" or words[2].startswith(NEEDS_RECORDS), (
+                command
+            )
+    assert not RUN_ELSEWHERE.keys() - known, "no page has these commands any more"
+
+
+@pytest.mark.parametrize("command", PRINTS)
+def test_what_a_command_prints(command, tmp_path):
+    done = run_program(*shlex.split(command)[1:], check=True, cwd=ROOT, env={"TUNEBENCH_RESULTS": str(tmp_path)})
+    assert PRINTS[command] in done.stdout
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("suite", ["cpu", "quick", "tuned", "parity", "a100x4", "h100x8", "a100x4-as-published"])
+def test_each_suite_of_a_page_can_be_planned(suite, tmp_path):
+    command = ["bash", str(ROOT / "run_all.sh"), "--suite", suite, "--dry-run"]
+    env = os.environ | {"TUNEBENCH_RESULTS": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=env, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("finetune_") >= 8

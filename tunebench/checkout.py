@@ -1,0 +1,36 @@
+"""The commit that runs: what git says of this checkout."""
+
+import hashlib
+import subprocess
+
+from tunebench.bootstrap import ROOT
+from tunebench.record import Git
+
+
+def read_git() -> Git:
+    """The commit of this checkout, and what was changed since."""
+
+    def git(*arguments: str, given: bytes = b"") -> bytes | None:
+        try:
+            command = [
+                "git",
+                "-c",
+                f"safe.directory={ROOT}",
+                "-C",
+                str(ROOT),
+                *arguments,
+            ]  # also in another user's clone
+            done = subprocess.run(command, input=given, capture_output=True, check=False)
+        except FileNotFoundError:
+            return None
+        return done.stdout if done.returncode == 0 else None
+
+    revision, status = git("rev-parse", "HEAD"), git("status", "--porcelain")
+    if revision is None or status is None:
+        return Git(revision=None, dirty=None, changes=None)
+    changes = hashlib.sha256(status + (git("diff", "HEAD", "--binary") or b""))
+    names = git("ls-files", "--others", "--exclude-standard", "--full-name") or b""
+    changes.update(git("hash-object", "--stdin-paths", given=names) or b"")
+    return Git(
+        revision=revision.decode().strip(), dirty=bool(status), changes=changes.hexdigest()[:12] if status else None
+    )

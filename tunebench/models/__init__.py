@@ -1,0 +1,1 @@
+"""The models: families, presets, checkpoints, and what a built model is read back as."""

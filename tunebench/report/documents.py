@@ -1,0 +1,115 @@
+"""The documents that are generated: docs/results.md and README's table from results/measured/, docs/flags.md.
+
+    python3 summarize.py --docs
+
+results/measured/DATE-MACHINE/SUITE/ holds records as `summarize.py --keep` has copied them.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+from tunebench.bootstrap import ROOT
+from tunebench.errors import BadInput
+from tunebench.flags import flag_parser
+from tunebench.record import Record
+from tunebench.report.load import load_records
+from tunebench.report.markdown import measured_on
+from tunebench.report.page import combined
+from tunebench.report.pairing import LIKE_FOR_LIKE, Row, join
+from tunebench.report.tables import COLUMNS, table
+
+MEASURED = ROOT / "results" / "measured"
+BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+README_SUITE, README_ROWS = "cpu", 6
+README_COLUMNS = ("Model", "Method", "Num GPUs", "Batch Size", "Paddle Setup", "Speedup")
+
+
+def documents() -> dict[Path, str]:
+    """The content of each generated document, by its path."""
+    return {
+        ROOT / "docs" / "results.md": results_page(),
+        ROOT / "docs" / "flags.md": flags_page(),
+        ROOT / "README.md": readme(),
+    }
+
+
+def series() -> list[tuple[str, str, list[Record]]]:
+    """Each measured series, the newest first: its folder's name, its suite, its records. Raises `BadInput`."""
+    found = []
+    for machine in sorted(MEASURED.glob("*/"), reverse=True):
+        for suite in sorted(machine.glob("*/")):
+            records, broken = load_records([suite])
+            if broken:
+                raise BadInput(f"{broken[0]}; results/measured/ holds whole records alone")
+            found.append((machine.name, suite.name, records))
+    return found
+
+
+def results_page() -> str:
+    """docs/results.md: every table of every measured series, with the command that measured it."""
+    parts = [
+        "# Measured results\n",
+        "`python3 summarize.py --docs` writes this page from the records in `results/measured/`. Each series was "
+        "measured on one machine at one commit. Do not divide rates of different tables.\n",
+    ]
+    for machine, suite, records in series():
+        again = f"python3 summarize.py results/measured/{machine}/{suite}"
+        parts += [f"## {suite}, {machine}\n", f"Measured by `bash run_all.sh --suite {suite}`. `{again}` prints it.\n"]
+        parts.append(re.sub(r"(?m)^### ", "#### ", combined(records)) + "\n")
+    return "\n".join(parts)
+
+
+def flags_page() -> str:
+    """docs/flags.md: all flags of the scripts."""
+    parser = flag_parser("lora", "finetune_lora.py")
+    lines = ["| Flag | Values | Default | Meaning |", "|---|---|---|---|"]
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction):
+            lines.append("| " + " | ".join(_cells(action)) + " |")
+    return "\n".join(
+        [
+            "# Flags\n",
+            "`python3 summarize.py --docs` writes this page from the parser. All four scripts have these flags, and "
+            "`finetune_lora.py` alone has `--lora-r` and `--lora-alpha`. A default that depends on other flags stands "
+            "in the meaning.\n",
+            *lines,
+            "",
+        ]
+    )
+
+
+def readme() -> str:
+    """README.md with the table between its markers."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    return f"{before}{BEGIN}\n{readme_table()}\n{END}{rest.split(END)[1]}"
+
+
+def readme_table() -> str:
+    """Some rows of the newest series of the default suite: the first of each model family, method and setup."""
+    for machine, suite, records in series():
+        if suite == README_SUITE:
+            rows = _some([row for row in join(records) if row.compared == LIKE_FOR_LIKE])
+            columns = [column for column in COLUMNS if column.title in README_COLUMNS]
+            return f"{measured_on(records)}\n\n{table(columns, rows)}\n\nRecords: `results/measured/{machine}/{suite}`."
+    return "No measured table is in the repository yet. `bash run_all.sh` prints the table of your machine."
+
+
+def _some(rows: list[Row]) -> list[Row]:
+    """The first row of each model, method and setup, at most README_ROWS, those of one process first."""
+    first: dict[tuple[str, str, str | None], Row] = {}
+    for row in sorted(rows, key=lambda row: row.num_gpus):
+        first.setdefault((row.family, row.method, row.paddle_setup), row)
+    return list(first.values())[:README_ROWS]
+
+
+def _cells(action: argparse.Action) -> list[str]:
+    names = ", ".join(f"`{name}`" for name in action.option_strings)
+    values = ", ".join(f"`{choice}`" for choice in action.choices) if action.choices else action.metavar or ""
+    if not values and action.nargs != 0:
+        values = getattr(action.type, "__name__", "text").replace("_", " ")
+    default = "" if action.default is None else f"`{action.default}`"
+    if isinstance(action.default, bool):
+        default = "on" if action.default else "off"
+    return [names, str(values), default, (action.help or "").replace("|", "\\|")]

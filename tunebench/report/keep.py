@@ -1,0 +1,43 @@
+"""Copies records into the repository, without what belongs to the machine that they were made on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tunebench.errors import BadInput
+from tunebench.files import write_atomically
+from tunebench.record import Record, digest_of
+from tunebench.report.load import load_records, record_files
+
+
+def keep(folder: Path, target: Path) -> int:
+    """Copies the records of a results folder to `target` under the same names; how many.
+
+    Raises `BadInput` where a record is broken, or where its environment names a folder.
+    """
+    files = record_files(folder)
+    records, broken = load_records([folder])
+    if broken:
+        raise BadInput(f"{broken[0]}; remove it or run it again")
+    by_start = {(record.started_at, tuple(record.argv)): record for record in records}
+    for file in files:
+        content = json.loads(file.read_text())
+        record = by_start[content["started_at"], tuple(content["argv"])]
+        kept = portable(record, folder)
+        text = json.dumps(kept | {"sha256": digest_of(kept)}, separators=(",", ":"))
+        write_atomically(target / file.relative_to(folder), f"{text}\n".encode())
+    return len(files)
+
+
+def portable(record: Record, folder: Path) -> dict[str, Any]:
+    """A record's content, its paths relative to the results folder, and without the log.
+
+    Raises `BadInput` where its environment names a folder, which may be a person's.
+    """
+    content = json.loads(record.model_dump_json(by_alias=True))
+    content["argv"] = [word.replace(f"{folder.resolve()}/", "") for word in record.argv]
+    content["log"] = []
+    for name, value in record.hardware.environment.items():
+        if "/" in value:
+            raise BadInput(f"{name}={value} is part of a record, and names a folder; unset it and measure again")
+    return content

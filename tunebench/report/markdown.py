@@ -1,0 +1,55 @@
+"""How reports are written: Markdown tables, figures, and the line that says what they were measured on."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from tunebench.frameworks import FRAMEWORKS
+from tunebench.record import Record
+
+NOT_AVAILABLE = "N/A"
+VERSIONS_SHOWN = [name for framework in FRAMEWORKS.values() for name in framework.packages]
+
+
+def figure(rate: float | None, status: str | None) -> str:
+    """A rate as tables print it, or what became of the run; N/A where there was none."""
+    if rate is not None:
+        return f"{rate:.2f}"
+    return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
+
+
+def markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
+    """A Markdown table, its columns aligned."""
+    table = [list(columns), *lines]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
+    texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(texts)
+
+
+def measured_on(records: list[Record]) -> str:
+    """The caveat above a table: machine, versions, steps and runs, read from its records."""
+    done = [record for record in records if record.status == "ok"]
+    if not done:
+        return "No run ended ok."
+    machines: dict[tuple[str | None, str, int], set[int]] = defaultdict(set)
+    for r in done:
+        machines[r.hardware.device, r.hardware.cpu, r.hardware.cores].add(r.hardware.threads)
+    texts = []
+    for (device, cpu, cores), threads in sorted(machines.items()):
+        gpu = "no GPU" if device == "cpu" else f"one {device} per process"
+        per_process = " or ".join(map(str, sorted(threads))) + f" thread{'s' * (max(threads) > 1)} per process"
+        texts.append(f"{gpu}, {cpu} with {cores} cores, {per_process}")
+    versions = {f"{name} {r.versions[name]}" for r in done for name in VERSIONS_SHOWN if name in r.versions}
+    steps = {f"{len(r.steps.seconds) - r.timed_from} of {len(r.steps.seconds)}" for r in done if r.steps}
+    caveat = (
+        ""
+        if all(machine[0] != "cpu" for machine in machines)
+        else " It compares CPU kernels: it says nothing about GPUs."
+    )
+    revisions = {f"{(r.git.revision or 'no git')[:10]}{' changed' if r.git.dirty else ''}" for r in done}
+    environment = [r.hardware.environment.get("MKL_DEBUG_CPU_TYPE") for r in done]
+    kernels = "".join(f"; MKL_DEBUG_CPU_TYPE={value}" for value in sorted(set(filter(None, environment))))
+    return (
+        f"Measured on: {'; '.join(texts)}; {', '.join(sorted(versions))}; steps timed: {', '.join(sorted(steps))}"
+        f"{kernels}; revision {', '.join(sorted(revisions))}.{caveat}"
+    )

@@ -1,0 +1,323 @@
+"""Pairs the runs of both sides: the rows of the tables, and each side against itself."""
+
+import itertools
+import math
+import operator
+import statistics
+from collections import Counter, defaultdict, deque
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from tunebench.record import Record
+from tunebench.report.cells import Cell, cells_of, disturbed_by
+from tunebench.report.identity import differences, group_of, place_of
+from tunebench.report.parity import disagreement, relative
+from tunebench.report.remarks import on_what, remarks_of_rounds, remarks_of_side, runner_up
+from tunebench.report.rounds import APART, RUNS_APART, Near, Rounds, beside, in_one_series, minutes_apart, pair_rounds
+from tunebench.report.stats import Noise, pooled_noise, spread
+
+LIKE_FOR_LIKE, BEST_OF_EACH = "like for like", "best of each"
+SIDES = ("paddle", "torch")  # what a row has: the speedup is the first ÷ the second - 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table. Rates in effective tokens/s of the whole job; `speedup` is Paddle ÷ Torch − 1.
+
+    `num_gpus` is the number of processes where there are no GPUs. A side that did not end ok has its status; a pair
+    that cannot be compared has no speedup, `refusal` in its place and the fields that differ in `note`.
+    Rates and speedup are those of the complete `rounds` where there are some; `dropped` is how many more there were.
+    A side's `spread` is the standard deviation of its runs' log rates, None with a single run. `round_noise` is that of
+    the rounds' log ratios, and `noise` what a difference of so many rounds is worth by this machine's A/A runs.
+    `interval` is the 95% interval of the speedup, None with a single round. A side's `disturbance` is the largest share
+    of a core or a GPU that others took in one of its runs.
+    `compared` says whether both sides have the same setup or each its fastest one; None for a side alone.
+    `parity` is the largest relative difference of the two loss curves at any step, `parity_first` that of the first
+    step, and `parity_norm` that of the gradient norms.
+    """
+
+    family: str
+    model: str
+    method: str
+    num_gpus: int
+    batch_size: int
+    paddle_setup: str | None
+    paddle_status: str | None
+    paddle_effective_tokens_per_second: float | None
+    paddle_spread: float | None
+    paddle_runs: int
+    torch_setup: str | None
+    torch_status: str | None
+    torch_effective_tokens_per_second: float | None
+    torch_spread: float | None
+    torch_runs: int
+    speedup: float | None
+    interval: tuple[float, float] | None
+    refusal: str | None
+    compared: str | None
+    note: str | None
+    tuned: bool = False
+    parity: float | None = None
+    parity_first: float | None = None
+    parity_norm: float | None = None
+    rounds: int = 0
+    dropped: int = 0
+    round_noise: float | None = None
+    noise: float | None = None
+    paddle_disturbance: float | None = None
+    torch_disturbance: float | None = None
+
+
+@dataclass(frozen=True)
+class SelfComparison:
+    """A side against itself (A/A): `difference` is b ÷ a − 1, with its 95% interval; 0 but for noise.
+
+    `log_ratios` are the complete rounds', `dropped` is how many more there were.
+    """
+
+    family: str
+    model: str
+    method: str
+    num_gpus: int
+    batch_size: int
+    framework: str
+    setup: str
+    machine: str
+    log_ratios: list[float]
+    dropped: int
+    difference: float
+    interval: tuple[float, float] | None
+    disturbed: str | None
+
+
+class Apart(NamedTuple):
+    """How far apart the curves of two sides are, as `Row` has it."""
+
+    parity: float | None = None
+    parity_first: float | None = None
+    parity_norm: float | None = None
+
+
+def join(records: list[Record]) -> list[Row]:
+    """The rows: like for like first, then the best of each side, then what is left of either. A/A runs are left out."""
+    groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
+    for record in records:
+        if record.aa is None and record.peer is None and record.framework in SIDES:
+            groups.setdefault(group_of(record), {side: [] for side in SIDES})[record.framework].append(record)
+    rows = []
+    near, noises = in_one_series(records), noise_by_machine(against_itself(records))
+    for group in sorted(groups, key=place_of):
+        cells = {framework: cells_of(members) for framework, members in groups[group].items()}
+        pairs = _pairs(**cells, near=near)
+        members = [[cell for cell in pair if cell] for _, *pair in pairs]
+        headings = [(pair[0] == BEST_OF_EACH, sides[0].setup) for pair, sides in zip(pairs, members, strict=True)]
+        counts = Counter(headings)
+        for (compared, paddle, torch), sides, heading in zip(pairs, members, headings, strict=True):
+            row = _row(group, compared, paddle, torch, told_apart=counts[heading] > 1, near=near)
+            noise = noises.get(sides[0].first.hardware.machine)
+            if compared == BEST_OF_EACH:  # A/A runs, which are beside each other, do not tell what such rows are worth
+                lines = [row.note, *(runner_up(cell, cells[cell.first.framework], near) for cell in sides)]
+                row = replace(row, note="; ".join(filter(None, lines)) or None)
+            elif noise and row.rounds:
+                row = replace(row, noise=noise.worth(row.rounds))
+            rows.append(row)
+    return rows
+
+
+def against_itself(records: list[Record]) -> list[SelfComparison]:
+    """Each side's A/A comparisons; work of which either half is missing is left out."""
+    groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
+    for record in records:
+        if record.aa is not None:
+            groups[(*group_of(record), record.framework)].append(record)
+    found = []
+    for group in sorted(groups, key=place_of):
+        for cell in cells_of(groups[group]):
+            a, b = ([r for r in cell.records if r.aa == side and r.status == "ok"] for side in ("a", "b"))
+            rounds = pair_rounds(b, a, beside)
+            if rounds.pairs:
+                ratios = rounds.log_ratios
+                family, model, method, devices, bsz, framework = group
+                found.append(
+                    SelfComparison(
+                        family=family,
+                        model=model,
+                        method=method,
+                        num_gpus=devices,
+                        batch_size=bsz,
+                        framework=framework,
+                        setup=cell.setup,
+                        machine=cell.first.hardware.machine,
+                        log_ratios=ratios,
+                        dropped=rounds.dropped,
+                        difference=math.expm1(statistics.fmean(ratios)),
+                        interval=rounds.interval,
+                        disturbed=cell.disturbed,
+                    )
+                )
+    return found
+
+
+def noise_by_machine(comparisons: list[SelfComparison]) -> dict[str, Noise]:
+    """The noise of each machine, from the comparisons of a side with itself that nothing disturbed."""
+    rows: dict[str, list[list[float]]] = defaultdict(list)
+    for each in comparisons:
+        if not each.disturbed:
+            rows[each.machine].append(each.log_ratios)
+    found = {machine: pooled_noise(ratios) for machine, ratios in rows.items()}
+    return {machine: noise for machine, noise in found.items() if noise}
+
+
+def _pairs(paddle: list[Cell], torch: list[Cell], near: Near) -> list[tuple[str | None, Cell | None, Cell | None]]:
+    """Which cells make a row, and what kind: like for like, the best of each on the same work, then the rest.
+
+    Of the rest, a cell is shown alone, or beside the other side's of the same setup or one that differs in precision.
+    Of a side whose runs were all disturbed a disturbed one is the best.
+    """
+    ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
+    pairs: list[tuple[str | None, Cell | None, Cell | None]] = []
+    timed = [cell for cell in theirs if cell.rate]
+    same_work, alike = _by(timed, "work"), _by(timed, "work", "setup")
+    like: list[tuple[Cell, Cell]] = []
+    best: dict[str, tuple[Cell, Cell]] = {}
+    for a in (cell for cell in ours if cell.rate):
+        if waiting := alike[a.work, a.setup]:
+            like.append((a, waiting.popleft()))
+    for a in sorted((cell for cell in ours if cell.rate), key=lambda cell: cell.wholly_disturbed):
+        if a.work not in best:
+            # Fastest first, so the first two of the same work are its best; after them those that were disturbed.
+            calm = sorted(same_work[a.work], key=lambda cell: cell.wholly_disturbed)
+            b = next((b for b in calm if _is_one_training(a, b, near)), None)
+            if b:
+                best[a.work] = a, b
+    pairs += [(LIKE_FOR_LIKE, a, b) for a, b in sorted(like, key=lambda pair: _order(pair[0].first))]
+    pairs += [(BEST_OF_EACH, a, b) for a, b in best.values() if a.setup != b.setup]
+    shown = {id(cell) for _, *pair in pairs for cell in pair}
+    same_setup, same_split = _by(theirs, "setup"), _by(theirs, "split")
+    for a in ours:
+        if id(a) not in shown:
+            b = _take(same_setup[a.setup], shown) or _take(same_split[a.split], shown)
+            pairs.append((LIKE_FOR_LIKE if b and a.setup == b.setup else None, a, b))
+    return pairs + [(None, None, b) for b in theirs if id(b) not in shown]
+
+
+def _by(cells: list[Cell], *fields: str) -> dict[Any, deque[Cell]]:
+    """The cells by one or more of their fields, in their order."""
+    found: dict[Any, deque[Cell]] = defaultdict(deque)
+    for cell in cells:
+        found[operator.attrgetter(*fields)(cell)].append(cell)
+    return found
+
+
+def _take(waiting: deque[Cell], shown: set[int]) -> Cell | None:
+    """The first that is not shown, which it then is."""
+    while waiting:
+        cell = waiting.popleft()
+        if id(cell) not in shown:
+            shown.add(id(cell))
+            return cell
+    return None
+
+
+def _order(record: Record) -> tuple[int, ...]:
+    """Tensor parallelism first, then the most sharded, as the published record has it."""
+    return -record.setup.mp, -record.setup.zero, record.setup.accumulation
+
+
+def _row(
+    group: tuple[Any, ...], compared: str | None, paddle: Cell | None, torch: Cell | None, told_apart: bool, near: Near
+) -> Row:
+    family, model, method, devices, bsz = group
+    refusal = note = None
+    rounds, apart = Rounds([], 0), Apart()
+    if paddle and torch and paddle.rate and torch.rate:
+        if paddle.work != torch.work:
+            refusal = "not the same work"
+            note = f"{refusal}: {'; '.join(differences(paddle.first, torch.first))}"
+        else:
+            near = near if compared == BEST_OF_EACH else beside
+            rounds = pair_rounds(paddle.records, torch.records, near)
+            refusal, note = _refusal(paddle, torch, rounds)
+            apart = _apart(rounds)
+    sides = [cell for cell in (paddle, torch) if cell]
+    notes = [note, *remarks_of_rounds(rounds)]
+    if compared == BEST_OF_EACH and (minutes := max(itertools.starmap(minutes_apart, rounds.pairs), default=0)) > 2:
+        notes.append(
+            f"its sides ran up to {minutes:.0f} minutes apart: run both beside each other before you rely on it"
+        )
+    notes += [f"{cell.first.framework} {remark}" for cell in sides for remark in remarks_of_side(cell)]
+    if any(cell.rate for cell in sides):
+        unknown = [cell.first.framework for cell in sides if any(r.conditions is None for r in cell.records)]
+        notes += [f"conditions not recorded ({' and '.join(unknown)})"] * bool(unknown)
+    notes += [on_what(cell.first) for cell in sides if cell.rate and told_apart][:1]
+    ratios = rounds.log_ratios
+    return Row(
+        family=family,
+        model=model,
+        method=method,
+        num_gpus=devices,
+        batch_size=bsz,
+        **_side("paddle", paddle, rounds.rates[0]),
+        **_side("torch", torch, rounds.rates[1]),
+        speedup=None if refusal or not ratios else math.expm1(statistics.fmean(ratios)),
+        interval=None if refusal else rounds.interval,
+        refusal=refusal,
+        compared=compared,
+        note="; ".join(filter(None, notes)) or None,
+        tuned=all(cell.first.setup.tuned for cell in sides),
+        rounds=len(rounds.pairs),
+        dropped=rounds.dropped,
+        round_noise=statistics.stdev(ratios) if len(ratios) > 1 else None,
+        **apart._asdict(),
+    )
+
+
+def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str | None]:
+    """Why two cells of the same work have no speedup, in a few words and in full."""
+    sides = zip(*rounds.pairs, strict=True) if rounds.pairs else [cell.records for cell in (paddle, torch)]
+    disturbed = "; ".join(filter(None, map(disturbed_by, sides)))
+    if not rounds.pairs and not disturbed:
+        plans = [{record.plan.sha256 for record in cell.records if record.plan} for cell in (paddle, torch)]
+        if not plans[0] & plans[1]:
+            ours, theirs = (min(plan)[:12] for plan in plans)
+            return "not the same work", f"not the same work: plan.sha256: {ours} ≠ {theirs}"
+        return "no complete round", (
+            f"no complete round: the two sides of each started more than {APART / 60:g} minutes and {RUNS_APART} runs "
+            "apart; run them beside each other"
+        )
+    if fault := next(filter(None, itertools.starmap(disagreement, rounds.pairs)), None):
+        return ("models differ" if fault.startswith("model.") else "losses differ"), fault
+    if disturbed:
+        return f"disturbed: {disturbed}", "disturbed rounds say nothing: run_all.sh measures them again"
+    return None, None
+
+
+def _apart(rounds: Rounds) -> Apart:
+    """The largest relative differences of the two sides of any round."""
+    if not rounds.pairs:
+        return Apart()
+    curves = [[relative(curve, *pair) for curve in ("loss", "grad_norm")] for pair in rounds.pairs]
+    return Apart(
+        parity=max(max(loss) for loss, _ in curves),
+        parity_first=max(loss[0] for loss, _ in curves),
+        parity_norm=max(max(norm) for _, norm in curves),
+    )
+
+
+def _is_one_training(a: Cell, b: Cell, near: Near) -> bool:
+    pairs = pair_rounds(a.records, b.records, near).pairs
+    return bool(pairs) and not any(itertools.starmap(disagreement, pairs))
+
+
+def _side(framework: str, cell: Cell | None, rates: list[float]) -> dict[str, Any]:
+    """What a row says of one side; `rates` are those of the complete rounds."""
+    rates = rates or (cell.rates if cell else [])
+    taken = [record.disturbance[0] for record in (cell.records if cell else []) if record.disturbance]
+    return {
+        f"{framework}_setup": cell.setup if cell else None,
+        f"{framework}_status": cell.first.status if cell else None,
+        f"{framework}_effective_tokens_per_second": statistics.geometric_mean(rates) if rates else None,
+        f"{framework}_spread": spread(rates),
+        f"{framework}_runs": len(cell.records) if cell else 0,
+        f"{framework}_disturbance": max(taken, default=None),
+    }

@@ -1,0 +1,73 @@
+"""Whether two runs are one training: the models that they built, and their curves."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from tunebench.record import Record
+
+
+class Tolerance(NamedTuple):
+    """Largest relative differences of two curves, at any step, that still count as the same training."""
+
+    first_loss: float  # of step 1, where only the start and the tokens count
+    loss: float
+    gradient: float  # of the gradient norms, which show faults that a loss hides
+
+
+# Float32: at least 47 times what docs/models.md has as measured. Low precision: what its rounding alone may do, as
+# tests/test_precision.py allows torch against its own float32.
+TOLERANCES = {
+    "fp32": Tolerance(1e-5, 1e-4, 1e-4),
+    "bf16": Tolerance(1e-3, 1e-2, 5e-2),
+    "fp16": Tolerance(5e-4, 5e-3, 2e-2),
+}
+
+
+def parity(paddle: Record, torch: Record) -> float:
+    """The largest relative difference of two loss curves at any step."""
+    return max(relative("loss", paddle, torch))
+
+
+def disagreement(paddle: Record, torch: Record) -> str | None:
+    """Why two runs are not one training: field, step and both values of the model or a curve; None when they are."""
+    if built := _contradiction(paddle, torch):
+        return f"model.built{built}"
+    ours, theirs = _skipped(paddle), _skipped(torch)
+    if ours != theirs:
+        return f"steps.grad_norm: the skipped steps differ: {ours or 'none'} ≠ {theirs or 'none'}"
+    for curve, found, limit in _limited(paddle, torch):
+        worst = max(range(len(found)), key=found.__getitem__)
+        if not found[worst] <= limit:
+            values = [getattr(record.steps, curve)[worst] for record in (paddle, torch)]
+            where, apart = f"steps.{curve} of step {worst + 1}", f"{found[worst]:.1e} apart, allowed are {limit:g}"
+            return f"{where}: {values[0]:.8g} ≠ {values[1]:.8g}, {apart}"
+    return None
+
+
+def _contradiction(paddle: Record, torch: Record) -> str | None:
+    """What the models that two runs built differ in; older records do not say what was built."""
+    ours, theirs = (record.model.built if record.model else None for record in (paddle, torch))
+    if ours is None or theirs is None:
+        return None if ours is theirs else ": known of one side alone"
+    found = ours.contradiction(theirs)
+    return found and f".{found}"
+
+
+def _skipped(record: Record) -> list[int]:
+    assert record.steps is not None
+    return [i for i, norm in enumerate(record.steps.grad_norm, 1) if norm is None]
+
+
+def _limited(paddle: Record, torch: Record) -> Iterator[tuple[str, list[float], float]]:
+    """Each curve, its relative differences by step, and what is allowed of them."""
+    tolerance = TOLERANCES[paddle.setup.dtype]
+    loss = relative("loss", paddle, torch)
+    yield "loss", loss[:1], tolerance.first_loss
+    yield "loss", loss, tolerance.loss
+    yield "grad_norm", relative("grad_norm", paddle, torch), tolerance.gradient
+
+
+def relative(curve: str, paddle: Record, torch: Record) -> list[float]:
+    """The relative differences of a curve at each step; 0 at steps that a side skipped."""
+    steps = zip(getattr(paddle.steps, curve), getattr(torch.steps, curve), strict=True)
+    return [0.0 if a is None or b is None else abs(a - b) / max(abs(b), 1e-12) for a, b in steps]

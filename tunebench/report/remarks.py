@@ -1,0 +1,85 @@
+"""What a reader must know of a row beside its figures: the sentences of its note."""
+
+import math
+import statistics
+
+from tunebench.frameworks import FRAMEWORKS
+from tunebench.record import DISTURBED, MARKED, Record
+from tunebench.report.cells import Cell
+from tunebench.report.rounds import Near, Rounds, out_of, pair_rounds, round_of
+from tunebench.report.stats import drift_between, drift_in_words, drift_of, is_across_zero, outlying
+
+LEAST_SECONDS = 5.0  # timed, so that ticks of 10 ms tell 1% of a core
+
+
+def remarks_of_rounds(rounds: Rounds) -> list[str]:
+    """What a reader must know of the rounds of a pair."""
+    remarks = []
+    if rounds.pairs and rounds.dropped:
+        remarks.append(
+            f"{rounds.dropped} round(s) left out: of one side alone, or with sides that started too far apart"
+        )
+    for i in outlying([math.exp(ratio) for ratio in rounds.log_ratios]):
+        ratio = math.expm1(rounds.log_ratios[i])
+        number = round_of(rounds.pairs[i][0]) or i + 1
+        remarks.append(f"round {number} stands apart by its ratio ({ratio:+.1%})")
+    if change := drift_between(rounds.pairs):
+        remarks.append(f"paddle's steps ÷ torch's changed by {change:+.0%} in the second half of the timed ones")
+    return remarks
+
+
+def runner_up(best: Cell, cells: list[Cell], near: Near) -> str | None:
+    """The next setup of the same framework on the same work, and whether the rounds tell it from the best."""
+    others = [cell for cell in cells if cell is not best and cell.rate and cell.work == best.work]
+    others = [cell for cell in others if cell.setup != best.setup and not cell.disturbed]
+    if not others:
+        return None
+    second = max(others, key=lambda cell: cell.rate or 0.0)
+    rounds = pair_rounds(second.records, best.records, near)
+    text = f"{best.first.framework}'s runner-up is {second.setup}"
+    if not rounds.pairs:
+        return f"{text}, in no round with the best"
+    text += f" ({math.expm1(statistics.fmean(rounds.log_ratios)):+.1%}"
+    if rounds.interval is None:
+        return f"{text}, one round)"
+    return f"{text}, {'a tie' if is_across_zero(rounds.interval) else 'told apart'})"
+
+
+def remarks_of_side(cell: Cell) -> list[str]:
+    """What a reader must know of one side: how it ended, and what is odd about its runs."""
+    first, runs = cell.first, len(cell.records)
+    if not cell.rate:
+        return [f"{first.status}: {first.reason}"]
+    remarks = []
+    if skipped := sum(record.skipped_steps for record in cell.records):
+        remarks.append(f"skipped {skipped} steps (float16 overflowed)")
+    if first.kernels and first.setup.attention != "eager":
+        remarks.append(f"ran {' and '.join(first.kernels.attention)}")
+    if change := drift_of(cell.records):
+        remarks.append(drift_in_words(change))
+    known = [record.conditions for record in cell.records if record.conditions]
+    taken = [record.disturbance for record in cell.records if record.disturbance]
+    if taken and MARKED <= max(taken)[0] < DISTURBED:
+        remarks.append(f"was marked: {max(taken)[1]}")
+    remarks += dict.fromkeys(remark for conditions in known for remark in conditions.remarks())
+    if known and (seconds := min(conditions.seconds for conditions in known)) < LEAST_SECONDS:
+        remarks.append(f"was timed for {seconds:.1f} s alone, and {LEAST_SECONDS:g} s tell what others took")
+    for i in outlying(cell.rates):
+        remarks.append(
+            f"run {i + 1} of {runs} stands apart ({cell.rates[i]:.0f} for a median of "
+            f"{statistics.median(cell.rates):.0f}, {out_of(cell.records[i])}): see what else ran then, and measure the "
+            "pair again (--fresh --only), or add rounds (--repeats)"
+        )
+    return remarks
+
+
+def on_what(record: Record) -> str:
+    """What tells rows with the same headings apart."""
+    assert record.plan is not None
+    assert record.steps is not None
+    plan, timed = record.plan, len(record.steps.seconds) - record.timed_from
+    version = record.versions.get(FRAMEWORKS[record.framework].version_of, "?")
+    return (
+        f"{timed} steps of {plan.data} (plan {plan.sha256[:8]}), {record.framework} {version}, "
+        f"revision {(record.git.revision or 'no git')[:10]}"
+    )

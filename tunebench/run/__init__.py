@@ -1,0 +1,1 @@
+"""One run of a script: from its command line to its record."""

@@ -1,0 +1,335 @@
+"""One run of a script: measures its steps and leaves one record, unless a signal ends it."""
+
+import contextlib
+import datetime
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import psutil
+
+from tunebench.checkout import read_git
+from tunebench.errors import NO_ROOM, BadInput, forget_stdout
+from tunebench.files import results_folder
+from tunebench.flags import Flags
+from tunebench.frameworks import FRAMEWORKS
+from tunebench.hardware import Hardware, read_hardware
+from tunebench.models.checkpoint import Checkpoint
+from tunebench.plan import Plan
+from tunebench.record import LOG_LINES, MARKED, Built, Kernels, Model, Record, Setup, Steps
+from tunebench.run.meter import Meter
+from tunebench.run.outcome import RUN_RECORD, RUN_SUPERVISOR, TIMEOUT_EXIT, folder_of_run, leave_done, leave_failure
+from tunebench.world import World, share_threads
+
+
+class Job(NamedTuple):
+    """What a run is about to do: everything that can be wrong with it has been checked."""
+
+    flags: Flags
+    checkpoint: Checkpoint
+    plan: Plan
+    world: World
+
+
+class Run:
+    """The record of a run in the making.
+
+    The script calls `describe` once the model stands, `start` before its loop and `end_step` at the end of each step.
+    The device is synchronised when `start` is called, where the timed steps start, and where they end.
+    """
+
+    def __init__(self, framework: str, method: str, job: Job) -> None:
+        self.framework, self.method = framework, method
+        self.flags, self.checkpoint, self.plan, self.world = job
+        self.argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
+        # Set where this process is a worker of a run that is watched.
+        self.folder = folder_of_run()
+        given = os.environ.get(RUN_RECORD) if self.folder else None
+        self.out = Path(given) if given else self.flags.out or new_record_path(framework, method, self.flags)
+        # What is known before anything runs, so that the record of a run that fails early has it too.
+        self.about = describe_run(framework, method, self.flags, self.argv)
+        self.model = Model(
+            name=self.flags.model_name,
+            family=self.checkpoint.config["model_type"],
+            parameters=self.checkpoint.parameters,
+            trainable_parameters=None,
+            config_sha256=self.checkpoint.config_sha256,
+            weights_sha256=self.checkpoint.weights_sha256,
+            work=self.checkpoint.work,
+        )
+        self.watchdog = threading.Timer(self.flags.timeout, _end_at_timeout, [self])
+        self.watchdog.daemon = True
+        self.setup_seconds: float | None = None
+        self.meter = Meter(self.flags, self.plan, self.world, self.say)
+        self.losses_are_whole = self.flags.replicas == 1  # or each process knows only those of its share
+        self.written = False
+
+    def describe(self, device: str, parameters: int, trainable: int, built: Built) -> None:
+        """Keeps the device, the framework's counts and what it built. RuntimeError where the config contradicts these.
+
+        `device` is `cpu` or the accelerator's name, as the framework has it.
+        """
+        adapters = trainable if self.method == "lora" else 0
+        if parameters - adapters != self.checkpoint.parameters:
+            raise RuntimeError(
+                f"the framework counts {parameters - adapters} parameters, the config has {self.checkpoint.parameters}"
+            )
+        self.model = self.model.model_copy(update={"trainable_parameters": trainable, "built": built})
+        if found := built.contradiction(self.checkpoint.expected):
+            raise RuntimeError(
+                f"the model that {self.framework} built is not that of the config: {found} of the config"
+            )
+        self.about["hardware"] = self.about["hardware"].model_copy(update={"device": device})
+
+    def check_kernels(self, weights: set[str], matmuls: set[str], attention: set[str]) -> None:
+        """Keeps what the first forward pass ran; RuntimeError if it is not what the flags ask for."""
+        seen = Kernels(weights=sorted(weights), matmuls=sorted(matmuls), attention=sorted(attention))
+        self.about["kernels"] = seen
+        flags = self.flags
+        for what, found, asked in (
+            ("weights", seen.weights, flags.weights_dtype),
+            ("matrix products", seen.matmuls, flags.compute_dtype),
+        ):
+            if found != [asked]:
+                raise RuntimeError(f"--dtype {flags.dtype}: {what} are in {' and '.join(found)}, not in {asked}")
+        on_gpu = self.about["hardware"].device != "cpu"
+        biased = self.checkpoint.expected.alibi is not None
+        signs = FRAMEWORKS[self.framework].attention_signs(flags.attention, on_gpu, biased)
+        if not seen.attention or not all(any(sign in kernel for sign in signs) for kernel in seen.attention):
+            raise RuntimeError(
+                f"--attention {flags.attention}: what ran is {' and '.join(seen.attention) or 'none that is known'}"
+            )
+
+    def start(self, synchronize: Callable[[], None]) -> None:
+        """Starts the clock of the first step; `synchronize` waits until the device has done all that it was given."""
+        self.meter.start(synchronize)
+        self.setup_seconds = time.time() - _started()
+        self.say(f"start-up took {self.setup_seconds:.1f} s")
+
+    def end_step(self, loss: Any, grad_norm: Any) -> None:
+        """Ends a step. `loss` and `grad_norm` are the framework's scalars, which are read after the last step."""
+        self.meter.end_step(loss, grad_norm)
+
+    def finish(self, losses: list[float], peak_memory_bytes: list[int], matmul_flops: list[int]) -> None:
+        """Writes the record of a run whose steps are all done; FloatingPointError on a loss that is not finite.
+
+        `losses` are those of whole global batches, the others have a value for each rank.
+        """
+        self.meter.losses, self.losses_are_whole = list(losses), True
+        steps = self.meter.steps()
+        if len(steps.loss) < len(losses):
+            raise FloatingPointError(f"loss or gradient norm of step {len(steps.loss) + 1} is not a finite number")
+        self.watchdog.cancel()
+        if self.world.rank:
+            return
+        record = self.record("ok", None, steps, peak_memory_bytes=peak_memory_bytes, matmul_flops=matmul_flops)
+        from tunebench.report.stats import drift_in_words, drift_of
+
+        change = drift_of([record])
+        record.write(self.out)
+        self.written = True
+        if self.folder:
+            leave_done(self.folder)
+        self.say(
+            f"loss {steps.loss[0]:.4f} -> {steps.loss[-1]:.4f}, {record.effective_tokens_per_second:.1f} effective "
+            f"tokens/s over {len(steps.seconds) - record.timed_from} timed steps, record: {self.out}"
+        )
+        if record.disturbance and record.conditions:
+            share, words = record.disturbance
+            level = "disturbed: " if record.disturbed else "warning: " if share >= MARKED else "the machine was quiet: "
+            self.say("; ".join([level + words, *record.conditions.remarks()]))
+        else:
+            self.say("what other programs took of the machine is not known")
+        if change:
+            self.say(f"warning: the run {drift_in_words(change)} (--warmup-steps is {self.flags.warmup_steps})")
+
+    def say(self, line: str) -> None:
+        """Prints a line, once for all processes."""
+        if not self.world.rank:
+            print(line, flush=True)
+
+    def record(
+        self,
+        status: str,
+        reason: str | None,
+        steps: Steps | None,
+        log: Sequence[str] = (),
+        peak_memory_bytes: Sequence[int] = (),
+        matmul_flops: Sequence[int] = (),
+    ) -> Record:
+        """The record as far as it is known."""
+        return Record(
+            status=status,
+            reason=reason,
+            model=self.model,
+            plan=self.plan.info(),
+            steps=steps,
+            setup_seconds=self.setup_seconds,
+            peak_memory_bytes=list(peak_memory_bytes),
+            matmul_flops=list(matmul_flops),
+            conditions=self.meter.conditions if status == "ok" else None,
+            log=list(log[-LOG_LINES:]),
+            **self.about,
+        )
+
+    def fail(self, status: str, reason: str, log: Sequence[str] = (), steps: Steps | None = None) -> None:
+        """Writes a record that says why there is no result, or tells whoever watches this worker."""
+        if self.folder:
+            try:
+                leave_failure(self.folder, self.world.rank, status, reason, log, steps)
+            except BadInput as fault:
+                print(
+                    f"{self.argv[0]}: rank {self.world.rank}: {status}: {reason}; {fault}", file=sys.stderr, flush=True
+                )
+        elif self.world.rank:
+            print(f"{self.argv[0]}: rank {self.world.rank}: {status}: {reason}", file=sys.stderr, flush=True)
+        else:
+            where = f"record: {self.out}"
+            try:
+                self.record(status, reason, steps, log).write(self.out)
+            except BadInput as fault:
+                where = "no record" if str(fault) in reason else f"no record: {fault}"
+            print(f"{self.argv[0]}: {status}: {reason} ({where})", file=sys.stderr, flush=True)
+
+
+def as_workers_have_it(hardware: Hardware, nproc: int) -> Hardware:
+    """The hardware with the threads that each of `nproc` workers gets, whoever asks."""
+    shared = share_threads(nproc)
+    if not shared:
+        return hardware
+    update = {"environment": hardware.environment | shared, "threads": int(shared["OMP_NUM_THREADS"])}
+    return hardware.model_copy(update=update)
+
+
+def describe_run(framework: str, method: str, flags: Flags, argv: list[str]) -> dict[str, Any]:
+    """The part of a record that is known before anything runs."""
+    return {
+        "schema": 1,
+        "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "framework": framework,
+        "method": method,
+        "aa": flags.aa,
+        "argv": argv,
+        "versions": FRAMEWORKS[framework].versions(),
+        "git": read_git(),
+        "hardware": as_workers_have_it(read_hardware(), flags.nproc),
+        "setup": Setup(
+            nproc=flags.nproc,
+            nnodes=flags.nnodes,
+            zero=flags.zero,
+            mp=flags.mp,
+            bsz=flags.bsz,
+            micro_bsz=flags.micro_bsz,
+            accumulation=flags.accumulation,
+            dtype=flags.dtype,
+            amp=flags.amp,
+            recompute=flags.recompute,
+            attention=flags.attention,
+            padding_free=flags.padding_free,
+            head=flags.head,
+            lean=flags.lean,
+            compile=flags.compile,
+            keep_memory=flags.keep_memory,
+            packing=flags.packing,
+            order=flags.order,
+            tuned=flags.tuned,
+        ),
+        "kernels": None,
+        "timed_from": flags.warmup_steps,
+    }
+
+
+@contextlib.contextmanager
+def recorded(framework: str, method: str, job: Job) -> Iterator[Run]:
+    """Gives the script its `Run` and sees to it that every end but Ctrl-C leaves a record.
+
+    An allocation failure or any other error ends with exit code 1, --timeout with 124. Where a launcher of the user's
+    own has started several processes, only rank 0 writes: what ends another one is on that one's stderr.
+    """
+    run = Run(framework, method, job)
+    if run.folder is None:  # or who watches this worker sees to both
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run.watchdog.start()
+    try:
+        yield run
+        _leave(run, 0)
+    except KeyboardInterrupt:
+        print(
+            f"{run.argv[0]}: interrupted, {'record written' if run.written else 'no record written'}", file=sys.stderr
+        )
+        sys.exit(130)
+    except BrokenPipeError:  # who read this is gone
+        forget_stdout()
+        _leave(run, 130)
+        sys.exit(130)
+    except Exception as error:
+        _end_with(run, error)
+    finally:
+        run.watchdog.cancel()
+        if run.folder is None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is cleared away now may end at once
+
+
+def new_record_path(framework: str, method: str, flags: Flags) -> Path:
+    """Where the record of a run without --out goes: a new file for each run."""
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    model = os.fsencode(flags.model_name)[:100].decode(errors="ignore")  # a file's name has room for 255 bytes
+    return results_folder() / "runs" / f"{framework}-{method}-{model}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
+
+
+def _end_with(run: Run, error: Exception) -> NoReturn:
+    if run.written:
+        print(f"{run.argv[0]}: after its record was written: {type(error).__name__}: {error}", file=sys.stderr)
+        _leave(run, 1)
+        sys.exit(1)
+    text = str(error).strip() or type(error).__name__
+    # torch raises OutOfMemoryError or a RuntimeError that says so, Paddle MemoryError or the same in words.
+    out_of_memory = isinstance(error, MemoryError) or any(
+        sign in text.lower() for sign in ("out of memory", "can't allocate memory", "resourceexhausted")
+    )
+    # A record that could not be written, a loss that is no number, no room for what is printed.
+    expected = out_of_memory or isinstance(error, BadInput | FloatingPointError)
+    expected |= isinstance(error, OSError) and error.errno in NO_ROOM
+    log = traceback.format_exc().splitlines()
+    if not expected:
+        print("\n".join(log), file=sys.stderr)
+    steps = None
+    if run.losses_are_whole:
+        with contextlib.suppress(Exception):  # after a device error the losses may not be readable
+            steps = run.meter.steps()
+    reason = text.splitlines()[0] if expected else f"{type(error).__name__}: {text.splitlines()[0]}"
+    run.fail("oom" if out_of_memory else "failed", reason, log, steps)
+    _leave(run, 1)
+    sys.exit(1)
+
+
+def _leave(run: Run, code: int) -> None:
+    """Ends one of several processes at once: torch's gloo groups can deadlock when the interpreter clears them away.
+
+    (Their destructor waits for a thread that waits for the interpreter's lock, which the destructor's caller holds.)
+    """
+    if run.world.size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _started() -> float:
+    """When the run was started, in seconds since the epoch: when its supervisor was, where it has one."""
+    supervisor = os.environ.get(RUN_SUPERVISOR)
+    return psutil.Process(int(supervisor) if supervisor else None).create_time()
+
+
+def _end_at_timeout(run: Run) -> NoReturn:
+    """Runs in the watchdog's thread, so it ends a main thread that hangs in native code too."""
+    where = f"after step {len(run.meter.seconds)}" if run.meter.seconds else "before the first step ended"
+    try:
+        run.fail("timeout", f"not done within --timeout {run.flags.timeout:g} s, {where}")
+    finally:
+        os._exit(TIMEOUT_EXIT)

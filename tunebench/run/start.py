@@ -1,0 +1,88 @@
+"""Starts a run: reads its command line, makes what is missing, and starts its workers where it has several."""
+
+import contextlib
+import os
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+from tunebench import processes
+from tunebench.bootstrap import own_home
+from tunebench.errors import BadInput, one_line_refusals
+from tunebench.files import cache_folder, results_folder
+from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
+from tunebench.hardware import keep_freed_memory, read_environment
+from tunebench.models.checkpoint import Checkpoint, find_checkpoint
+from tunebench.plan import load_plan
+from tunebench.run.outcome import folder_of_run
+from tunebench.run.place import export_place, read_world
+from tunebench.run.run import Job, Run
+from tunebench.run.supervisor import run_workers
+from tunebench.run.unsupported import not_offered
+from tunebench.world import ALONE, share_threads
+
+
+def start_run(framework: str, method: str) -> Job:
+    """The job of this process: flags, checkpoint and plan, all checked, and its place among the workers.
+
+    It imports no framework, so that bad input is refused at once, with one line and exit code 2. Where the run has
+    several processes and no launcher has started this one, this process becomes their supervisor. It then starts them,
+    and exits with the run's exit code when they have ended.
+    """
+    program = Path(sys.argv[0]).name
+    with one_line_refusals(program):
+        read_environment()
+        world = read_world(framework, on_terminal=os.isatty(0))
+        watched = folder_of_run() is not None
+        # A worker is silent here: its supervisor or rank 0 has printed the same.
+        with contextlib.redirect_stdout(None if world and (world.rank or watched) else sys.stdout):
+            flags = parse_flags(method, world=world, framework=framework)
+            if flags.out is None and not (world and world.rank) and not watched:
+                check_folder(results_folder() / "runs", "TUNEBENCH_RESULTS")
+            checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+            check_tensor_parallel(flags, checkpoint)
+            prepare_compiler(framework, flags)
+            plan = load_plan(flags, checkpoint)
+            flags = fit_to_steps(flags, plan.steps)
+    if flags.keep_memory:
+        keep_freed_memory()
+    job = Job(flags, checkpoint, plan, world or ALONE)
+    reason = not_offered(framework, method, flags, checkpoint)
+    if reason:
+        Run(framework, method, job).fail("unsupported", reason)
+        sys.exit(1)
+    if world is not None:
+        processes.die_with_parent()
+        os.environ.update(share_threads(world.nproc))
+        export_place(world, framework)
+    elif flags.world_size > 1:
+        with one_line_refusals(program):
+            sys.exit(run_workers(Run(framework, method, job)))
+    return job
+
+
+def check_tensor_parallel(flags: Flags, checkpoint: Checkpoint) -> None:
+    """Raises `BadInput` where no framework can cut the model up as --mp asks for: both need whole heads."""
+    needed = {name: width for name, width in checkpoint.widths.items() if "heads" in name}
+    for name, width in needed.items():
+        if width % flags.mp:
+            smaller = range(1, min(flags.mp, width + 1))
+            works = [str(mp) for mp in smaller if not any(width % mp for width in needed.values())]
+            raise BadInput(f"--mp {flags.mp} does not divide the model's {width} ({name}); use {' or '.join(works)}")
+
+
+def prepare_compiler(framework: str, flags: Flags) -> None:
+    """Gives torch's compiler its folder. Raises `BadInput` where it lacks what it builds its code with."""
+    if framework != "torch" or not flags.compile:
+        return
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise BadInput(f"--compile needs a C++ compiler, and there is no {compiler}; use --no-compile")
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        raise BadInput(f"--compile needs Python's headers, and there is no {header}; use --no-compile")
+    folder = cache_folder() / "inductor"
+    if not os.access(folder if folder.exists() else cache_folder(), os.W_OK):  # another user's
+        folder = own_home() / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))  # before torch is imported

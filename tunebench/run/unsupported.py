@@ -1,0 +1,139 @@
+"""What a framework does not do of what the flags ask for. Such a run is a result too: `unsupported`, with the reason.
+
+The versions in the reasons are those that are installed.
+"""
+
+from importlib import metadata
+from typing import Any
+
+from tunebench.bootstrap import has_instructions
+from tunebench.flags import Flags
+from tunebench.frameworks import FRAMEWORKS
+from tunebench.hardware import visible_accelerators
+from tunebench.models.checkpoint import Checkpoint
+
+NAMES = {  # by distribution, as sentences have them; Paddle's is one of two
+    "torch": "torch",
+    "transformers": "transformers",
+    "peft": "peft",
+    "deepspeed": "DeepSpeed",
+    "paddlepaddle": "Paddle",
+    "paddlenlp": "PaddleNLP",
+}
+PADDLE_MOST_TABLES = 32 * 2**30  # bytes: those of a model of 8 billion parameters with a million positions
+PADDLE_LARGEST_EPSILON = 1e-3  # paddle/phi/infermeta/ternary.cc, LayerNormInferMeta
+
+
+def named(distribution: str) -> str:
+    """A library with its version, such as `peft 0.21.2`; the name alone where it is not installed here."""
+    for name in (distribution, f"{distribution}-gpu"):
+        try:
+            return f"{NAMES[distribution]} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+    return NAMES[distribution]
+
+
+def not_offered(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
+    """Why the framework does not do what is asked for; None where it does."""
+    families = FRAMEWORKS[framework].families
+    if families is not None and checkpoint.config["model_type"] not in families:
+        return f"{FRAMEWORKS[framework].title} has no {checkpoint.family.title} here, but {', '.join(families)}"
+    lacks = OF_A_FRAMEWORK.get(framework)
+    return lacks(method, flags, checkpoint) if lacks else None
+
+
+def _torch_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
+    config, built = checkpoint.config, checkpoint.expected
+    if method == "lora" and flags.mp > 1 and config["model_type"] == "glm":
+        return (
+            f"{named('peft')} and {named('transformers')} each slice LoRA's A of a layer that tensor parallelism cuts "
+            "by its inputs, so that it no longer fits"
+        )
+    if built.alibi and flags.padding_free and flags.attention == "eager":
+        return f"{named('transformers')} has no positions in Bloom's eager attention to tell samples apart by"
+    if visible_accelerators():
+        # The flash kernels take grouped queries; of the fused kernels for float32 none does.
+        if flags.attention == "sdpa" and flags.dtype == "fp32" and built.key_value_heads != built.heads:
+            return f"{named('torch')} has no fused attention in float32 on GPUs for grouped queries"
+    elif flags.zero and flags.weights_dtype == "float16" and not multiplies_float16():
+        return f"{named('deepspeed')} refuses float16 weights on CPUs that do not compute in it (AVX512-FP16)"
+    return None
+
+
+def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
+    config, family = checkpoint.config, checkpoint.config["model_type"]
+    if lacking := paddle_lacks(config):
+        return lacking
+    for name, width in checkpoint.widths.items():
+        if width % flags.mp:  # transformers takes a last slice that is shorter
+            return (
+                f"{named('paddlepaddle')} slices into equal parts, and --mp {flags.mp} does not divide {width} ({name})"
+            )
+    if family in ("bloom", "glm") and flags.padding_free:
+        return f"{named('paddlenlp')} has no function for attention alone in this model, to call for each sample"
+    if family == "glm" and flags.head == "labels":
+        return f"{named('paddlenlp')} has no layer for the logits alone in ChatGLMv2"
+    if flags.compile:
+        return (
+            f"{named('paddlepaddle')} has no compiler for CPUs (its wheel is built without CINN), and that for GPUs "
+            "was not tried"
+        )
+    if visible_accelerators():
+        if flags.attention == "sdpa" and flags.dtype == "fp32" and checkpoint.expected.alibi:
+            return (
+                f"{named('paddlepaddle')} has fused attention with a bias in float32 on GPUs for some widths of a "
+                "batch alone"
+            )
+    elif flags.dtype != "fp32":
+        return (
+            f"{named('paddlepaddle')} has no {flags.compute_dtype} kernels for CPUs: there autocast silently computes "
+            "in float32, and a model in that dtype stops at its first linear layer"
+        )
+    return None
+
+
+def multiplies_float16() -> bool:
+    """Whether the processor does, by AVX512-FP16, with which it was tried; DeepSpeed asks oneDNN."""
+    return has_instructions({"avx512_fp16"})
+
+
+def paddle_lacks(config: dict[str, Any]) -> str | None:
+    """What of a normalised config PaddleNLP's model of the family does not compute; None where it does all."""
+    family = config["model_type"]
+    if family == "bloom":
+        if config["layer_norm_epsilon"] > PADDLE_LARGEST_EPSILON:
+            return (
+                f"{named('paddlepaddle')} has layer norms with an epsilon of at most {PADDLE_LARGEST_EPSILON:g}, and "
+                f"layer_norm_epsilon is {config['layer_norm_epsilon']:g}"
+            )
+        return None
+    tables = paddle_table_bytes(config)
+    if tables > PADDLE_MOST_TABLES:
+        return (
+            f"{named('paddlenlp')} keeps rotary tables of all positions (max_position_embeddings, times the factor of "
+            f"linear scaling): {tables / 2**30:,.0f} GiB here, of at most {PADDLE_MOST_TABLES / 2**30:.0f} offered"
+        )
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        return (
+            f"{named('paddlenlp')} derives the head size from hidden_size, and head_dim is {config['head_dim']} here, "
+            f"not {config['hidden_size'] // config['num_attention_heads']}"
+        )
+    if family != "llama" and config["rope_scaling"]:
+        return f"{named('paddlenlp')} does not scale the rotary embedding of {family}"
+    if family == "glm" and config["rope_theta"] != 10000:
+        return f"{named('paddlenlp')} has the rotary base 10000 alone in ChatGLMv2, not {config['rope_theta']:g}"
+    return None
+
+
+def paddle_table_bytes(config: dict[str, Any]) -> int:
+    """Bytes of PaddleNLP's float32 cosines and sines of all positions, which Llama and Qwen2 keep in each layer."""
+    scaling = config["rope_scaling"] or {}
+    positions = config["max_position_embeddings"]
+    if scaling.get("rope_type") == "linear":
+        positions *= scaling["factor"]
+    layers = 1 if config["model_type"] == "glm" else config["num_hidden_layers"]
+    return int(positions * layers * config["head_dim"] * config["partial_rotary_factor"]) * 2 * 4
+
+
+OF_A_FRAMEWORK = {"torch": _torch_lacks, "paddle": _paddle_lacks}

@@ -1,0 +1,1 @@
+"""Suites: files that name runs, and the program that runs them."""
