@@ -21,20 +21,22 @@ from tunebench.report.tables import COLUMNS, table
 
 MEASURED = ROOT / "results" / "measured"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
+Series = tuple[str, str, list[Record]]  # the folder of a date and machine, the suite, its records
 README_SUITE, README_ROWS = "cpu", 6
 README_COLUMNS = ("Model", "Method", "Num GPUs", "Batch Size", "Paddle Setup", "Speedup")
 
 
 def documents() -> dict[Path, str]:
     """The content of each generated document, by its path."""
+    measured = series()
     return {
-        ROOT / "docs" / "results.md": results_page(),
+        ROOT / "docs" / "results.md": results_page(measured),
         ROOT / "docs" / "flags.md": flags_page(),
-        ROOT / "README.md": readme(),
+        ROOT / "README.md": readme(measured),
     }
 
 
-def series() -> list[tuple[str, str, list[Record]]]:
+def series() -> list[Series]:
     """Each measured series, the newest first: its folder's name, its suite, its records. Raises `BadInput`."""
     found = []
     for machine in sorted(MEASURED.glob("*/"), reverse=True):
@@ -46,14 +48,14 @@ def series() -> list[tuple[str, str, list[Record]]]:
     return found
 
 
-def results_page() -> str:
+def results_page(measured: list[Series]) -> str:
     """docs/results.md: every table of every measured series, with the command that measured it."""
     parts = [
         "# Measured results\n",
         "`python3 summarize.py --docs` writes this page from the records in `results/measured/`. Each series was "
         "measured on one machine at one commit. Do not divide rates of different tables.\n",
     ]
-    for machine, suite, records in series():
+    for machine, suite, records in measured:
         again = f"python3 summarize.py results/measured/{machine}/{suite}"
         parts += [f"## {suite}, {machine}\n", f"Measured by `bash run_all.sh --suite {suite}`. `{again}` prints it.\n"]
         parts.append(re.sub(r"(?m)^### ", "#### ", combined(records)) + "\n")
@@ -79,16 +81,16 @@ def flags_page() -> str:
     )
 
 
-def readme() -> str:
+def readme(measured: list[Series]) -> str:
     """README.md with the table between its markers."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{readme_table()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{readme_table(measured)}\n{END}{rest.split(END)[1]}"
 
 
-def readme_table() -> str:
+def readme_table(measured: list[Series]) -> str:
     """Some rows of the newest series of the default suite: the first of each model family, method and setup."""
-    for machine, suite, records in series():
+    for machine, suite, records in measured:
         if suite == README_SUITE:
             rows = _some([row for row in join(records) if row.compared == LIKE_FOR_LIKE])
             columns = [column for column in COLUMNS if column.title in README_COLUMNS]

@@ -6,8 +6,8 @@ from typing import Any
 
 from tunebench.errors import BadInput
 from tunebench.files import write_atomically
-from tunebench.record import Record, digest_of
-from tunebench.report.load import load_records, record_files
+from tunebench.record import Record, digest_of, read_record
+from tunebench.report.load import record_files
 
 
 def keep(folder: Path, target: Path) -> int:
@@ -15,18 +15,11 @@ def keep(folder: Path, target: Path) -> int:
 
     Raises `BadInput` where a record is broken, or where its environment names a folder.
     """
-    files = record_files(folder)
-    records, broken = load_records([folder])
-    if broken:
-        raise BadInput(f"{broken[0]}; remove it or run it again")
-    by_start = {(record.started_at, tuple(record.argv)): record for record in records}
-    for file in files:
-        content = json.loads(file.read_text())
-        record = by_start[content["started_at"], tuple(content["argv"])]
-        kept = portable(record, folder)
-        text = json.dumps(kept | {"sha256": digest_of(kept)}, separators=(",", ":"))
+    kept = {file: portable(read_record(file), folder) for file in record_files(folder)}
+    for file, content in kept.items():
+        text = json.dumps(content | {"sha256": digest_of(content)}, separators=(",", ":"))
         write_atomically(target / file.relative_to(folder), f"{text}\n".encode())
-    return len(files)
+    return len(kept)
 
 
 def portable(record: Record, folder: Path) -> dict[str, Any]:

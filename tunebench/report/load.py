@@ -8,6 +8,8 @@ from tunebench.errors import BadInput
 from tunebench.files import results_folder
 from tunebench.record import Record, read_record
 
+KEPT_APART = ("measured", "published")  # folders of records that are searched only where they are named
+
 
 def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
     """The records of files and folders, and what was broken.
@@ -43,4 +45,4 @@ def record_files(path: Path) -> list[Path]:
 
 
 def _is_kept_apart(file: Path) -> bool:
-    return any(part.startswith(".") or part in ("measured", "published") for part in file.parts)
+    return any(part.startswith(".") or part in KEPT_APART for part in file.parts)

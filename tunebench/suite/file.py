@@ -17,9 +17,9 @@ from tunebench.errors import BadInput
 from tunebench.flags import Flags, arguments_of, parse_flags, path_of
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.record import Strict
+from tunebench.report.load import KEPT_APART
 
 METHODS: dict[str, str] = {"finetune_lora.py": "lora", "finetune_full.py": "full"}
-KEPT_APART = {"measured", "published"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of suites and pairs: they name folders
 
 
@@ -40,7 +40,7 @@ def _check_names(pairs: "list[Pair]") -> "list[Pair]":
         raise ValueError(f"two pairs have the name {max(names, key=names.count)}")
     if "aa" in names:
         raise ValueError("a pair cannot be named aa: that folder is for comparisons of a side with itself")
-    for name in KEPT_APART & set(names):
+    for name in set(KEPT_APART) & set(names):
         raise ValueError(f"a pair cannot be named {name}: summarize.py leaves such folders out")
     return pairs
 
@@ -120,7 +120,7 @@ def find_suite(name: str) -> Path:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in suites.glob("*.toml")))
         raise BadInput(f"--suite {name}: no such suite; use {known}, or a .toml file")
-    if not re.match(NAME, path.stem) or path.stem in ("measured", "published", "runs"):
+    if not re.match(NAME, path.stem) or path.stem in (*KEPT_APART, "runs"):
         raise BadInput(f"--suite {name}: {path.stem} cannot name a folder in results/; use another file name")
     return path
 

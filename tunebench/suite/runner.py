@@ -217,17 +217,20 @@ def _to_run_again(records: list[Record | None]) -> dict[int, str]:
     """Which runs of a round must be measured again, by index, with the reason: all of them where others disturbed one,
     or where they ran at different times."""
     done = [record for record in records if record and record.status == "ok"]
-    disturbed = (
-        (record.framework, record.disturbance[1]) for record in done if record.disturbance and record.disturbed
-    )
-    why = next((f"{framework} was disturbed: {words}" for framework, words in disturbed), "")
-    if why:
-        pass
-    elif done and None in records and not all(started_lately(record) for record in done):
-        why = "the other side of its round is still to run"
-    elif done and not all(beside(done[0], other) for other in done):
-        why = "the other side of its round ran at another time"
+    why = _fault_of_round(done, complete=None not in records)
     return {i: why for i, record in enumerate(records) if record in done} if why else {}
+
+
+def _fault_of_round(done: list[Record], complete: bool) -> str:
+    """Why the runs of a round tell nothing; empty where they do."""
+    for record in done:
+        if record.disturbance and record.disturbed:
+            return f"{record.framework} was disturbed: {record.disturbance[1]}"
+    if not complete and not all(started_lately(record) for record in done):
+        return "the other side of its round is still to run"
+    if not all(beside(done[0], other) for other in done):
+        return "the other side of its round ran at another time"
+    return ""
 
 
 def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record | None:
