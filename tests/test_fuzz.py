@@ -195,8 +195,8 @@ def paths_of(value, path=()) -> list[tuple]:
 
 @pytest.fixture(scope="module")
 def measured() -> list[dict]:
-    """Two rounds of a pair: real records, of A/A runs that here stand for ordinary ones."""
-    contents = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    """Two rounds of a pair: real records, of A/A runs that nothing disturbed and that here stand for ordinary ones."""
+    contents = [json.loads(line) for line in RECORDS.read_bytes().splitlines() if not parse_record(line).disturbed]
     rounds = [content for content in contents if "/llama-tiny-lora/" in content["argv"][-1]][:2]
     rounds += [c for c in contents if "/llama-tiny-lora/" in c["argv"][-1] and c["framework"] == "torch"][:2]
     for content in rounds:
