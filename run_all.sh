@@ -5,7 +5,8 @@
 #
 # --cpu          set up CPU builds on any machine (see setup.sh)
 # --suite NAME   which of suites/NAME.toml, or a .toml file of your own (default: cpu; quick: a few minutes, intervals)
-# --only GLOB    only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle' or '*lora*'
+#                peers: other trainers beside the scripts
+# --only GLOB    only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle' or '*lora*'; CONTEST/CONTESTANT of peers
 # --repeats N    rounds (default: the suite's, mostly 1); the order of the two sides alternates
 # --aa           each side against itself: what a difference is worth here (records in results/SUITE/aa/)
 # --fresh        from the start; earlier results move to results/.previous/
@@ -22,8 +23,10 @@ unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
 export PYTHONUTF8=1
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
-setup=() suite=()
+setup=() suite=() peers='' before=''
 for argument in "$@"; do
+  case "$before $argument" in *' --suite=peers'|'--suite peers') peers=1 ;; esac
+  before=$argument
   case $argument in
     -h|--help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$root/run_all.sh"; exit 0 ;;
     --cpu) setup=(--cpu) ;;
@@ -34,6 +37,7 @@ done
 # pip answers Ctrl-C with an ordinary failure, so say here what it was.
 trap 'echo "run_all.sh: interrupted during set-up; the same command goes on" >&2; exit 130' INT
 bash "$root/setup.sh" ${setup[@]+"${setup[@]}"}
+[ -z "$peers" ] || bash "$root/peers/setup.sh" ${setup[@]+"${setup[@]}"}
 trap - INT
 # -P: the working directory could be the repository, which must not be on Python's path.
 exec "$root/.venv/torch/bin/python" -P -m tunebench.suite.runner ${suite[@]+"${suite[@]}"}

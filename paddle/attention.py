@@ -1,9 +1,9 @@
 """Which attention kernel Paddle runs: the separate ones of `eager`, or paddle's scaled_dot_product_attention.
 
-The rows of a batch are padded at their end. Causal attention alone therefore keeps every token from the padding after
-it. The fused kernels get no other mask, as on the other side. Samples that stand end to end (`--padding-free`) are
-attended to one by one, or, in low precision on a GPU, by flashmask. `sdpa` and `flash` call the same function. On a GPU
-that function takes Paddle's flash kernel wherever the kernel can run. A run of `flash` without it fails.
+The rows of a batch are padded at their end. With causal attention no token sees the padding after it, so the fused
+kernels need no other mask. Attention to samples that stand end to end (`--padding-free`) goes sample by sample, or, in
+low precision on a GPU, by flashmask. `sdpa` and `flash` call the same function. On a GPU that function takes Paddle's
+flash kernel wherever the kernel can run. A run of `flash` without it fails.
 """
 
 import functools
@@ -22,7 +22,7 @@ from tunebench.flags import Flags
 class Samples:
     """Where the samples of a padding-free micro-batch stand.
 
-    PaddleNLP hands it on to its attention unread, as `attn_mask_startend_row_indices`, and then makes no mask.
+    PaddleNLP hands this to its attention unread, as `attn_mask_startend_row_indices`, and then makes no mask.
     """
 
     __slots__ = ("ends", "lengths")
@@ -34,14 +34,14 @@ class Samples:
 
 
 def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
-    """Says in a model's config which attention to build; `use_one_kernel` does it for ChatGLMv2."""
+    """Names in a model's config the attention to build. For ChatGLMv2 `use_one_kernel` chooses it."""
     config.use_flash_attention = flags.attention != "eager" and config.model_type != "chatglm_v2"
     # PaddleNLP's variable, spelled so: with it Llama and Qwen2 leave their mask out.
     os.environ["USE_CASUAL_MASK"] = str(config.use_flash_attention)
 
 
 def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:
-    """Makes ChatGLMv2's attention one kernel, and attends sample by sample where samples stand end to end.
+    """Makes ChatGLMv2's attention one kernel. Where samples stand end to end, attention goes sample by sample.
 
     PaddleNLP's own `use_flash_attention` mixes up the rows of ChatGLMv2's batch. It reshapes a result of
     (batch, width, …) to (width, batch, …) where it should transpose it.
@@ -102,7 +102,7 @@ def attend(
     self: paddle.nn.Layer, query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, mask: paddle.Tensor
 ) -> paddle.Tensor:
     """CoreAttention's forward in one kernel: from (width, batch, heads, head size) to (width, batch, hidden)."""
-    # At O1 the table of positions, in float32, has made queries and keys so: no fused kernel takes them beside others.
+    # At O1 the float32 table of positions makes queries and keys float32. Fused kernels take inputs of one dtype.
     query, key, value = (x.transpose([1, 0, 2, 3]).astype(value.dtype) for x in (query, key, value))
     context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
     return context.transpose([1, 0, 2, 3]).flatten(2)

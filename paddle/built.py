@@ -1,4 +1,4 @@
-"""What a Paddle model computes with, read back from its modules: a config that is silently ignored is no result."""
+"""Reads back from a Paddle model's layers what it computes with, so that a silently ignored config is no result."""
 
 import functools
 import sys
@@ -14,7 +14,7 @@ ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "SelfAttention", "BloomAttenti
 
 
 def read(model: paddle.nn.Layer) -> Built:
-    """The numbers of a model that stands, before or after its adapters came; of slices those of the whole."""
+    """The numbers of a built model, with or without adapters. A sliced model gives those of the whole."""
     model = model.model if isinstance(model, peft.LoRAModel) else model
     degree = model.config.tensor_parallel_degree
     norms = [layer for name, layer in named(model) if name.endswith(("RMSNorm", "LayerNorm"))]
@@ -54,7 +54,7 @@ def embedding_and_head(model: paddle.nn.Layer) -> tuple[paddle.nn.Layer, paddle.
 
 
 def padding_row_of(embedding: paddle.nn.Layer) -> int | None:
-    """The row that gets no gradient; Paddle says -1 for none, and tensor-parallel embeddings have none."""
+    """The row that gets no gradient. Paddle says -1 for none; tensor-parallel embeddings have none."""
     row = getattr(embedding, "_padding_idx", None)
     return None if row is None or row < 0 else row
 
@@ -74,7 +74,7 @@ def heads_of(attention: paddle.nn.Layer, degree: int) -> tuple[int, int, int]:
 
 
 def rotary_of(model: paddle.nn.Layer) -> tuple[list[float] | None, float | None]:
-    """By how much position 1 turns each pair of numbers, in radians, and the factor of what is turned."""
+    """By how much position 1 turns each pair of numbers, in radians, and the factor that scales them."""
     tables = []
     for name, layer in named(model):
         if name in ATTENTIONS and hasattr(layer, "rotary_emb"):  # (1, positions, 1, head size), each angle twice
@@ -94,7 +94,7 @@ def rotary_of(model: paddle.nn.Layer) -> tuple[list[float] | None, float | None]
 
 
 def half(table: paddle.Tensor) -> paddle.Tensor:
-    """The angle of each pair, which stands in both halves of the table."""
+    """The angle of each pair. The table has each twice: as two halves."""
     first, second = paddle.split(table, 2)
     if not paddle.equal_all(first, second):
         raise RuntimeError("the rotary embedding does not turn pairs of numbers")
@@ -102,7 +102,7 @@ def half(table: paddle.Tensor) -> paddle.Tensor:
 
 
 def alibi_of(model: paddle.nn.Layer, heads: int) -> list[float] | None:
-    """What Bloom adds to the scores of the key at position 1, by head."""
+    """What Bloom adds to the score of the key at position 1, by head."""
     for name, layer in named(model):
         if name == "BloomModel":
             build = sys.modules[type(layer).__module__].build_alibi_tensor
@@ -111,7 +111,7 @@ def alibi_of(model: paddle.nn.Layer, heads: int) -> list[float] | None:
 
 
 def activation_of(layer: paddle.nn.Layer) -> str:
-    """The activation of a feed-forward layer, by what its forward pass makes of some numbers, its products left out."""
+    """The activation of a feed-forward layer, from its forward pass on some numbers without its matrix products."""
     probes = paddle.to_tensor(PROBES)
     if hasattr(layer, "gelu_impl"):
         return activation_name(layer.gelu_impl(probes).tolist())
@@ -119,18 +119,18 @@ def activation_of(layer: paddle.nn.Layer) -> str:
     plain = {"gate_proj": lambda x: x, "up_proj": lambda x: ones, "down_proj": lambda x: x}
     plain |= {"dense_h_to_4h": lambda x: paddle.concat([x, ones]), "dense_4h_to_h": lambda x: x}
     own = {name: vars(layer)[name] for name in ("act_fn", "fuse_swiglu") if name in vars(layer)}
-    replaced = vars(layer).get("forward")  # where `--lean` has put one
+    replaced = vars(layer).get("forward")  # --lean replaces it
     forward = replaced.func if isinstance(replaced, functools.partial) else type(layer).forward
     return activation_name(forward(SimpleNamespace(fuse_attention_ffn=False, **plain, **own), probes).tolist())
 
 
 def epsilon_of(norm: paddle.nn.Layer) -> float:
-    """What a norm adds to the variance, as the three kinds of them name it."""
+    """What a norm adds to the variance. The three kinds of norms name it differently."""
     return next(getattr(norm, name) for name in ("variance_epsilon", "epsilon", "_epsilon") if hasattr(norm, name))
 
 
 def whole(weight: paddle.Tensor, degree: int) -> list[int]:
-    """The whole weight's shape: a tensor-parallel slice is along one axis."""
+    """The shape of the whole weight. Tensor parallelism slices along one axis."""
     shape = list(weight.shape)
     if weight.is_distributed:
         shape[weight.split_axis] *= degree

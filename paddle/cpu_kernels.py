@@ -1,11 +1,10 @@
 """Kernels for Llama on a CPU (`--lean`): the same mathematics in fewer and cheaper operations of Paddle's.
 
-On a CPU Paddle's matrix products and its elementwise kernels of equal shapes run on all threads. Its broadcasts,
-copies, reductions and activations run on one. Here therefore a product with ones makes sums and broadcasts, and a
-product exchanges the halves for the rotary embedding. Attention keeps one layout, (heads, rows, head size), whose
-copies are fast.
+On a CPU, Paddle's matrix products and its elementwise kernels of equal shapes run on all threads. Its broadcasts,
+copies, reductions and activations run on one. So matrix products with ones sum and broadcast here, and a matrix product
+swaps the halves for the rotary embedding. Attention keeps one layout, (heads, rows, head size), whose copies are fast.
 
-tests/test_tuned.py compares losses and gradient norms with PaddleNLP's own.
+tests/scripts/test_tuned.py compares losses and gradient norms with PaddleNLP's own.
 """
 
 import functools
@@ -18,14 +17,14 @@ from paddle.autograd import PyLayer
 
 from tunebench.flags import Flags
 
-LOWEST = -1e30  # what is added to the scores of later keys
+LOWEST = -1e30  # added to the scores of later keys
 
 
 class Layout(NamedTuple):
-    """A micro-batch: the lengths of its samples (or padded rows), end to end, and what is the same in each layer.
+    """A micro-batch: the lengths of its samples (or padded rows), end to end, and tensors that all layers share.
 
-    `cos` and `sin` are the rotary tables, (heads, rows, head size). `later` is added to the scores of samples of a
-    length, as `cut` gives them: (heads, length, length), and of all samples at once where they are equally long.
+    `cos` and `sin` are the rotary tables, (heads, rows, head size). `later` has, by length, what is added to the scores
+    of the samples that `cut` gives: (heads, length, length), or for all samples at once where they are equally long.
     """
 
     lengths: list[int]
@@ -57,9 +56,9 @@ def replace_layers(flags: Flags, model: paddle.nn.Layer) -> None:
 def put_layout_in(
     cos: paddle.Tensor, sin: paddle.Tensor, heads: int, llama: paddle.nn.Layer, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
-    """A hook for the model without its head: puts a `Layout` where PaddleNLP has flashmask's input.
+    """A forward pre-hook of the model without its head: puts a `Layout` in place of flashmask's input.
 
-    PaddleNLP hands that on to each layer, and makes no mask then.
+    PaddleNLP hands that input to each layer, and then makes no mask.
     """
     rows, width = (args[0] if args else kwargs["input_ids"]).shape
     samples = kwargs.get("attn_mask_startend_row_indices")
@@ -128,7 +127,7 @@ class RMSNorm(PyLayer):
 
 
 class SwiGLU(PyLayer):
-    """gate · sigmoid(gate) · up; sigmoid(x) is (1 + tanh(x / 2)) / 2, and tanh takes half of sigmoid's time here."""
+    """gate · sigmoid(gate) · up. sigmoid(x) is (1 + tanh(x / 2)) / 2: tanh takes half of sigmoid's time here."""
 
     @staticmethod
     def forward(ctx, gate: paddle.Tensor, up: paddle.Tensor) -> paddle.Tensor:
@@ -217,7 +216,7 @@ def rotate_back(x: paddle.Tensor, layout: Layout) -> paddle.Tensor:
 
 @functools.cache
 def rotation_of_halves(size: int) -> paddle.Tensor:
-    """(size, size): a product with it puts the second half of the last axis, its sign turned, before the first."""
+    """(size, size): a product with it puts the negated second half of the last axis before the first half."""
     one, none = paddle.eye(size // 2), paddle.zeros([size // 2, size // 2])
     return paddle.concat([paddle.concat([none, one], axis=1), paddle.concat([-one, none], axis=1)])
 
@@ -230,7 +229,7 @@ def cut(x: paddle.Tensor, layout: Layout) -> list[paddle.Tensor]:
 
 
 def join(parts: list[paddle.Tensor], heads: int) -> paddle.Tensor:
-    """The samples in one again."""
+    """Joins what `cut` gave: (heads, rows, head size)."""
     if len(parts) == 1:
         return parts[0].reshape([heads, -1, parts[0].shape[-1]])
     return paddle.concat(parts, axis=1)

@@ -27,9 +27,9 @@ def peak_memory_bytes() -> int:
 
 
 def matmul_flops(flags: Flags) -> int:
-    """Operations per second of the best of five products of square matrices, in the dtype that the run multiplies in.
+    """Operations per second of the best of five products of square matrices, in the dtype of the run's products.
 
-    On a CPU the products are in float32, the only dtype that Paddle multiplies in there.
+    On a CPU they are in float32: Paddle has no other matrix product there.
     """
     size, dtype = (8192, flags.compute_dtype) if paddle.device.cuda.device_count() else (2048, "float32")
     a, b = (paddle.rand([size, size]).astype(dtype) for _ in range(2))

@@ -79,7 +79,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
 
 
 def require_gradient(layer: paddle.nn.Layer, inputs: tuple, output: paddle.Tensor) -> None:
-    """A hook for the embedding, as peft sets one on the other side: without, PaddleNLP does not recompute layer 0."""
+    """A hook of the embedding, as peft sets one on the other side: without it PaddleNLP does not recompute layer 0."""
     output.stop_gradient = False
 
 

@@ -1,6 +1,6 @@
-"""Lets Paddle's fleet run over gloo. Installed in CPU runs of several processes only; a GPU never sees any of this.
+"""Lets Paddle's fleet run over gloo. Only CPU runs of several processes install it; a GPU run never does.
 
-Each part says what Paddle 3.3.1 lacks there. The code that a GPU runs stays in use around it.
+Each function says what Paddle 3.3.1 lacks. The code around it is the code that a GPU runs.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ MILLISECONDS = "NSt6chrono8durationIlSt5ratioILl1ELl1000EEEE"
 
 
 def install(timeout: float) -> None:
-    """To be called once, before fleet is initialised; `timeout`: seconds that a process waits for the others."""
+    """Call it once, before fleet is initialised. A process waits `timeout` seconds for the others."""
     os.environ["PADDLE_DISTRI_BACKEND"] = "gloo"
     separate_stores(timeout)
     complete_tensor_parallelism()
@@ -36,10 +36,10 @@ def install(timeout: float) -> None:
 
 
 def separate_stores(timeout: float) -> None:
-    """Gives each process group a store of its own, and patience.
+    """Gives each process group a store of its own, with the time limit.
 
-    Paddle's groups write their members' addresses under the same keys of one store. From four processes on, whose
-    groups overlap, one reads an address of another group and is refused.
+    Paddle's groups write their members' addresses under the same keys of one store. Groups of four and more processes
+    overlap: then a process reads an address of another group, which refuses it.
     """
     create = core.ProcessGroupGloo.create
     stores: list[core.TCPStore] = []  # kept alive as long as their groups
@@ -48,7 +48,9 @@ def separate_stores(timeout: float) -> None:
         key = f"store of group {group_id}"
         if rank == 0:
             host = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
-            with socket.socket() as reserved:  # bound, not listening: no other process is given its port meanwhile
+            with (
+                socket.socket() as reserved
+            ):  # bound, not listening: the system gives its port to no one else meanwhile
                 reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 reserved.bind(("", 0))
                 port = reserved.getsockname()[1]
@@ -72,10 +74,10 @@ class String(ctypes.Structure):
 
 
 def set_timeout(group_id: int, rank: int, size: int, seconds: float) -> None:
-    """Sets how long a collective of a group waits: 30 s otherwise, for which Paddle has no option.
+    """Sets how long a collective of a group waits. The default is 30 s, and Paddle has no option for it.
 
-    Its library exports the functions that find a group's communicator (three words: the vtable; rank and size; gloo's
-    context) and that set the limit of a context. tests/test_ends.py shows that it holds.
+    Paddle's library exports the function that finds a group's communicator (three words: the vtable; rank and size;
+    gloo's context) and the one that sets a context's limit. tests/run/test_ends.py shows that it holds.
     """
     library = ctypes.CDLL(str(Path(paddle.__file__).parent / "libs" / "libphi_core.so"))
     manager = ctypes.byref(ctypes.c_byte.in_dll(library, f"_ZZN{MANAGER}11GetInstanceEvE8instance"))
@@ -152,9 +154,9 @@ class NoGuard:
 
 
 def admit_group_sharding() -> None:
-    """Lets the classes behind ZeRO 2 and 3 believe that their tensors, which stay where they are, are on a GPU.
+    """Makes the classes behind ZeRO 2 and 3 take their tensors for a GPU's. The tensors stay where they are.
 
-    They refuse other devices by name, though all that they call has a CPU kernel.
+    The classes refuse other devices by name, though each operation that they call has a CPU kernel.
     """
     sharding = (group_sharded_optimizer_stage2, group_sharded_stage2, group_sharded_stage3, group_sharded_storage)
     for module in (group_sharded, *sharding):
@@ -162,7 +164,7 @@ def admit_group_sharding() -> None:
     for module in sharding:
         module.core = Pretending(core, is_compiled_with_cuda=lambda: True)
         module.device_guard = NoGuard
-    # It copies a parameter to the CPU and frees it; on a CPU the "copy" is the parameter itself.
+    # It copies a parameter to the CPU and frees the original. On a CPU the "copy" is the parameter itself.
     add_rank_params = group_sharded_storage.ParamStorage.add_rank_params
     group_sharded_storage.ParamStorage.add_rank_params = lambda self, params, align: add_rank_params(
         self, params, align, convert_gpu=False

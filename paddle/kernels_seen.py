@@ -1,4 +1,4 @@
-"""What Paddle really computes with, seen where it calls its kernels: a flag that is silently ignored is no result."""
+"""Records which kernels Paddle calls, so that a silently ignored flag is no result."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import paddle
 from paddle.base import core
 
-# How the names of matrix products have it: of activations with weights, and in most attention. ChatGLMv2's eager one
-# has `bmm`, which autocast leaves in float32.
+# Parts of the names of matrix products: of activations with weights, and in most attention. ChatGLMv2's eager attention
+# calls `bmm`, which autocast leaves in float32.
 PRODUCTS = ("matmul", "linear", "gemm")
 DTYPES = ("float16", "bfloat16", "float32")  # in the order of Paddle's counts, which end with all others
 

@@ -1,8 +1,8 @@
 """Corrects the gradient of a LayerNorm whose scale is frozen, on CPU. Never used on a GPU.
 
-Paddle's CPU kernel takes the scale into the input's gradient only when the scale itself wants a gradient
-(`if (d_scale)` in paddle/phi/kernels/cpu/layer_norm_grad_kernel.cc, still so in 3.3.1); the GPU kernel always does.
-LoRA on Bloom, whose norms are frozen LayerNorms, would train on wrong gradients.
+Paddle's CPU kernel multiplies the input's gradient by the scale only where the scale itself asks for a gradient
+(`if (d_scale)` in paddle/phi/kernels/cpu/layer_norm_grad_kernel.cc, still so in 3.3.1). The GPU kernel always does.
+Bloom's norms are LayerNorms, which LoRA freezes: it would train on wrong gradients.
 """
 
 import functools
@@ -12,7 +12,7 @@ import paddle.nn.functional as F
 
 
 def mend_frozen_scales(model: paddle.nn.Layer) -> None:
-    """Lets each frozen LayerNorm ask for its scale's gradient; nothing reads it, and the parameter stays frozen."""
+    """Lets each frozen LayerNorm ask for its scale's gradient. Nothing reads it, and the parameter stays frozen."""
     if paddle.get_device() != "cpu":
         return
     for layer in model.sublayers(include_self=True):
@@ -21,7 +21,7 @@ def mend_frozen_scales(model: paddle.nn.Layer) -> None:
 
 
 def forward(layer: paddle.nn.LayerNorm, x: paddle.Tensor) -> paddle.Tensor:
-    """The layer's own forward, with a scale of which autograd does not know that it is the frozen parameter."""
+    """The layer's own forward, with a copy of the scale that autograd takes for a trained one."""
     scale = layer.weight.detach()
     scale.stop_gradient = x.stop_gradient  # norms before the first adapter pass no gradient on
     return F.layer_norm(x, layer._normalized_shape, scale, layer.bias, layer._epsilon)

@@ -28,7 +28,7 @@ def total(flags: Flags, outputs: Any, labels: paddle.Tensor, group: parallel.Gro
 def sum_in_head(flags: Flags, model: paddle.nn.Layer) -> None:
     """With --head labels makes a model's forward pass give the sum of the token losses in place of logits."""
     if flags.head == "labels":
-        # PaddleNLP's __setattr__ would add arguments to what it takes for an old forward.
+        # vars: PaddleNLP's __setattr__ would add arguments to a function of this name.
         vars(model)["forward"] = functools.partial(forward_to_loss, model)
         model.lm_head.forward = functools.partial(forward_head_to_loss, model.lm_head)
 
@@ -48,7 +48,7 @@ def forward_head_to_loss(
     head: paddle.nn.Layer, hidden: paddle.Tensor, labelled: paddle.Tensor, targets: paddle.Tensor
 ) -> paddle.Tensor:
     """The head's forward pass: a scalar, from (rows, width, hidden)."""
-    # A tied weight is the embedding's, (vocabulary, hidden): always Bloom's, and that of others whose config says so.
+    # A tied weight is the embedding's, (vocabulary, hidden). Bloom's is always tied; other configs may ask for it.
     weight = head.decoder_weight if hasattr(head, "decoder_weight") else head.weight
     tied = hasattr(head, "decoder_weight") or head.transpose_y
     return SumOfLosses.apply(hidden.flatten(0, 1).index_select(labelled), weight, targets, tied)
@@ -57,10 +57,9 @@ def forward_head_to_loss(
 class SumOfLosses(PyLayer):
     """cross_entropy(hidden @ weight, labels, reduction="sum").
 
-    The forward pass makes the gradients too, by hidden and by weight; the backward pass scales them.
-
-    So each stretch of logits is used up before the next one is made, and no logit is computed twice. As in Liger
-    Kernel's FusedLinearCrossEntropy.
+    The forward pass computes the gradients by hidden and by weight too. The backward pass scales them. So each stretch
+    of logits is used up before the next one is made, and no logit is computed twice. Liger Kernel's
+    FusedLinearCrossEntropy does the same.
     """
 
     @staticmethod

@@ -28,20 +28,20 @@ SHARDING_LEVELS = {2: "os_g", 3: "p_g_os"}  # as Paddle names what is sharded
 class Clip(ClipGradBase):
     """For an optimizer: scales the gradients to a global norm of at most 1, in place, and keeps the norm before that.
 
-    As paddle.nn.ClipGradByGlobalNorm, and with its kernel, but the norm can be had: a scalar, in `norm`. Paddle's own
-    classes for the same over several processes either do not count as this one does or sum with a less exact kernel:
-    on a CPU that is off by more than 1e-4 for an embedding's gradient (tests/test_numerics.py shows it).
+    It is paddle.nn.ClipGradByGlobalNorm, with the same kernel, and keeps the norm, a scalar, in `norm`. Paddle's own
+    classes for several processes count other gradients, or sum with a less exact kernel. On a CPU that kernel is off by
+    more than 1e-4 for an embedding's gradient (tests/scripts/test_numerics.py shows it).
     """
 
     def __init__(self, zero: int, sharers: ProcessGroup | None) -> None:
-        """`sharers` are the processes that hold the other slices of what this one holds a slice of."""
+        """`sharers` are the processes that hold the other slices of this one's sliced weights."""
         super().__init__()
         self.zero, self.sharers = zero, sharers
         self.norm: paddle.Tensor | None = None
 
     @paddle.no_grad()
     def _dygraph_clip(self, params_grads: list[tuple[paddle.Tensor, paddle.Tensor]]) -> list:
-        # In float32: the sum of squares of float16 would overflow where no gradient does.
+        # In float32: in float16 the sum of squares overflows where no gradient does.
         squares = [_squared_l2_norm(in_float32(gradient)) for _, gradient in params_grads]
         if self.sharers is not None:
             shared = [self.is_shared(parameter) for parameter, _ in params_grads]
@@ -56,14 +56,14 @@ class Clip(ClipGradBase):
         return params_grads
 
     def is_shared(self, parameter: paddle.Tensor) -> bool:
-        """Whether the sharers hold other slices, or other parameters, rather than this same one."""
+        """Whether the sharers hold other slices or other parameters; else they hold this same one."""
         if self.zero == 3:
             return not hasattr(parameter, "unslice")
         return self.zero > 0 or parameter.is_distributed
 
 
 def in_float32(tensor: paddle.Tensor) -> paddle.Tensor:
-    """The tensor, as it is or cast."""
+    """The tensor itself if it is float32, else a cast copy."""
     return tensor if tensor.dtype == paddle.float32 else tensor.astype("float32")
 
 
@@ -124,7 +124,7 @@ def join(flags: Flags, world: World) -> Group:
 
 
 def slicing(group: Group) -> dict[str, Any]:
-    """What a model's config has to say so that PaddleNLP builds this process's slice of it."""
+    """The fields of a model's config with which PaddleNLP builds this process's slice."""
     if group.mp == 1:
         return {}
     return {
@@ -146,14 +146,14 @@ def fill(parameter: paddle.Tensor, values: Callable[[tuple[int, int]], np.ndarra
 
 
 def count(parameters: Iterable[paddle.Tensor], group: Group) -> int:
-    """The weights behind these parameters, however they are spread. To be called before `wrap`."""
+    """The number of weights of the whole parameters, sliced or not. Call it before `wrap`."""
     return sum(p.size * (group.mp if p.is_distributed else 1) for p in parameters)
 
 
 def wrap(
     flags: Flags, model: paddle.nn.Layer, optimizer: paddle.optimizer.Optimizer, group: Group
 ) -> tuple[paddle.nn.Layer, Any]:
-    """The model and the optimizer as the loop uses them; the loss scale of the group as it is used with them."""
+    """The model and the optimizer as the loop uses them. It adapts the group's loss scale to them, in place."""
     if group.world_size == 1:
         return model, optimizer
     if flags.zero < 2:
@@ -170,9 +170,9 @@ def wrap(
 
 
 def release_frozen_weights(model: GroupShardedStage3) -> None:
-    """Lets go of each frozen weight once the backward pass is done with it, as Paddle does of the trainable ones.
+    """Frees each frozen weight once the backward pass is done with it, as Paddle frees the trainable ones.
 
-    Paddle gathers both for the backward pass, and after it would hold all frozen weights of the model whole.
+    Paddle gathers both for the backward pass. Afterwards it would hold all frozen weights of the model whole.
     """
     for layer in model.sublayers():
         frozen = frozen_slices(layer, include_sublayers=False)
@@ -181,13 +181,13 @@ def release_frozen_weights(model: GroupShardedStage3) -> None:
 
 
 def release_after(x: paddle.Tensor, weights: list[paddle.Tensor], model: GroupShardedStage3) -> None:
-    """Releases the weights that are applied to `x` when its gradient is there."""
+    """Releases the weights that are applied to `x` once its gradient is computed."""
     if not x.stop_gradient:
         x.register_hook(lambda _: release(weights, model))
 
 
 def release(weights: list[paddle.Tensor], model: GroupShardedStage3) -> None:
-    """Keeps only this rank's slices of those weights that are gathered."""
+    """Keeps only this rank's slices of the gathered ones among `weights`."""
     gathered = [weight for weight in weights if weight.status == "all"]
     for weight in gathered:
         weight.use_count = 1  # the one of this backward pass
@@ -201,19 +201,19 @@ def frozen_slices(layer: paddle.nn.Layer, include_sublayers: bool) -> list[paddl
 
 
 def sync_gradients(model: paddle.nn.Layer, last: bool, group: Group) -> None:
-    """Before each pass: with plain replication only the last one of a step communicates; ZeRO 2 and 3 do in each.
+    """Says before a pass whether it sends gradients: only the last one of a step, but ZeRO 2 and 3 send in each.
 
-    ZeRO 1, replicated tensor-parallel groups and ZeRO 3 for what it holds whole communicate in `update` alone.
+    ZeRO 1, replicated tensor-parallel groups, and ZeRO 3 for the weights it holds whole send in `update` alone.
     """
     if isinstance(model, paddle.DataParallel):
         model.grad_need_sync = last
 
 
 def backward(model: paddle.nn.Layer, loss: paddle.Tensor, group: Group) -> None:
-    """Adds the gradients of a share's loss. All wrappers average over replicas; the loss of a global batch is a sum."""
+    """Adds the gradients of a share's loss, times the replicas: wrappers average, a global batch's loss is a sum."""
     group.loss_scale.scale(loss * group.replicas).backward()
     if group.zero == 3:
-        release(frozen_slices(model, include_sublayers=True), model)  # those whose input has no gradient
+        release(frozen_slices(model, include_sublayers=True), model)  # the layers whose input has no gradient
 
 
 def update(model: paddle.nn.Layer, optimizer: Any, trainable: Sequence[paddle.Tensor], group: Group) -> paddle.Tensor:
@@ -221,7 +221,7 @@ def update(model: paddle.nn.Layer, optimizer: Any, trainable: Sequence[paddle.Te
 
     A step of fp16 whose gradients overflowed is skipped: its norm is not finite.
     """
-    group.loss_scale.step(optimizer)  # which clips by `group.clip`, once the gradients are reduced
+    group.loss_scale.step(optimizer)  # the optimizer clips by `group.clip` after the gradients are reduced
     group.loss_scale.update()
     if group.zero < 2:
         optimizer.clear_grad(set_to_zero=False)

@@ -1,6 +1,6 @@
-"""Low precision in Paddle: autocast (O1), or weights in it with float32 master weights (O2); fp16's loss scale.
+"""Low precision in Paddle: autocast (O1), low-precision weights with float32 masters (O2), and fp16's loss scale.
 
-The master weights are AdamW's own, `multi_precision`.
+AdamW itself holds the master weights: `multi_precision`.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import paddle
 from tunebench.flags import Flags
 from tunebench.recipe import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
 
-# As PaddleNLP's Trainer has it: with weights in low precision an embedding's output is to be so too.
+# As in PaddleNLP's Trainer: with low-precision weights the embedding's output is in low precision too.
 LOW_PRECISION_LOOKUP = {"lookup_table", "lookup_table_v2"}
 
 
@@ -24,11 +24,11 @@ def autocast_forward(flags: Flags, model: paddle.nn.Layer) -> None:
         with paddle.amp.auto_cast(custom_white_list=lookup, level=flags.amp, dtype=flags.compute_dtype):
             return forward(*args, **kwargs)
 
-    vars(model)["forward"] = autocast  # PaddleNLP's __setattr__ would add arguments to what it takes for an old forward
+    vars(model)["forward"] = autocast  # vars: PaddleNLP's __setattr__ would add arguments to a function of this name
 
 
 def loss_scale(flags: Flags) -> paddle.amp.GradScaler:
-    """The dynamic loss scale of fp16; for all other dtypes it does nothing."""
+    """The dynamic loss scale of fp16. For all other dtypes it does nothing."""
     return paddle.amp.GradScaler(
         enable=flags.dtype == "fp16",
         init_loss_scaling=LOSS_SCALE,

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from tunebench.models.checkpoint import Checkpoint, canonical_name, is_computed
 from tunebench.models.families import HEAD
 
-# Where ChatGLMv2 keeps what transformers' Glm has under the name on the left: the same architecture, but q, k and v in
-# one matrix. PaddleNLP has no mapping for it.
+# From the names of transformers' Glm to those of ChatGLMv2: the same architecture, but q, k and v in one matrix.
+# PaddleNLP has no mapping for it.
 GLM_LAYER = {
     "input_layernorm": "input_layernorm",
     "self_attn.q_proj": "self_attention.query_key_value",
@@ -35,13 +35,13 @@ CONFIGS = {
     "qwen2": (transformers.Qwen2Config, "Qwen2ForCausalLM"),
     "bloom": (transformers.BloomConfig, "BloomForCausalLM"),
 }
-# Of the checkpoint's config: what PaddleNLP has under other names or derives, and token ids, no part of the model.
+# Keys of the checkpoint's config that PaddleNLP names otherwise or derives, and token ids, no part of the model.
 NOT_PASSED = ("model_type", "eos_token_id", "pad_token_id", "rope_scaling", "partial_rotary_factor", "head_dim")
 QKV = ("q_proj", "k_proj", "v_proj")
 
 
 class Target(NamedTuple):
-    """Where a tensor of the checkpoint goes. `part` of QKV, where three make one, along the outputs."""
+    """Where a tensor of the checkpoint goes. `part` is one of QKV where these make one weight, along its outputs."""
 
     name: str
     transpose: bool
@@ -115,13 +115,13 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
 
 
 def module_name(source: str, config: dict[str, Any]) -> str:
-    """What PaddleNLP calls the module that is `source` in the checkpoint, such as `o_proj`."""
+    """PaddleNLP's name of the module `source` of the checkpoint, such as `o_proj`."""
     names = {here.rpartition(".")[2]: there.rpartition(".")[2] for here, there in GLM_LAYER.items()}
     return names[source] if config["model_type"] == "glm" else source
 
 
 def name_targets(model: paddle.nn.Layer, config: dict[str, Any]) -> dict[str, Target]:
-    """Where each tensor of the checkpoint goes, by its Hugging Face name: as PaddleNLP maps it, but for Glm."""
+    """Where each tensor of the checkpoint goes, by its Hugging Face name. The mapping is PaddleNLP's, but for Glm."""
     if config["model_type"] != "glm":
         mappings = type(model)._get_name_mappings(model.config)
         return {m.source_name: Target(m.target_name, m.action == "transpose") for m in mappings}

@@ -149,7 +149,7 @@ class Meter:
         self._clock = now
 
     def write(self, parameters: int, trainable: int, packages: Sequence[str], setup: str) -> None:
-        """Writes the result, whole or not at all. `losses` and `grad_norms` are read only here: see `run.py`."""
+        """Writes the result, whole or not at all. Only here are `losses` and `grad_norms` read: it takes time."""
         steps = self.job.steps
         counts = {"effective_tokens": self.effective, "padded_tokens": self.padded, "label_tokens": self.labels}
         for name, values in {"seconds": self.seconds, "loss": self.losses, **counts}.items():

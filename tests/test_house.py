@@ -53,7 +53,7 @@ def test_which_of_mkls_kernels_the_processor_gets(monkeypatch, vendor, flags, ow
 # Files that everything may import, and that import no folder of tunebench.
 GROUND = (
     *("bootstrap", "checkout", "conditions", "errors", "files", "frameworks", "hardware", "processes", "progress"),
-    *("recipe", "record", "world"),
+    *("peers", "recipe", "record", "world"),
 )
 
 

@@ -85,7 +85,7 @@ def test_a_framework_is_an_entry_of_its_registry(third, tmp_path):
         "third = { bsz = 2 }\n"
     )
     runs = plan_runs(file, read_suite(file), tmp_path, 1, None)
-    assert [(run.framework, run.flags.bsz) for run in runs] == [("paddle", 4), ("torch", 4), ("third", 2)]
+    assert [(run.entry.framework, run.flags.bsz) for run in runs] == [("paddle", 4), ("torch", 4), ("third", 2)]
     assert runs[-1].command[:2] == [f"{ROOT}/.venv/third/bin/python", f"{ROOT}/third/finetune_full.py"]
     about = describe_run("third", "full", runs[-1].flags, runs[-1].argv)
     assert "numpy" in about["versions"]

@@ -1,8 +1,8 @@
 """Which attention kernel PyTorch runs: the separate ones of `eager`, or torch's scaled_dot_product_attention.
 
-The rows of a batch are padded at their end. Causal attention alone therefore keeps every token from the padding after
-it. The fused kernels get no other mask: with one, the flash kernels could not run. Samples that stand end to end
-(`--padding-free`) are attended to one by one.
+The rows of a batch are padded at their end. With causal attention no token sees the padding after it, so the fused
+kernels need no other mask. With another mask the flash kernels could not run. Attention to samples that stand end to
+end (`--padding-free`) goes sample by sample.
 """
 
 import functools
@@ -21,14 +21,15 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi
 from tunebench.flags import Flags
 from tunebench.models.checkpoint import Checkpoint
 
-# Names of attention functions. transformers makes no mask for a name that it has no mask function of.
-CAUSAL, BY_SAMPLE = "causal", "by_sample_"  # and the kind: transformers keeps them for the whole process
+# Names under which transformers keeps attention functions, for the whole process; --attention is added to the second.
+# transformers makes no mask for a name for which it has no mask function.
+CAUSAL, BY_SAMPLE = "causal", "by_sample_"
 
 
 class Samples:
-    """Where the samples of a padding-free micro-batch stand; the model hands it on to its attention unread.
+    """Where the samples of a padding-free micro-batch stand. The model hands this to its attention unread.
 
-    It is no tuple and no dataclass: torch's compiler would make other code for another number of samples.
+    It is no tuple and no dataclass: of those torch's compiler makes other code for each number of samples.
     """
 
     __slots__ = ("ends", "lengths", "longest")
@@ -42,7 +43,7 @@ class Samples:
 
 
 def implementation(flags: Flags, checkpoint: Checkpoint) -> str:
-    """The name that `from_pretrained` gets. `use_one_kernel` replaces Bloom's attention afterwards."""
+    """The attention function's name for `from_pretrained`. `use_one_kernel` replaces Bloom's attention afterwards."""
     if flags.padding_free and checkpoint.config["model_type"] != "bloom":
         name = BY_SAMPLE + flags.attention
         AttentionInterface.register(name, functools.partial(attend_by_sample, flags.attention))
@@ -74,7 +75,7 @@ def use_one_kernel(flags: Flags, model: torch.nn.Module) -> None:
         model.register_forward_pre_hook(bind_samples, with_kwargs=True)
 
 
-@torch.compiler.disable  # it would make other code for other lengths
+@torch.compiler.disable  # the compiler would make other code for other lengths
 def attend_by_sample(
     attention: str,
     module: torch.nn.Module,
@@ -110,9 +111,9 @@ def attend_by_sample(
 
 
 def bind_samples(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A hook for Bloom, whose forward pass hands nothing unknown on to its blocks: binds the samples to the model.
+    """A forward pre-hook of Bloom: binds the samples to the model, since its blocks get no unknown arguments.
 
-    Bloom takes no positions. It asks for `causal_alibi` only where it has a mask, and of the mask's width.
+    Bloom takes no positions. It calls `causal_alibi` only where it has a mask, and with the mask's width.
     """
     model.samples = kwargs.pop("samples", None)
     if model.samples:
@@ -122,9 +123,9 @@ def bind_samples(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) ->
 
 
 def causal_alibi(attention_mask: torch.Tensor, num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """Bloom's bias of each key by its position, and minus infinity for the keys after a query: (heads, width, width).
+    """Bloom's bias of each key by its position, minus infinity for the keys after a query: (heads, width, width).
 
-    One bias serves all rows. It ignores padding, since a padded key comes after every query that counts.
+    One bias serves all rows. It leaves padding out of account: padded keys come after every query that counts.
     """
     width = attention_mask.shape[1]
     alibi = build_alibi_tensor(torch.ones_like(attention_mask[:1]), num_heads, dtype)  # (heads, 1, width)

@@ -1,4 +1,4 @@
-"""What a PyTorch model computes with, read back from its modules: a config that is silently ignored is no result."""
+"""Reads back from a PyTorch model's modules what it computes with, so that a silently ignored config is no result."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from tunebench.record import Built
 
 
 def read(model: torch.nn.Module) -> Built:
-    """The numbers of a model that stands, before or after its adapters came; of slices those of the whole."""
+    """The numbers of a built model, with or without adapters. A sliced model gives those of the whole."""
     norms = [module for name, module in named(model) if name.endswith(("RMSNorm", "LayerNorm"))]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     attentions = [module for name, module in named(model) if name.endswith("Attention")]
@@ -47,7 +47,7 @@ def heads_of(attention: torch.nn.Module) -> tuple[int, int, int]:
 
 
 def rotary_of(model: torch.nn.Module) -> tuple[list[float] | None, float | None]:
-    """By how much position 1 turns each pair of numbers, in radians, and the factor of what is turned."""
+    """By how much position 1 turns each pair of numbers, in radians, and the factor that scales them."""
     tables = []
     for name, module in named(model):
         if name.endswith("RotaryEmbedding"):
@@ -64,7 +64,7 @@ def rotary_of(model: torch.nn.Module) -> tuple[list[float] | None, float | None]
 
 
 def half(table: torch.Tensor) -> torch.Tensor:
-    """The angle of each pair, which stands twice: both halves after each other, or next to each other."""
+    """The angle of each pair. The table has each twice: as two halves, or side by side."""
     pairs = len(table) // 2
     if torch.equal(table[:pairs], table[pairs:]):
         return table[:pairs]
@@ -74,7 +74,7 @@ def half(table: torch.Tensor) -> torch.Tensor:
 
 
 def alibi_of(model: torch.nn.Module, heads: int) -> list[float] | None:
-    """What Bloom adds to the scores of the key at position 1, by head."""
+    """What Bloom adds to the score of the key at position 1, by head."""
     for name, module in named(model):
         if name == "BloomModel":
             ones = torch.ones(1, 2, dtype=torch.long, device=module.word_embeddings_layernorm.weight.device)
@@ -84,7 +84,7 @@ def alibi_of(model: torch.nn.Module, heads: int) -> list[float] | None:
 
 
 def activation_of(layer: torch.nn.Module) -> str:
-    """The activation of a feed-forward layer, by what its forward pass makes of some numbers, its products left out."""
+    """The activation of a feed-forward layer, from its forward pass on some numbers without its matrix products."""
     probes = torch.tensor(PROBES)
     if hasattr(layer, "gelu_impl"):
         return activation_name(layer.gelu_impl(probes).tolist())
@@ -96,5 +96,5 @@ def activation_of(layer: torch.nn.Module) -> str:
 
 
 def shape_of(weight: torch.Tensor) -> tuple[int, ...]:
-    """The whole weight's shape, however it is spread."""
+    """The shape of the whole weight, sharded or not."""
     return tuple(getattr(weight, "ds_shape", weight.shape))

@@ -1,4 +1,4 @@
-"""The layers of a model as torch's compiler makes them (`--compile`)."""
+"""Compiles the layers of a model with torch's compiler (`--compile`)."""
 
 import parallel
 import torch
@@ -7,10 +7,10 @@ from tunebench.flags import Flags
 
 
 def compile_layers(flags: Flags, model: torch.nn.Module) -> None:
-    """Lets torch compile each layer when it is first used: one code for all of them, and for any number of tokens.
+    """Lets torch compile each layer at its first use. All layers share the code, for any number of tokens.
 
-    So what is not a product is done in a few passes over memory. Layers one by one are compiled in seconds, where the
-    model as a whole takes a time that grows with their number; attention to each sample alone stays outside.
+    Compiled code does what is not a matrix product in a few passes over memory. Compiling a layer takes seconds;
+    compiling the whole model takes longer the more layers it has. Attention sample by sample is not compiled.
     """
     if not flags.compile:
         return
@@ -18,10 +18,10 @@ def compile_layers(flags: Flags, model: torch.nn.Module) -> None:
     layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
     if flags.zero == 3:
         if not model.get_input_embeddings().weight.requires_grad:
-            # DeepSpeed reduces such a layer's gradients as soon as its input's is there; the first one's needs none.
+            # DeepSpeed reduces a leaf's gradients once its input has a gradient. The first layer's input needs none.
             layers = layers[1:]
         set_leaf = parallel.import_deepspeed().utils.set_z3_leaf_module
         for layer in layers:
-            set_leaf(layer, True)  # its weights are gathered at once, by no hooks inside that would cut the code apart
+            set_leaf(layer, True)  # gathers a layer's weights at once: hooks inside would cut the code apart
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)

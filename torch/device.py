@@ -27,9 +27,9 @@ def peak_memory_bytes() -> int:
 
 
 def matmul_flops(flags: Flags) -> int:
-    """Operations per second of the best of five products of square matrices, in the dtype that the run multiplies in.
+    """Operations per second of the best of five products of square matrices, in the dtype of the run's products.
 
-    On a CPU the products are in float32: torch's speed in low precision there measures nothing else.
+    On a CPU they are in float32: torch has no fast products in low precision on every CPU.
     """
     gpu = torch.cuda.is_available()
     size, dtype = (8192, getattr(torch, flags.compute_dtype)) if gpu else (2048, torch.float32)

@@ -1,4 +1,4 @@
-"""What PyTorch really computes with, seen where it calls its kernels: a flag that is silently ignored is no result."""
+"""Records which kernels PyTorch calls, so that a silently ignored flag is no result."""
 
 from collections.abc import Callable
 from typing import Any
@@ -32,7 +32,7 @@ class Witness(TorchDispatchMode):
 def watch(model: torch.nn.Module, check: Callable[[set[str], set[str], set[str]], None]) -> None:
     """Calls `check` with the weights' dtypes, the matrix products' and the attention kernels of the first forward pass.
 
-    The first step pays for it. The pass is not compiled (`--compile`): code that is, calls no kernels that can be seen.
+    The first step pays for it. That pass runs without --compile: kernels of compiled code cannot be seen.
     """
     witness = Witness()
 

@@ -51,10 +51,9 @@ def forward_head_to_loss(
 class SumOfLosses(torch.autograd.Function):
     """cross_entropy(hidden @ weight.T, labels, reduction="sum").
 
-    The forward pass makes the gradients too, by hidden and by weight; the backward pass scales them.
-
-    So each stretch of logits is used up before the next one is made, and no logit is computed twice. As in Liger
-    Kernel's FusedLinearCrossEntropy.
+    The forward pass computes the gradients by hidden and by weight too. The backward pass scales them. So each stretch
+    of logits is used up before the next one is made, and no logit is computed twice. Liger Kernel's
+    FusedLinearCrossEntropy does the same.
     """
 
     @staticmethod

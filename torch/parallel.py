@@ -72,7 +72,8 @@ def join(flags: Flags, world: World) -> Group:
         torch.cuda.set_device(device)
     mesh = None
     if world.size > 1:
-        # The end at --timeout is to come before that of a collective, in groups that libraries make too.
+        # A collective's time limit is --timeout too, but counts from later on: the run's own limit comes first. The
+        # defaults reach the groups that libraries make.
         limit = datetime.timedelta(seconds=flags.timeout)
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
         torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
@@ -83,9 +84,9 @@ def join(flags: Flags, world: World) -> Group:
 
 @contextlib.contextmanager
 def loading_arguments(flags: Flags, checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
-    """Further arguments of `from_pretrained`, with which each process loads its share of the weights alone.
+    """Yields the arguments of `from_pretrained` with which each process loads only its share of the weights.
 
-    `from_pretrained` must be called inside: transformers finds ZeRO 3's configuration by a weak reference.
+    Call `from_pretrained` inside: transformers finds ZeRO 3's configuration by a weak reference.
     """
     kept = None
     if flags.zero == 3:
@@ -136,7 +137,7 @@ def fill(parameter: torch.nn.Parameter, values: Callable[[tuple[int, int]], np.n
 
 
 def optimizer_groups(trainable: Sequence[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """The parameters by how they are spread, since one call of a fused optimizer takes only one kind."""
+    """The parameters by device mesh: one call of a fused optimizer takes tensors of one mesh."""
     kinds: dict[DeviceMesh | None, list[torch.nn.Parameter]] = {}
     for parameter in trainable:
         kinds.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
@@ -144,7 +145,7 @@ def optimizer_groups(trainable: Sequence[torch.nn.Parameter]) -> list[dict[str, 
 
 
 def count(parameters: Iterable[torch.nn.Parameter], group: Group) -> int:
-    """The weights behind these parameters, however they are spread."""
+    """The number of weights of the whole parameters, sharded or not."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
@@ -161,15 +162,15 @@ def wrap(
         return engine, optimizer
     optimizer = precision.MasterWeights(optimizer)
     if group.mp == 1 and group.replicas > 1:
-        # Its buffers are constants; to broadcast them in each forward pass would be work that Paddle does not do.
+        # The buffers are constants. Paddle does not broadcast them in each forward pass.
         return DistributedDataParallel(model, forward_sync_buffers=False), optimizer
-    return model, optimizer  # what replicates tensor-parallel groups is in the model since it was loaded
+    return model, optimizer  # loading has made the model replicate its tensor-parallel groups
 
 
 def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
-    """DeepSpeed's configuration; sizes as transformers' Trainer derives them from `hidden` for "auto".
+    """DeepSpeed's configuration. The sizes are those that transformers' Trainer derives from `hidden` for "auto".
 
-    But buckets are not so small that a tiny model would send each of its matrices alone.
+    A bucket has at least SMALLEST_BUCKET elements. With smaller ones a tiny model would send each matrix alone.
     """
     bucket = max(hidden * hidden, SMALLEST_BUCKET)
     stage = {"stage": flags.zero, "reduce_bucket_size": bucket}
@@ -183,7 +184,7 @@ def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
         "gradient_accumulation_steps": flags.accumulation,
         "gradient_clipping": MAX_GRAD_NORM,
         "zero_optimization": stage,
-        # torch's AdamW, as in every other setup: DeepSpeed's own ones would be compiled first.
+        # torch's AdamW, as in every other setup. DeepSpeed would compile its own ones first.
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
@@ -193,7 +194,7 @@ def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
 
 
 def sync_gradients(model: torch.nn.Module, last: bool, group: Group) -> None:
-    """Before each pass: with plain replication only the last one of a step communicates; ZeRO 2 and 3 do in each."""
+    """Says before a pass whether it sends gradients: only the last one of a step, but ZeRO 2 and 3 send in each."""
     if group.zero:
         model.set_gradient_accumulation_boundary(last)
     elif group.mp == 1 and group.replicas > 1:
@@ -206,7 +207,7 @@ def sync_gradients(model: torch.nn.Module, last: bool, group: Group) -> None:
 
 
 def backward(model: torch.nn.Module, loss: torch.Tensor, group: Group) -> None:
-    """Adds the gradients of a share's loss. The wrappers average over replicas; the loss of a global batch is a sum."""
+    """Adds the gradients of a share's loss, times the replicas: wrappers average, a global batch's loss is a sum."""
     loss = loss * group.replicas
     if group.zero:
         model.backward(loss, scale_wrt_gas=False)
@@ -238,7 +239,10 @@ def update(
 
 
 def average_adapters(trainable: Sequence[torch.nn.Parameter], group: Group) -> None:
-    """Averages over replicated tensor-parallel groups what came into the model after it was loaded: LoRA's weights."""
+    """Averages LoRA's gradients over the replicas of a tensor-parallel group.
+
+    The adapters joined the model after loading had made it replicate.
+    """
     if group.mp == 1 or group.replicas == 1:
         return
     left = [p for p in trainable if "dp_replicate" not in mesh_names(p)]
@@ -252,10 +256,10 @@ def average_adapters(trainable: Sequence[torch.nn.Parameter], group: Group) -> N
 def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> torch.Tensor:
     """Scales the gradients to a global norm of at most 1, in place, and takes the loss scale out of them.
 
-    The norm before clipping is returned, a scalar. As torch.nn.utils.clip_grad_norm_, but with norms of rows first and
-    in float64 from there on: on a CPU the other's float32 sums of an embedding's gradient are off by more than 1e-4
-    (tests/test_numerics.py shows it). Slices of a tensor-parallel group count together, what all of the group have
-    counts once.
+    Returns the norm before clipping, a scalar. Unlike torch.nn.utils.clip_grad_norm_ it takes norms of rows first and
+    goes on in float64. The other's float32 sums of an embedding's gradient are off by more than 1e-4 on a CPU
+    (tests/scripts/test_numerics.py shows it). The slices of a tensor-parallel group count together. A tensor that each
+    process of the group holds whole counts once.
     """
     gradients = [local(p.grad) for p in trainable]
     rows = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]
@@ -272,21 +276,21 @@ def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> tor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """What of a tensor this process holds."""
+    """The part of a tensor that this process holds."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def is_sliced(tensor: torch.Tensor) -> bool:
     """Whether the processes of a tensor-parallel group hold a slice each.
 
-    The gradient of a sliced embedding is not: its backward pass leaves the whole of it with each of them.
+    The gradient of a sliced embedding is whole: the backward pass leaves all of it on each process.
     """
     names = mesh_names(tensor)
     return "tp" in names and not tensor.placements[names.index("tp")].is_replicate()
 
 
 def mesh_names(tensor: torch.Tensor) -> tuple[str, ...]:
-    """The kinds of groups over which a tensor is spread."""
+    """The dimensions of the mesh over which a tensor is spread."""
     return tensor.device_mesh.mesh_dim_names if isinstance(tensor, DTensor) else ()
 
 
@@ -314,9 +318,9 @@ def barrier() -> None:
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, for the device that torch has, and without a search for (and compilation of) its own kernels.
+    """DeepSpeed, for the device that torch has.
 
-    None is used here: the optimizer is torch's.
+    It neither looks for its own kernels nor compiles them. None is used here: the optimizer is torch's.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed

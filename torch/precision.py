@@ -1,6 +1,6 @@
-"""Low precision in PyTorch: autocast (O1), or weights in it with float32 master weights (O2); fp16's loss scale.
+"""Low precision in PyTorch: autocast (O1), low-precision weights with float32 masters (O2), and fp16's loss scale.
 
-Under ZeRO DeepSpeed does what O2 adds, by its configuration: `zero_precision`.
+Under ZeRO, DeepSpeed does what O2 adds: `zero_precision` configures it.
 """
 
 from typing import Any
@@ -14,17 +14,17 @@ from tunebench.recipe import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
 def autocast_forward(flags: Flags, model: torch.nn.Module, device: torch.device) -> None:
     """At O1 lets the model's forward pass cast the inputs of the operators that torch deems safe.
 
-    The model's own, since DeepSpeed disables an autocast around its engine. That of its own, `torch_autocast`, clips
-    fp16's gradients before it takes the loss scale out of them.
+    The autocast is inside the model, since DeepSpeed disables one around its engine. DeepSpeed's own, `torch_autocast`,
+    clips fp16's gradients before it takes the loss scale out of them.
     """
     if flags.amp == "O1":
         model.forward = torch.autocast(device.type, getattr(torch, flags.compute_dtype))(model.forward)
 
 
 class MasterWeights:
-    """An optimizer that updates float32 copies of low-precision weights, and then sets these from them.
+    """An optimizer that updates float32 copies of low-precision weights, and then copies them into the weights.
 
-    With weights in float32 it is the optimizer that it was given.
+    With weights in float32 it does what the optimizer does that it was given.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
@@ -38,14 +38,14 @@ class MasterWeights:
             self.pairs += pairs
 
     def take_gradients(self) -> list[torch.nn.Parameter]:
-        """Moves the weights' gradients to the master weights, in float32; these master weights."""
+        """Moves the weights' gradients to the master weights, in float32, and returns the master weights."""
         for weight, master in self.pairs:
             if weight is not master:
                 master.grad, weight.grad = weight.grad.float(), None
         return [master for _, master in self.pairs]
 
     def step(self) -> None:
-        """Updates the master weights by their gradients, and the weights by them."""
+        """Updates the master weights by their gradients, and copies them into the weights."""
         self.optimizer.step()
         with torch.no_grad():
             for weight, master in self.pairs:
@@ -53,16 +53,16 @@ class MasterWeights:
                     weight.copy_(master)
 
     def zero_grad(self) -> None:
-        """Lets go of the master weights' gradients."""
+        """Frees the master weights' gradients."""
         self.optimizer.zero_grad()
 
 
 class LossScale:
-    """The dynamic loss scale of fp16, by the rule of torch.amp.GradScaler; 1 for all other dtypes, and where DeepSpeed
-    has its own, at O2.
+    """The dynamic loss scale of fp16, by the rule of torch.amp.GradScaler.
 
-    That class checks lists of gradients, which fails where tensor parallelism slices some of them and leaves others
-    whole; and it would check again what the norm of all gradients already shows.
+    It is 1 for all other dtypes, and at O2 under ZeRO, where DeepSpeed has its own.
+    GradScaler itself fails where tensor parallelism slices some gradients of a list and leaves others whole. It would
+    also check again what the norm of all gradients shows.
     """
 
     def __init__(self, flags: Flags) -> None:
@@ -71,7 +71,7 @@ class LossScale:
         self.steps = 0  # since it last changed
 
     def update(self, overflow: bool) -> None:
-        """Halves it after an overflow, doubles it when there was none for long."""
+        """Halves the scale after an overflow, and doubles it after LOSS_SCALE_GROWS_AFTER steps without one."""
         self.steps = 0 if overflow else self.steps + 1
         if overflow:
             self.value /= 2
@@ -84,7 +84,7 @@ def zero_precision(flags: Flags) -> dict[str, Any]:
     if flags.amp != "O2":
         return {}
     if flags.dtype == "bf16":
-        # Its range is float32's: to look for overflows would make stages 1 and 2 wait for the device in each step.
+        # bf16 has float32's range. Looking for overflows makes stages 1 and 2 wait for the device in each step.
         return {"bf16": {"enabled": True, "check_grad_overflow": False}}
     scale = {"initial_scale_power": LOSS_SCALE.bit_length() - 1, "loss_scale_window": LOSS_SCALE_GROWS_AFTER}
     return {"fp16": {"enabled": True, "hysteresis": 1, **scale}}

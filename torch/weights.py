@@ -7,7 +7,7 @@ import transformers
 
 from tunebench.models.checkpoint import Checkpoint
 
-# Of the checkpoint's config: what transformers has under other names, and token ids, which are no part of the model.
+# Keys of the checkpoint's config that transformers names otherwise, and token ids, which are no part of the model.
 NOT_PASSED = ("model_type", "eos_token_id", "pad_token_id", "rope_theta", "rope_scaling", "partial_rotary_factor")
 
 
@@ -23,11 +23,11 @@ def read_config(checkpoint: Checkpoint) -> transformers.PreTrainedConfig:
 
 
 def load(config: transformers.PreTrainedConfig, checkpoint: Checkpoint, **how: Any) -> torch.nn.Module:
-    """The model of `config` with the checkpoint's weights; `how` are further arguments of `from_pretrained`."""
+    """The model of `config` with the checkpoint's weights. `how` are further arguments of `from_pretrained`."""
     with checkpoint.weights_alone() as folder:
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
-            generation_config=transformers.GenerationConfig(),  # without one, transformers looks for it in the folder
+            generation_config=transformers.GenerationConfig(),  # else transformers looks for one in the folder
             **how,
         )

@@ -96,10 +96,10 @@ def open_streams() -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def is_complete(name: str) -> bool:
-    """Whether an environment was made to its end, from the files that are here now."""
+def is_complete(name: str, made_from: str = "") -> bool:
+    """Whether an environment was made to its end, from the files that are now in `made_from` (by default `name`)."""
     try:
-        return (ROOT / ".venv" / name / "complete").read_text().split("\n")[0] == stamp(name)
+        return (ROOT / ".venv" / name / "complete").read_text().split("\n")[0] == stamp(made_from or name)
     except (OSError, UnicodeDecodeError):
         return False
 

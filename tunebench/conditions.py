@@ -1,7 +1,6 @@
-"""What else the machine did between two readings: other processes, waiting for cores, memory, clocks, GPUs.
+"""Measures what else the machine did between two readings: other processes, waits for cores, memory, clocks, GPUs.
 
-It reads /proc (see proc(5)) and NVIDIA's library. Each reading takes some milliseconds, so it stands outside of what is
-timed.
+It reads /proc (see proc(5)) and NVIDIA's library. A reading takes some milliseconds, so none falls into timed steps.
 """
 
 import contextlib
@@ -22,8 +21,8 @@ from tunebench.record import Conditions, Device, Taker
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PROC = Path("/proc")
-WRONG, FEW_TICKS = 0.2, 10  # by so much of all ticks, and so many more of a core, counters may contradict the clock
-TAKERS, LEAST_TAKEN = 3, 0.02  # how many of the others are named, and from how many core-seconds on
+WRONG, FEW_TICKS = 0.2, 10  # counters may differ from the clock by this share of all ticks, and these ticks per core
+TAKERS, LEAST_TAKEN = 3, 0.02  # at most so many of the others are named, each with at least these core-seconds
 REASONS = {
     "power limit": pynvml.nvmlClocksThrottleReasonSwPowerCap,
     "hardware slowdown": pynvml.nvmlClocksThrottleReasonHwSlowdown,
@@ -61,7 +60,7 @@ class Reading(NamedTuple):
 
 
 def read(roots: Iterable[int]) -> Reading:
-    """Reads the machine; the run is the processes `roots` and their descendants."""
+    """Reads the machine. The run is the processes `roots` and their descendants."""
     cores, processes = _cores(), _processes()
     own = set().union(*(descendants(root, processes) for root in roots))
     waited, involuntary = _threads(own)
@@ -80,9 +79,9 @@ def read(roots: Iterable[int]) -> Reading:
 
 
 def between(first: Reading, last: Reading) -> Conditions | None:
-    """What the machine did between two readings of one run. To be called right after the second: GPUs are asked now.
+    """What the machine did between two readings of one run. Call it right after the second: it asks the GPUs now.
 
-    None where the counters cannot be true, as where a sandbox makes them up.
+    None where the counters contradict the clock, as in a sandbox that makes them up.
     """
     usable = _usable(last.own) & first.cores.keys() & last.cores.keys()
     busy, steal, idle = (sum(last.cores[c][i] - first.cores[c][i] for c in usable) for i in range(3))
@@ -125,16 +124,16 @@ def descendants(root: int, processes: dict[int, Process]) -> set[int]:
 
 
 def gpu_use() -> list[float]:
-    """How busy each visible GPU is just now, as a share; none where there is no GPU."""
+    """The share of its time that each visible GPU is busy just now."""
     with visible_gpus() as gpus:
         rates = [ask(pynvml.nvmlDeviceGetUtilizationRates, gpu) for gpu in gpus]
     return [rate.gpu / 100 if rate else 0.0 for rate in rates]
 
 
 def roots_of_run(script: str, ranks: int) -> set[int]:
-    """The processes of a run of so many local ranks that a launcher of the user's own started, or the user one by one.
+    """The processes of a run of `ranks` local ranks that the user's own launcher, or the user, started one by one.
 
-    They are those of this script below the nearest ancestor of this process that has so many of them.
+    They are the processes of this script below the nearest ancestor of this process that has so many.
     """
     processes, pid = _processes(), os.getpid()
     same = {other for other in processes if script.encode() in _command(other)} | {pid}
@@ -144,7 +143,7 @@ def roots_of_run(script: str, ranks: int) -> set[int]:
 
 
 def _cores() -> dict[int, tuple[int, int, int]]:
-    """Busy, steal and idle ticks of each core: user time has that of guests in it already."""
+    """Busy, steal and idle ticks of each core. User time includes guests' time."""
     found = {}
     for line in (PROC / "stat").read_text().splitlines():
         name, *numbers = line.split()
@@ -155,7 +154,7 @@ def _cores() -> dict[int, tuple[int, int, int]]:
 
 
 def _processes() -> dict[int, Process]:
-    """All processes that can be seen from here."""
+    """All processes that are visible from here."""
     found = {}
     for folder in PROC.iterdir():
         if folder.name.isdigit():
@@ -249,7 +248,7 @@ def _mhz() -> float | None:
 
 
 def _takers(first: Reading, last: Reading) -> list[Taker]:
-    """The names under which other processes took most; of those that ended, the nearest ancestor's that still runs."""
+    """The other processes that took most, by name. Those that ended count as their nearest ancestor that still runs."""
     took: dict[str, int] = defaultdict(int)
     handed_on = _handed_on(first.processes, last.processes)
     for pid in last.processes.keys() - last.own:
@@ -280,8 +279,11 @@ def _since(first: Any, last: Any) -> Any:
 
 
 def _devices(own: set[int], since_epoch: float) -> Iterator[Device]:
-    """The visible GPUs. In a container NVIDIA's library may number processes otherwise: then those of this run are not
-    among them, it is not known which are others, and of several processes all but one count as others."""
+    """The visible GPUs.
+
+    In a container NVIDIA's library may number processes otherwise. Then none of this run's processes is among them, the
+    others are not known, and all processes but one count as others.
+    """
     with visible_gpus() as gpus:
         for gpu in gpus:
             running = ask(pynvml.nvmlDeviceGetComputeRunningProcesses, gpu) or []
@@ -298,7 +300,7 @@ def _devices(own: set[int], since_epoch: float) -> Iterator[Device]:
 
 
 def _share(gpu: Any, own: set[int], since_epoch: float) -> float | None:
-    """The part of the GPU's time that other processes took, the mean of the samples that the driver kept."""
+    """The share of the GPU's time that other processes took: the mean of the driver's samples."""
     try:
         samples = pynvml.nvmlDeviceGetProcessUtilization(gpu, int(since_epoch * 1e6))
     except pynvml.NVMLError_NotFound:

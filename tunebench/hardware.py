@@ -1,4 +1,4 @@
-"""What the run ran on: read from the system and from NVIDIA's library, without any framework."""
+"""Reads the machine of a run from the system and from NVIDIA's library, without any framework."""
 
 import contextlib
 import ctypes
@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from tunebench.bootstrap import cpuinfo
 from tunebench.errors import BadInput
 
-# The one list of what can change speed or numbers: threads, kernels, compilers, memory, libraries, communication, and
-# the switches of both stacks. Recorded as found, and part of what makes a machine the same.
+# All variables that can change speed or numbers: threads, kernels, compilers, memory, libraries, communication, and the
+# switches of both stacks. They are recorded as found. Records with other values are of another machine.
 DECISIVE = re.compile(
     r"(G|LIB)?OMP_|KMP_|MKL(DNN)?_|ONEDNN_|DNNL_|OPENBLAS_|GOTO_|BLIS_|BLAS_|VECLIB_|NUMEXPR_|TBB_|ATEN_|C10_|NPY_|SLEEF_"
     r"|TORCH|PYTORCH_|INDUCTOR_|TRITON_|(CC|CXX|CFLAGS|CXXFLAGS|CPPFLAGS|LDFLAGS|CPATH|LIBRARY_PATH)$"
@@ -35,7 +35,7 @@ DECISIVE = re.compile(
     r"|(N|R)?CCL_|GLOO_|UC[XC]_|FI_|IBV_|MLX5_|TP_SOCKET_"
     r"|MALLOC_|GLIBC_|(JE|TC|MI)MALLOC_|JE_|LD_|PYTHON(MALLOC|DEVMODE|TRACEMALLOC|FAULTHANDLER|ASYNCIO|HASHSEED)"
 )
-# But for what launchers set for each process, folders and files of one run, and secrets.
+# Left out: what launchers set for each process, folders and files of one run, and secrets.
 OF_A_LAUNCHER = re.compile(
     r"TORCHELASTIC_|TORCH_NCCL_ASYNC_ERROR_HANDLING$|FLAGS_(selected_|START_PORT|FIXED_PORT)"
     r"|PADDLE_(TRAINER|MASTER|BACKUP|GLOBAL|LOCAL|RANK|CURRENT|NNODES|JOB|PORT|WORKER|AUTO_CLUSTER|LOG|DISTRI|ELASTIC|WORLD)"
@@ -48,7 +48,7 @@ OF_ONE_RUN = re.compile(
 SECRET = re.compile(r"(?i:TOKEN|KEY|SECRET|PASS(WORD|WD|PHRASE)|CREDENTIAL)|_(PASS|PWD|AUTH|PAT)$")
 LOGIN = re.compile(r"://[^/]*@")  # in a value: a name and a password before a host
 LEFT_OUT = (OF_A_LAUNCHER.match, OF_ONE_RUN.match, SECRET.search)
-RUN_ENVIRONMENT = "TUNEBENCH_RUN_ENVIRONMENT"  # what a run tells its workers, as JSON
+RUN_ENVIRONMENT = "TUNEBENCH_RUN_ENVIRONMENT"  # a run gives its own environment to its workers here, as JSON
 # mallopt(3): never map, never trim, grow by 64 MiB, one arena.
 MALLOC = {-4: 0, -1: 2**31 - 1, -2: 2**26, -8: 1}
 LINKS = {
@@ -146,8 +146,8 @@ def read_hardware() -> Hardware:
 def read_environment() -> dict[str, str]:
     """The environment variables that can change speed or numbers, as the user's command had them.
 
-    Asked for once, before a framework is imported: importing one sets variables too. What started this worker has told
-    it, since its launcher has added some.
+    The first call must come before a framework is imported: that sets variables too. A worker takes them from what
+    started it, since its launcher has added some.
     """
     if RUN_ENVIRONMENT in os.environ:
         try:
@@ -172,8 +172,11 @@ def peak_resident_bytes() -> int:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what is freed in one heap. By default each tensor of over 32 MiB (and at first of over 128 KiB) is
-    memory of its own, given back when it goes, so that every page of the next one is a fault of its own again."""
+    """Makes glibc keep freed memory in one heap.
+
+    By default glibc maps each tensor of over 32 MiB (at first of over 128 KiB) by itself, and unmaps it when it is
+    freed. Then each page of the next one costs a page fault again.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # another C library
@@ -258,7 +261,7 @@ def _describe(gpu: Any) -> Accelerator:
 
 
 def _link(one: Any, other: Any) -> str:
-    """What joins two GPUs: NVLink, or the PCIe bridges and buses that lie between them."""
+    """How two GPUs are connected: by NVLink, or by the PCIe bridges and buses between them."""
     if ask(pynvml.nvmlDeviceGetP2PStatus, one, other, pynvml.NVML_P2P_CAPS_INDEX_NVLINK) == pynvml.NVML_P2P_STATUS_OK:
         return "NV"
     return LINKS.get(ask(pynvml.nvmlDeviceGetTopologyCommonAncestor, one, other), "?")

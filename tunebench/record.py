@@ -297,7 +297,7 @@ class Record(Strict):
     started_at: str
     framework: FrameworkName
     method: Literal["full", "lora"]
-    peer: str | None = None  # what ran in place of this project's script, by peers/run.sh
+    peer: str | None = None  # what ran in place of this project's script
     aa: Literal["a", "b"] | None  # which side of a comparison with itself this is, by --aa
     argv: list[str]
     versions: dict[str, str]

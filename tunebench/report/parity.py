@@ -15,7 +15,7 @@ class Tolerance(NamedTuple):
 
 
 # Float32: at least 47 times what docs/models.md has as measured. Low precision: what its rounding alone may do, as
-# tests/test_precision.py allows torch against its own float32.
+# tests/scripts/test_precision.py allows torch against its own float32.
 TOLERANCES = {
     "fp32": Tolerance(1e-5, 1e-4, 1e-4),
     "bf16": Tolerance(1e-3, 1e-2, 5e-2),

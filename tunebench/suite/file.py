@@ -8,7 +8,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -16,7 +16,8 @@ from tunebench.bootstrap import ROOT
 from tunebench.errors import BadInput
 from tunebench.flags import Flags, arguments_of, parse_flags, path_of
 from tunebench.frameworks import FRAMEWORKS
-from tunebench.record import Strict
+from tunebench.peers import PEERS, check_peer_flags
+from tunebench.record import FrameworkName, Strict
 from tunebench.report.load import KEPT_APART
 
 METHODS: dict[str, str] = {"finetune_lora.py": "lora", "finetune_full.py": "full"}
@@ -34,15 +35,16 @@ def _check_flags(flags: dict[str, Any]) -> dict[str, Any]:
     return flags
 
 
-def _check_names(pairs: "list[Pair]") -> "list[Pair]":
-    names = [pair.name for pair in pairs]
+def _check_names(tables: list[Any]) -> list[Any]:
+    names = [table.name for table in tables]
+    kind = type(tables[0]).__name__.lower() if tables else ""
     if len(set(names)) < len(names):
-        raise ValueError(f"two pairs have the name {max(names, key=names.count)}")
+        raise ValueError(f"two {kind}s have the name {max(names, key=names.count)}")
     if "aa" in names:
-        raise ValueError("a pair cannot be named aa: that folder is for comparisons of a side with itself")
+        raise ValueError(f"a {kind} cannot be named aa: that folder is for comparisons of a side with itself")
     for name in set(KEPT_APART) & set(names):
-        raise ValueError(f"a pair cannot be named {name}: summarize.py leaves such folders out")
-    return pairs
+        raise ValueError(f"a {kind} cannot be named {name}: summarize.py leaves such folders out")
+    return tables
 
 
 FlagTable = Annotated[dict[str, Any], AfterValidator(_check_flags)]
@@ -72,15 +74,104 @@ class Pair(Strict):
         return self.__pydantic_extra__
 
 
+class Contest(Strict):
+    """A script that every contestant runs, or a peer in its place."""
+
+    name: str = Field(pattern=NAME)
+    script: Literal["finetune_lora.py", "finetune_full.py"]
+    flags: FlagTable = Field(default_factory=dict)
+
+
+class Contestant(Strict):
+    """A peer, by its name in `tunebench.peers`; or a framework's script, with flags of its own."""
+
+    peer: str | None = None
+    name: str = Field(pattern=NAME)
+    framework: FrameworkName
+    flags: FlagTable = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, content: Any) -> Any:
+        if not isinstance(content, dict) or "peer" not in content:
+            return content
+        if content["peer"] not in PEERS:
+            raise ValueError(f"peer {content['peer']!r}: use one of {', '.join(PEERS)}")
+        for name in {"name", "framework"} & content.keys():
+            raise ValueError(f"{name}: a peer has its own")
+        return content | {"name": content["peer"], "framework": PEERS[content["peer"]].framework}
+
+
 class Suite(Strict):
-    """A suite file. Flags are named as on the command line, without dashes; true stands for a bare flag, false
-    for its opposite."""
+    """A suite file: pairs, or contests and contestants.
+
+    Flags are named as on the command line, without dashes; true stands for a bare flag, false for its opposite.
+    """
 
     title: str
     repeats: int = Field(default=1, gt=0)  # rounds, unless --repeats says otherwise
     minutes: float | None = Field(default=None, gt=0)  # that one round took on two cores
     defaults: FlagTable = Field(default_factory=dict)
-    pair: Annotated[list[Pair], Field(min_length=1), AfterValidator(_check_names)]
+    pair: Annotated[list[Pair], AfterValidator(_check_names)] = Field(default_factory=list)
+    contest: Annotated[list[Contest], AfterValidator(_check_names)] = Field(default_factory=list)
+    contestant: Annotated[list[Contestant], AfterValidator(_check_names)] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Self:
+        if bool(self.pair) == bool(self.contest) or bool(self.contest) != bool(self.contestant):
+            raise ValueError("a suite has [[pair]] tables, or [[contest]] and [[contestant]] tables")
+        return self
+
+    @property
+    def entries(self) -> list["Entry"]:
+        """What one round runs, in the order of an odd one."""
+        of_pairs = [
+            Entry(
+                "pair",
+                each.name,
+                each.script,
+                side,
+                side,
+                None,
+                self.defaults | each.flags | each.own_flags.get(side, {}),
+            )
+            for each, side in itertools.product(self.pair, FRAMEWORKS)
+        ]
+        of_contests = [
+            Entry(
+                "contest",
+                each.name,
+                each.script,
+                one.name,
+                one.framework,
+                one.peer,
+                self.defaults | each.flags | one.flags,
+            )
+            for each, one in itertools.product(self.contest, self.contestant)
+        ]
+        return of_pairs + of_contests
+
+
+class Entry(NamedTuple):
+    """A side of a pair, or a contestant in a contest: its script, or the `peer` in its place, and its flags."""
+
+    kind: Literal["pair", "contest"]
+    group: str  # the name of the pair or the contest
+    script: str
+    member: str  # the framework of a side, or the contestant
+    framework: str
+    peer: str | None
+    table: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """How --only and messages call it."""
+        return f"{self.group}/{self.member}"
+
+    @property
+    def method(self) -> str:
+        """What it trains: full or lora."""
+        return METHODS[self.script]
 
 
 @dataclass(frozen=True)
@@ -90,11 +181,9 @@ class Planned:
     `side` is a or b where a run is compared with itself.
     """
 
-    pair: str
-    framework: str
+    entry: Entry
     side: str | None
     round: int
-    method: str
     flags: Flags
     argv: list[str]
     record: Path
@@ -104,13 +193,20 @@ class Planned:
     @property
     def name(self) -> str:
         """How messages call it."""
-        return f"{self.pair}/{self.framework}{f' {self.side}' if self.side else ''} r{self.round}"
+        return f"{self.entry.name}{f' {self.side}' if self.side else ''} r{self.round}"
+
+    @property
+    def measured_with(self) -> tuple[int, str, str]:
+        """Equal for the runs that are measured again together: the sides of a round. A contestant is measured alone."""
+        sides = self.entry.kind == "pair" and not self.side
+        return self.round, self.entry.group, "" if sides else self.entry.member
 
     @property
     def command(self) -> list[str]:
         """What is executed: the script, by the Python of its environment."""
-        python = ROOT / ".venv" / self.framework / "bin" / "python"
-        return [str(python), str(ROOT / self.framework / self.argv[0]), *self.argv[1:]]
+        framework, peer = self.entry.framework, self.entry.peer
+        python = ROOT / ".venv" / ("torch" if peer else framework) / "bin" / "python"
+        return [str(python), str(ROOT / ("peers" if peer else framework) / self.argv[0]), *self.argv[1:]]
 
 
 def find_suite(name: str) -> Path:
@@ -135,9 +231,10 @@ def read_suite(path: Path) -> Suite:
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = list(first["loc"])
-        if where[:1] == ["pair"] and len(where) > 1 and isinstance(where[1], int):
-            pair, number = content["pair"][where[1]], where[1] + 1
-            where[:2] = [f"pair {pair.get('name', number) if isinstance(pair, dict) else number}"]
+        if len(where) > 1 and isinstance(where[1], int):
+            kind, number = str(where[0]), where[1] + 1
+            table = content[kind][where[1]]
+            where[:2] = [f"{kind} {table.get('name', number) if isinstance(table, dict) else number}"]
         message = "unknown key" if first["type"] == "extra_forbidden" else first["msg"].removeprefix("Value error, ")
         raise BadInput(": ".join(map(str, [path, *where, message]))) from None
     except (OSError, ValueError, RecursionError) as error:  # a number of thousands of digits, endless brackets
@@ -153,44 +250,44 @@ def plan_runs(
     With `aa` each side goes against itself in the same way: a first in odd rounds, b in even ones. Each round has
     batches of its own, the same for all sides.
     """
-    checked: dict[tuple[str, str], tuple[Flags, list[str]]] = {}
-    for pair, framework in itertools.product(suite.pair, FRAMEWORKS):
-        table = suite.defaults | pair.flags | pair.own_flags.get(framework, {})
-        where = f"{path}: pair {pair.name} ({framework})"
-        flags, arguments = _parse(where, METHODS[pair.script], framework, table, path.parent)
-        checked[pair.name, framework] = flags, arguments
-    wanted = [key for key in checked if only is None or fnmatch.fnmatchcase("/".join(key), only)]
+    if aa and suite.contest:
+        raise BadInput(f"--aa: {path} has contestants, which have no sides; use a suite of pairs, or leave it out")
+    checked = [(entry, *_parse(path, entry)) for entry in suite.entries]
+    wanted = [each for each in checked if only is None or fnmatch.fnmatchcase(each[0].name, only)]
     if not wanted:
-        raise BadInput(f"--only {only} fits none of {', '.join(map('/'.join, checked))}")
+        raise BadInput(f"--only {only} fits none of {', '.join(entry.name for entry, *_ in checked)}")
+    in_order = list(itertools.product(wanted, ("a", "b") if aa else (None,)))
     runs = []
-    sides = list(itertools.product(FRAMEWORKS, ("a", "b") if aa else (None,)))
-    in_order = [(pair, framework, side) for pair in suite.pair for framework, side in sides]
     for number in range(1, repeats + 1):
-        for pair, framework, side in in_order if number % 2 else reversed(in_order):
-            if (pair.name, framework) in wanted:
-                flags, arguments = checked[pair.name, framework]
-                name, own = (f"{framework}-{side}", [f"--aa={side}"]) if side else (framework, [])
-                if number > 1 and "plan_seed" not in flags.given:
-                    own = [*own, f"--plan-seed={number - 1}"]
-                    flags = flags.model_copy(update={"plan_seed": number - 1})
-                record = folder / ("aa" if side else "") / pair.name / f"{name}-r{number}.json"
-                argv = [pair.script, *arguments, *own, f"--out={record}"]
-                who = (pair.name, framework, side, number, METHODS[pair.script])
-                flags = flags.model_copy(update={"aa": side})
-                runs.append(Planned(*who, flags, argv, record, record.with_suffix(".log"), path.parent))
+        for (entry, flags, arguments), side in in_order if number % 2 else reversed(in_order):
+            name, own = (f"{entry.member}-{side}", [f"--aa={side}"]) if side else (entry.member, [])
+            if number > 1 and "plan_seed" not in flags.given:
+                own = [*own, f"--plan-seed={number - 1}"]
+                flags = flags.model_copy(update={"plan_seed": number - 1})
+            flags = flags.model_copy(update={"aa": side})
+            record = folder / ("aa" if side else "") / entry.group / f"{name}-r{number}.json"
+            script = [entry.script]
+            if entry.peer:
+                script = ["run_peer.py", f"--peer={entry.peer}", f"--method={entry.method}"]
+            argv = [*script, *arguments, *own, f"--out={record}"]
+            runs.append(Planned(entry, side, number, flags, argv, record, record.with_suffix(".log"), path.parent))
     return runs
 
 
-def _parse(where: str, method: str, framework: str, table: dict[str, Any], folder: Path) -> tuple[Flags, list[str]]:
+def _parse(path: Path, entry: Entry) -> tuple[Flags, list[str]]:
     """The flags as the script will read them, and as they are spelled on its command line. Raises `BadInput`.
 
     Relative paths count from the suite file.
     """
+    where = f"{path}: {entry.kind} {entry.group} ({entry.member})"
     said = io.StringIO()
     try:
-        arguments = arguments_of(method, table)
-        with contextlib.chdir(folder), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            return parse_flags(method, arguments, prog=where, framework=framework), arguments
+        arguments = arguments_of(entry.method, entry.table)
+        with contextlib.chdir(path.parent), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            flags = parse_flags(entry.method, arguments, prog=where, framework=entry.framework)
+        if entry.peer:
+            check_peer_flags(flags.given, flags.paired_halves)
+        return flags, arguments
     except BadInput as refusal:
         raise BadInput(f"{where}: {refusal}") from None
     except SystemExit:

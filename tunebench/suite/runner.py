@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.live import Live
@@ -31,6 +32,7 @@ from tunebench import conditions, processes
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
 from tunebench.flags import Parser, positive
+from tunebench.peers import PEERS
 from tunebench.progress import Step, read_step
 from tunebench.record import DISTURBED, LOG_LINES, Record, read_record
 from tunebench.report.rounds import APART, RUNS_APART, beside, started_lately
@@ -71,15 +73,20 @@ def main() -> int:
 
     path = find_suite(options.suite)
     suite, folder = read_suite(path), results_folder() / path.stem
+    if suite.contest:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, so the scripts beside them do too
     runs = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only, options.aa)
     if options.dry_run:
         for run in runs:
             done = record_before(run.record, run.argv, run.flags.nproc)[0] is not None
             print(f"{run.name}{': done already' * done}\n  {shlex.join(run.command)}")
         return 0
-    for framework in sorted({run.framework for run in runs}):
-        if not bootstrap.is_complete(framework):
-            raise BadInput(f"the environment .venv/{framework} is not complete; run: bash setup.sh {framework}")
+    for entry in {run.entry.name: run.entry for run in runs}.values():
+        peer = PEERS.get(entry.peer or "")
+        environment, source = (peer.environment, peer.made_from) if peer else (entry.framework, entry.framework)
+        if not bootstrap.is_complete(environment, source):
+            setup = peer.setup if peer else f"bash setup.sh {environment}"
+            raise BadInput(f"the environment .venv/{environment} is not complete; run: {setup}")
     with _locked(results_folder()):
         folder.mkdir(parents=True, exist_ok=True)
         for run in runs:  # what is left of a record that was being written when its run was killed
@@ -91,19 +98,76 @@ def main() -> int:
         print(f"suite {path.stem} ({suite.title}), records in {folder}/")
         if (options.repeats or suite.repeats) == 1:
             print("one round: a look, whose small differences say nothing; --repeats 4 gives intervals")
-        return run_all(runs, folder, suite.minutes and suite.minutes * 60 / (2 * len(suite.pair)), options.anyway)
+        return run_all(runs, folder, suite.minutes and suite.minutes * 60 / len(suite.entries), options.anyway)
+
+
+class Interrupted(Exception):
+    """A signal asked this process to end."""
+
+
+@dataclass
+class Series:
+    """The runs of a suite, and how far they are. Unless `anyway`, each run waits for a quiet machine, and the runs of a
+    round of which others disturbed one are measured again."""
+
+    runs: list[Planned]
+    folder: Path
+    anyway: bool
+    to_run: int  # how many in all, those that are measured again included
+    again: int  # how many of them are measured again
+    took: list[float] = field(default_factory=list)  # seconds of each run so far
+    patience: float = MOST_WAITING  # seconds to wait for a quiet machine before a round
+
+    def measure(self, todo: dict[int, str], records: dict[int, Record | None]) -> dict[int, str]:
+        """Runs `todo` of a round, by the runs' numbers with the reason where a record is there already, and puts what
+        they leave into `records`. Gives the runs that tell nothing all the same, with the reason. Raises `Interrupted`.
+        """
+        for attempt in range(1 if self.anyway else 1 + TRIES_AGAIN):
+            if attempt:
+                self.again, self.to_run = self.again + len(todo), self.to_run + len(todo)
+            self._measure_once(todo, records)
+            members = list(records)
+            todo = {members[i]: why for i, why in _to_run_again(list(records.values())).items()}
+            if not todo:
+                break
+        return todo
+
+    def _measure_once(self, todo: dict[int, str], records: dict[int, Record | None]) -> None:
+        began = time.monotonic()
+        for number, (i, why) in enumerate(todo.items()):
+            run = self.runs[i]
+            title = f"[{i + 1}/{len(self.runs)}] {run.name}"
+            if not self.anyway and not stop_signals:
+                # Of the time that may lie between the two sides of a round, what is left.
+                left = (
+                    max(APART, RUNS_APART * self.took[-1]) - MARGIN - (time.monotonic() - began) if number else math.inf
+                )
+                quiet = wait_until_quiet(title, max(0.0, min(left, self.patience)))
+                if not number:  # where it waited in vain, it only looks from here on, until it is quiet
+                    self.patience = MOST_WAITING if quiet else 0.0
+            if not number:
+                began = time.monotonic()
+            if stop_signals:
+                raise Interrupted
+            if why:  # what is there could pass for the record to come
+                place = set_aside(self.folder, run.record, run.log)
+                print(f"{title}: again, since {why}; the old one moves to {place}/")
+            record = _execute(run, title, self.took, self.to_run - len(self.took) - 1)
+            if record is None:
+                raise Interrupted
+            print(f"{title}: {_result(record)}, {_duration(self.took[-1])}")
+            records[i] = record
 
 
 def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: bool) -> int:
     """Runs what is not done, whatever became of the others, and prints the tables after each pair; the exit code.
 
-    `expected` are the seconds of one run, as far as they are known before. Unless `anyway`, each run waits for a quiet
-    machine, and the sides of a round of which others disturbed one run again.
+    `expected` are the seconds of one run, as far as they are known before.
     """
     from tunebench.report.page import print_tables
 
     before = [record_before(run.record, run.argv, run.flags.nproc) for run in runs]
-    rounds = [list(group) for _, group in itertools.groupby(range(len(runs)), key=lambda i: _round(runs[i]))]
+    rounds = [list(group) for _, group in itertools.groupby(range(len(runs)), key=lambda i: runs[i].measured_with)]
     again = 0
     if not anyway:
         for members in rounds:
@@ -117,60 +181,30 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
     for run, (record, _) in zip(runs, before, strict=True):
         if record is not None:
             print(f"done already: {run.name}: {_result(record)}")
+    series = Series(runs, folder, anyway, to_run, again)
     bad: list[str] = []
-    took: list[float] = []  # seconds of each run so far
     spoilt: list[str] = []
-    patience = MOST_WAITING
-    ran = False
-    for members in rounds:
-        ran = False
-        todo = {i: before[i][1] for i in members if before[i][0] is None}
+    shown = len(series.took)
+    for members, following in itertools.pairwise([*rounds, []]):
         records = {i: before[i][0] for i in members}
-        for attempt in range(1 + TRIES_AGAIN * (not anyway)):
-            started = 0.0
-            for number, (i, why) in enumerate(todo.items()):
-                run = runs[i]
-                title = f"[{i + 1}/{len(runs)}] {run.name}"
-                if not anyway and not stop_signals:
-                    # Of the time that may lie between the two sides of a round, what is left.
-                    left = (
-                        max(APART, RUNS_APART * took[-1]) - MARGIN - (time.monotonic() - started)
-                        if number
-                        else patience
-                    )
-                    quiet = wait_until_quiet(title, max(0.0, min(left, patience)))
-                    if not number:  # where it waited in vain, it only looks from here on, until it is quiet
-                        patience = MOST_WAITING if quiet else 0.0
-                started = started if number else time.monotonic()
-                if why and not stop_signals:  # what is there could pass for the record to come
-                    place = set_aside(folder, run.record, run.log)
-                    print(f"{title}: again, since {why}; the old one moves to {place}/")
-                record = None if stop_signals else _execute(run, title, took, to_run - len(took) - 1)
-                if record is None:
-                    done = sum(record_before(run.record, run.argv, run.flags.nproc)[0] is not None for run in runs)
-                    command = ["bash", PROGRAM, *(argument for argument in sys.argv[1:] if argument != "--fresh")]
-                    print(
-                        f"interrupted with {done} of {len(runs)} runs done; `{shlex.join(command)}` goes on from here"
-                    )
-                    return 130
-                print(f"{title}: {_result(record)}, {_duration(took[-1])}")
-                ran, records[i] = True, record
-            todo = {members[i]: why for i, why in _to_run_again([records[i] for i in members]).items()}
-            if not todo or anyway:
-                break
-            if attempt < TRIES_AGAIN:
-                again, to_run = again + len(todo), to_run + len(todo)
-        spoilt += [f"  {runs[i].name}: {why}" for i, why in todo.items()]
-        for i in members:
-            record = records[i]
+        try:
+            told = series.measure({i: before[i][1] for i in members if before[i][0] is None}, records)
+        except Interrupted:
+            done = sum(record_before(run.record, run.argv, run.flags.nproc)[0] is not None for run in runs)
+            command = ["bash", PROGRAM, *(argument for argument in sys.argv[1:] if argument != "--fresh")]
+            print(f"interrupted with {done} of {len(runs)} runs done; `{shlex.join(command)}` goes on from here")
+            return 130
+        spoilt += [f"  {runs[i].name}: {why}" for i, why in told.items()]
+        for i, record in records.items():
             if record is not None and record.status not in FINAL:
                 bad.append(f"  {runs[i].name}: {_result(record)}, log: {runs[i].log}")
-        if ran:
+        last = not following or runs[following[0]].measured_with[:2] != runs[members[0]].measured_with[:2]
+        if last and (shown < len(series.took) or not following):
             print_tables([folder])
-    if not ran:
-        print_tables([folder])
-    if again:
-        print(f"measured again, since others disturbed a side of the round or its sides ran apart: {again} runs")
+            shown = len(series.took)
+    if series.again:
+        why = "others disturbed a side of the round or its sides ran apart"
+        print(f"measured again, since {why}: {series.again} runs")
     if spoilt:
         advice = "" if anyway else "; the same command measures them again"
         print(f"{len(spoilt)} of {len(runs)} runs are of rounds that tell nothing{advice}:", *spoilt, sep="\n")
@@ -206,11 +240,6 @@ def _busy_with() -> str:
     shares += [(use, f"others use {use:.0%} of GPU {i}") for i, use in enumerate(used)]
     share, words = max(shares, default=(0.0, ""))
     return words if share >= DISTURBED else ""
-
-
-def _round(run: Planned) -> tuple[int, str, str]:
-    """The runs that are compared with each other."""
-    return run.round, run.pair, run.framework if run.side else ""
 
 
 def _to_run_again(records: list[Record | None]) -> dict[int, str]:
@@ -281,9 +310,9 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
         reason = f"exit code {exit_code}, last line: {log[-1] if log else 'none'}"
     # This interpreter is that of one environment: the other's versions have to be asked for.
     ask = "import json; from tunebench.frameworks import FRAMEWORKS; "
-    ask += f"print(json.dumps(FRAMEWORKS[{run.framework!r}].versions()))"
+    ask += f"print(json.dumps(FRAMEWORKS[{run.entry.framework!r}].versions()))"
     asked = subprocess.run([run.command[0], "-P", "-c", ask], capture_output=True, text=True, check=False)
-    about = describe_run(run.framework, run.method, run.flags, run.argv)
+    about = describe_run(run.entry.framework, run.entry.method, run.flags, run.argv) | {"peer": run.entry.peer}
     about |= {"started_at": started_at, "versions": json.loads(asked.stdout) if asked.returncode == 0 else {}}
     unknown = dict.fromkeys(("model", "plan", "steps", "setup_seconds"))
     record = Record(status=status, reason=reason, log=log[-LOG_LINES:], peak_memory_bytes=[], **unknown, **about)

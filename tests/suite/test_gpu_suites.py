@@ -32,7 +32,10 @@ MODELS = {"chatglm-6b": "chatglm2-6b"}  # the record's that have a stand-in
 def planned(suite: str) -> dict[tuple[str, str], Planned]:
     """The runs of a suite by pair and framework, their flags parsed. Raises `BadInput`."""
     file = find_suite(suite)
-    return {(run.pair, run.framework): run for run in plan_runs(file, read_suite(file), Path("results"), 1, None)}
+    return {
+        (run.entry.group, run.entry.framework): run
+        for run in plan_runs(file, read_suite(file), Path("results"), 1, None)
+    }
 
 
 def runs(suite: str) -> list[Planned]:
@@ -54,13 +57,13 @@ def test_the_models_can_be_split_so_and_both_frameworks_offer_it(suite):
     for run in runs(suite):
         checkpoint = Checkpoint(Path(), normalise(PRESETS[run.flags.model].config), [], "")
         check_tensor_parallel(run.flags, checkpoint)
-        reason = not_offered(run.framework, run.method, run.flags, checkpoint)
+        reason = not_offered(run.entry.framework, run.entry.method, run.flags, checkpoint)
         assert reason is None or "CPUs" in reason, f"{run.name}: {reason}"
 
 
 @pytest.mark.parametrize("suite", ["a100x4", "h100x8"])
 def test_both_sides_run_the_same(suite):
-    for pair in {run.pair for run in runs(suite)}:
+    for pair in {run.entry.group for run in runs(suite)}:
         assert planned(suite)[pair, "torch"].flags == planned(suite)[pair, "paddle"].flags
 
 
@@ -89,7 +92,7 @@ def is_of(run: Planned, published: PublishedRecord) -> bool:
     model, setup, flags = MODELS.get(published.model, published.model), published.setup, run.flags
     mp = 2 if setup.mp > 1 and model == "chatglm2-6b" else setup.mp  # the stand-in's heads do not divide by 4
     return (
-        (flags.model, run.method) == (model, published.method)
+        (flags.model, run.entry.method) == (model, published.method)
         and (flags.world_size, flags.bsz) == (published.num_gpus, published.bsz)
         and flags.data in published.data
         and (flags.mp, flags.zero, flags.recompute, flags.accumulation)
@@ -99,24 +102,24 @@ def is_of(run: Planned, published: PublishedRecord) -> bool:
 
 def test_every_published_run_is_there_on_both_sides():
     for published in published_runs():
-        found = [run.framework for run in runs("a100x4") if is_of(run, published)]
+        found = [run.entry.framework for run in runs("a100x4") if is_of(run, published)]
         assert sorted(found) == ["paddle", "torch"], published
     assert {(run.flags.dtype, run.flags.amp) for run in runs("a100x4")} == {("fp16", "O2")}
 
 
 def test_every_published_row_is_there_as_it_was():
     suite = "a100x4-as-published"
-    unused = {run.pair for run in runs(suite)}
+    unused = {run.entry.group for run in runs(suite)}
     for row in published_rows():
         found = {
             pair
-            for pair in {run.pair for run in runs(suite)}
+            for pair in {run.entry.group for run in runs(suite)}
             if all(is_of(planned(suite)[pair, side], getattr(row, side) or row.either) for side in FRAMEWORKS)
         }
         assert len(found) == 1, row
         unused -= found
     assert not unused
-    assert {(run.framework, run.flags.dtype, run.flags.amp) for run in runs(suite)} == {
+    assert {(run.entry.framework, run.flags.dtype, run.flags.amp) for run in runs(suite)} == {
         ("torch", "fp16", "O1"),
         ("paddle", "fp16", "O2"),
     }
@@ -133,10 +136,10 @@ def built(tmp_path_factory):
             cases = {}
             for suite in GPUS:
                 try:
-                    members = [run for run in runs(suite) if run.framework == framework]
+                    members = [run for run in runs(suite) if run.entry.framework == framework]
                 except BadInput:  # which the tests of this suite say
                     continue
-                cases |= {f"{suite}/{run.pair}": [run.method, *run.argv[1:-1]] for run in members}
+                cases |= {f"{suite}/{run.entry.group}": [run.entry.method, *run.argv[1:-1]] for run in members}
             (folder / "cases").write_text(json.dumps(cases))
             python = ROOT / ".venv" / framework / "bin" / "python"
             command = [python, "-P", ROOT / "tests" / "full_size.py", framework, folder / "cases", folder / framework]
@@ -165,7 +168,7 @@ def check_counts(facts: dict, run: Planned, **cut: int) -> None:
     """Parameters and trained ones are those that config and method ask for; a process holds its slice of them."""
     config = PRESETS[run.flags.model].config
     whole, added = parameters(config, **cut), adapters(config, run.flags.lora_r, **cut)
-    whole, trained = (whole + added, added) if run.method == "lora" else (whole, whole)
+    whole, trained = (whole + added, added) if run.entry.method == "lora" else (whole, whole)
     assert (facts["parameters"], facts["trainable"]) == (whole, trained)
     if not run.flags.zero:
         # Norms, some biases and LoRA's A are whole on each.

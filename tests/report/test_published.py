@@ -221,7 +221,7 @@ def test_the_suite_a100x4_has_a_counterpart_of_every_run_but_those_of_chatglm(ru
     suite, unknown = find_suite("a100x4"), {"model": None, "plan": None, "steps": None, "setup_seconds": None}
     unknown |= {"status": "failed", "reason": "unknown", "peak_memory_bytes": [], "log": []}
     records = [
-        Record(**describe_run(run.framework, run.method, run.flags, run.argv) | unknown)
+        Record(**describe_run(run.entry.framework, run.entry.method, run.flags, run.argv) | unknown)
         for run in plan_runs(suite, read_suite(suite), Path("results"), 1, None)
     ]
     found = [row for row in against(records, runs) if row.here_status == "failed"]

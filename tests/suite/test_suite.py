@@ -12,12 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import ROOT
 from helpers import SUITE
 
 from tunebench import processes
 from tunebench.record import read_record
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
@@ -113,14 +112,19 @@ def test_a_bad_suite_is_refused_in_one_line(mini, old, new, parts):
 
 
 def test_bad_arguments_are_refused_in_one_line(mini):
-    assert "no such suite; use a100x4, a100x4-as-published, cpu, h100x8, parity, quick" in refusal(mini, "--suite=gpus")
+    assert "no such suite; use a100x4, a100x4-as-published, cpu, h100x8, parity, peers, quick" in refusal(
+        mini, "--suite=gpus"
+    )
     assert "fits none of full/paddle, full/torch, lora/paddle, lora/torch" in refusal(mini, "--only=llama*")
     assert "--repeats: 0 is out of range" in refusal(mini, "--repeats=0")
     (mini / "published.toml").write_text(SUITE)
     assert "published cannot name a folder" in refusal(mini, f"--suite={mini / 'published.toml'}")
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "suites").glob("*.toml")), ids=lambda file: file.stem)
+PAIRED = [file for file in sorted((ROOT / "suites").glob("*.toml")) if file.stem != "peers"]
+
+
+@pytest.mark.parametrize("file", PAIRED, ids=lambda file: file.stem)
 def test_the_suites_are_valid_and_alternate(mini, file):
     printed = finish(start(mini, f"--suite={file.stem}", "--repeats=3", "--dry-run"), 0)
     names = [line.split(" r")[0] for line in printed.splitlines() if not line.startswith(" ")]

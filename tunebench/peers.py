@@ -1,0 +1,60 @@
+"""The peers: other trainers that a suite runs beside this project's scripts, on the same samples."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from tunebench.errors import BadInput
+
+# What a peer's job says (peers/run_peer.py). Any other flag would be of no effect.
+PEER_FLAGS = frozenset(
+    {
+        *("model", "weights", "data", "samples", "skip_bad", "bsz", "steps", "warmup_steps", "paired_halves"),
+        *("plan_seed", "lr", "seed", "lora_r", "lora_alpha", "timeout", "out"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A trainer: its `script` in peers/, which runs in .venv/`environment`.
+
+    `packed` peers fill rows with samples of their choice; the others take the plan's batches. `padding_free` ones
+    compute no padding.
+    """
+
+    framework: str
+    script: str
+    environment: str
+    packed: bool = False
+    padding_free: bool = False
+
+    @property
+    def setup(self) -> str:
+        """The command that makes its environment."""
+        return f"bash {'setup.sh' if self.environment == self.framework else 'peers/setup.sh'} {self.environment}"
+
+    @property
+    def made_from(self) -> str:
+        """The folder with the requirements of its environment."""
+        return self.environment if self.environment == self.framework else f"peers/envs/{self.environment}"
+
+
+PEERS: dict[str, Peer] = {
+    "hf-trainer": Peer("torch", "with_transformers.py", "peers"),
+    "hf-trainer-grouped": Peer("torch", "with_transformers.py", "peers"),
+    "trl-padding-free": Peer("torch", "with_trl.py", "peers", padding_free=True),
+    "trl-packed": Peer("torch", "with_trl.py", "peers", packed=True, padding_free=True),
+    "torchtune": Peer("torch", "with_torchtune.py", "torchtune"),
+    "torchtune-packed": Peer("torch", "with_torchtune.py", "torchtune", packed=True, padding_free=True),
+    "llamafactory": Peer("torch", "with_llamafactory.py", "llamafactory"),
+    "paddlenlp-trainer": Peer("paddle", "with_paddlenlp.py", "paddle"),
+    "paddlenlp-zero-padding": Peer("paddle", "with_paddlenlp.py", "paddle", packed=True, padding_free=True),
+}
+
+
+def check_peer_flags(given: Collection[str], paired_halves: bool) -> None:
+    """Raises `BadInput` where a flag was given that no peer follows."""
+    for name in sorted(set(given) - PEER_FLAGS):
+        raise BadInput(f"--{name.replace('_', '-')}: peers do not follow it; leave it out")
+    if paired_halves:
+        raise BadInput("peers draw the batches of one pass over the samples; use --no-paired-halves")
