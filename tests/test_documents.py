@@ -44,6 +44,8 @@ def test_kept_records_name_no_local_folder():
 # Each command of a page that is neither a script's nor summarize.py's: the test that runs it, or why none does.
 RUN_ELSEWHERE = {
     "bash run_all.sh": "test_suite.py runs suites; this one takes half an hour",
+    "bash run_all.sh --suite cpu": "test_suite.py runs suites; this one takes half an hour",
+    "bash run_all.sh --aa": "test_suite.py runs a suite with --aa",
     "bash run_all.sh --cpu": "needs PyTorch's CPU index",
     "bash run_all.sh --suite quick": "takes 12 minutes; test_plan.py checks its runs",
     "bash run_all.sh --suite tuned": "takes 44 minutes; test_plan.py checks its runs",

@@ -13,22 +13,26 @@ from tunebench.report.load import record_files
 def keep(folder: Path, target: Path) -> int:
     """Copies the records of a results folder to `target` under the same names; how many.
 
-    Raises `BadInput` where a record is broken, or where its environment names a folder.
+    Raises `BadInput` where a record is broken, or where its flags or its environment name a folder.
     """
-    kept = {file: portable(read_record(file), folder) for file in record_files(folder)}
-    for file, content in kept.items():
+    files = {file.relative_to(folder): file for file in record_files(folder)}
+    kept = {name: portable(read_record(file), name) for name, file in files.items()}
+    for name, content in kept.items():
         text = json.dumps(content | {"sha256": digest_of(content)}, separators=(",", ":"))
-        write_atomically(target / file.relative_to(folder), f"{text}\n".encode())
+        write_atomically(target / name, f"{text}\n".encode())
     return len(kept)
 
 
-def portable(record: Record, folder: Path) -> dict[str, Any]:
-    """A record's content, its paths relative to the results folder, and without the log.
+def portable(record: Record, name: Path) -> dict[str, Any]:
+    """A record's content without the log, its --out `name`, its own path in the results folder.
 
-    Raises `BadInput` where its environment names a folder, which may be a person's.
+    Raises `BadInput` where its flags or its environment name a folder, which may be a person's.
     """
     content = json.loads(record.model_dump_json(by_alias=True))
-    content["argv"] = [word.replace(f"{folder.resolve()}/", "") for word in record.argv]
+    content["argv"] = [f"--out={name}" if word.startswith("--out=") else word for word in record.argv]
+    for word in content["argv"]:
+        if word.startswith("/") or "=/" in word:
+            raise BadInput(f"{name}: {word} names a folder; measure with data and models by their names")
     content["log"] = []
     for name, value in record.hardware.environment.items():
         if "/" in value:
