@@ -23,16 +23,16 @@ def keep(folder: Path, target: Path) -> int:
     return len(kept)
 
 
-def portable(record: Record, name: Path) -> dict[str, Any]:
-    """A record's content without the log, its --out `name`, its own path in the results folder.
+def portable(record: Record, file: Path) -> dict[str, Any]:
+    """A record's content without the log, its --out `file`, the path of its own in the results folder.
 
     Raises `BadInput` where its flags or its environment name a folder, which may be a person's.
     """
     content = json.loads(record.model_dump_json(by_alias=True))
-    content["argv"] = [f"--out={name}" if word.startswith("--out=") else word for word in record.argv]
+    content["argv"] = [f"--out={file}" if word.startswith("--out=") else word for word in record.argv]
     for word in content["argv"]:
         if word.startswith("/") or "=/" in word:
-            raise BadInput(f"{name}: {word} names a folder; measure with data and models by their names")
+            raise BadInput(f"{file}: {word} names a folder; measure with data and models by their names")
     content["log"] = []
     for name, value in record.hardware.environment.items():
         if "/" in value:
