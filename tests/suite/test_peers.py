@@ -95,6 +95,11 @@ def test_contestants_run_in_reverse_in_even_rounds():
     ("old", "new", "part"),
     [
         ('peer = "paddlenlp-trainer"', 'peer = "speedy"', "contestant 2: peer 'speedy': use one of hf-trainer, "),
+        (
+            'peer = "paddlenlp-trainer"',
+            'peer = ["torchtune"]',
+            "contestant 2: peer ['torchtune']: use one of hf-trainer, ",
+        ),
         ('peer = "paddlenlp-trainer"', 'peer = "torchtune"\nframework = "torch"', "framework: a peer has its own"),
         ('name = "plain"', "", "contestant 1: name: Field required"),
         ('name = "plain"', 'name = "paddlenlp-trainer"', "two contestants have the name paddlenlp-trainer"),

@@ -95,7 +95,7 @@ class Contestant(Strict):
     def _complete(cls, content: Any) -> Any:
         if not isinstance(content, dict) or "peer" not in content:
             return content
-        if content["peer"] not in PEERS:
+        if content["peer"] not in list(PEERS):  # it may be of any type
             raise ValueError(f"peer {content['peer']!r}: use one of {', '.join(PEERS)}")
         for name in {"name", "framework"} & content.keys():
             raise ValueError(f"{name}: a peer has its own")
