@@ -18,17 +18,16 @@ import subprocess
 import sys
 import tempfile
 
-from tunebench import bootstrap, conditions, processes
+from tunebench import conditions, processes
 from tunebench.errors import BadInput, one_line_refusals
-from tunebench.files import results_folder
 from tunebench.flags import Flags, Parser, parse_flags
 from tunebench.models.checkpoint import Checkpoint, find_checkpoint
 from tunebench.models.families import FAMILIES
 from tunebench.models.presets import PRESETS
-from tunebench.peers import PEERS, check_peer_flags
+from tunebench.peers import PEERS, check_environment, check_peer_flags
 from tunebench.plan import Plan, load_plan
 from tunebench.record import LOG_LINES, Model, Record, Steps
-from tunebench.run.run import describe_run
+from tunebench.run.run import describe_run, new_record_path
 
 PROGRAM = "run_peer.py"
 ROW_TOKENS = 1024  # of a packed row, one a step: about as many as 8 samples have
@@ -47,17 +46,16 @@ def main() -> int:
     peer = PEERS[options.peer]
     flags = parse_flags(options.method, rest, prog=PROGRAM, framework=peer.framework)
     check_peer_flags(flags.given, flags.paired_halves)
-    if not bootstrap.is_complete(peer.environment, peer.made_from):
-        raise BadInput(f"the environment .venv/{peer.environment} is not complete; run: {peer.setup}")
+    check_environment(peer.environment)
     checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
     check_model(flags, checkpoint)
     plan = load_plan(flags, checkpoint)
-    default = results_folder() / "runs" / f"{options.peer}-{options.method}-{os.getpid()}.json"
+    out = flags.out or new_record_path(options.peer, options.method, flags)
     argv = [PROGRAM, *sys.argv[1:]]
     record = run_peer(options.peer, options.method, flags, checkpoint, plan, argv)
-    record.write(flags.out or default)
+    record.write(out)
     rate = f"ok, {record.effective_tokens_per_second:.0f} effective tokens/s" if record.steps else record.reason
-    print(f"{options.peer}: {rate}; record: {flags.out or default}", flush=True)
+    print(f"{options.peer}: {rate}; record: {out}", flush=True)
     return 0 if record.status == "ok" else 1
 
 

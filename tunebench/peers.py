@@ -3,7 +3,9 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from tunebench.bootstrap import is_complete
 from tunebench.errors import BadInput
+from tunebench.frameworks import FRAMEWORKS
 
 # What a peer's job says (peers/run_peer.py). Any other flag would be of no effect.
 PEER_FLAGS = frozenset(
@@ -28,16 +30,6 @@ class Peer:
     packed: bool = False
     padding_free: bool = False
 
-    @property
-    def setup(self) -> str:
-        """The command that makes its environment."""
-        return f"bash {'setup.sh' if self.environment == self.framework else 'peers/setup.sh'} {self.environment}"
-
-    @property
-    def made_from(self) -> str:
-        """The folder with the requirements of its environment."""
-        return self.environment if self.environment == self.framework else f"peers/envs/{self.environment}"
-
 
 PEERS: dict[str, Peer] = {
     "hf-trainer": Peer("torch", "with_transformers.py", "peers"),
@@ -50,6 +42,13 @@ PEERS: dict[str, Peer] = {
     "paddlenlp-trainer": Peer("paddle", "with_paddlenlp.py", "paddle"),
     "paddlenlp-zero-padding": Peer("paddle", "with_paddlenlp.py", "paddle", packed=True, padding_free=True),
 }
+
+
+def check_environment(name: str) -> None:
+    """Raises `BadInput` where an environment of .venv/ is not complete, with the command that makes it."""
+    source, setup = (name, "setup.sh") if name in FRAMEWORKS else (f"peers/envs/{name}", "peers/setup.sh")
+    if not is_complete(name, source):
+        raise BadInput(f"the environment .venv/{name} is not complete; run: bash {setup} {name}")
 
 
 def check_peer_flags(given: Collection[str], paired_halves: bool) -> None:

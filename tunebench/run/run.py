@@ -276,11 +276,11 @@ def recorded(framework: str, method: str, job: Job) -> Iterator[Run]:
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is cleared away now may end at once
 
 
-def new_record_path(framework: str, method: str, flags: Flags) -> Path:
-    """Where the record of a run without --out goes: a new file for each run."""
+def new_record_path(trainer: str, method: str, flags: Flags) -> Path:
+    """Where the record of a run without --out goes: a new file for each run. `trainer` is a framework or a peer."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     model = os.fsencode(flags.model_name)[:100].decode(errors="ignore")  # a file's name has room for 255 bytes
-    return results_folder() / "runs" / f"{framework}-{method}-{model}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
+    return results_folder() / "runs" / f"{trainer}-{method}-{model}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
 
 
 def _end_with(run: Run, error: Exception) -> NoReturn:

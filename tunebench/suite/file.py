@@ -125,31 +125,15 @@ class Suite(Strict):
     @property
     def entries(self) -> list["Entry"]:
         """What one round runs, in the order of an odd one."""
-        of_pairs = [
-            Entry(
-                "pair",
-                each.name,
-                each.script,
-                side,
-                side,
-                None,
-                self.defaults | each.flags | each.own_flags.get(side, {}),
-            )
-            for each, side in itertools.product(self.pair, FRAMEWORKS)
-        ]
-        of_contests = [
-            Entry(
-                "contest",
-                each.name,
-                each.script,
-                one.name,
-                one.framework,
-                one.peer,
-                self.defaults | each.flags | one.flags,
-            )
-            for each, one in itertools.product(self.contest, self.contestant)
-        ]
-        return of_pairs + of_contests
+        found: list[Entry] = []
+        for pair in self.pair:
+            for side in FRAMEWORKS:
+                table = self.defaults | pair.flags | pair.own_flags.get(side, {})
+                found.append(Entry("pair", pair.name, pair.script, side, side, None, table))
+        for contest, one in itertools.product(self.contest, self.contestant):
+            table = self.defaults | contest.flags | one.flags
+            found.append(Entry("contest", contest.name, contest.script, one.name, one.framework, one.peer, table))
+        return found
 
 
 class Entry(NamedTuple):
@@ -172,6 +156,11 @@ class Entry(NamedTuple):
     def method(self) -> str:
         """What it trains: full or lora."""
         return METHODS[self.script]
+
+    @property
+    def environment(self) -> str:
+        """The environment in .venv/ that it trains in."""
+        return PEERS[self.peer].environment if self.peer else self.framework
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from tunebench import conditions, processes
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
 from tunebench.flags import Parser, positive
-from tunebench.peers import PEERS
+from tunebench.peers import check_environment
 from tunebench.progress import Step, read_step
 from tunebench.record import DISTURBED, LOG_LINES, Record, read_record
 from tunebench.report.rounds import APART, RUNS_APART, beside, started_lately
@@ -81,12 +81,8 @@ def main() -> int:
             done = record_before(run.record, run.argv, run.flags.nproc)[0] is not None
             print(f"{run.name}{': done already' * done}\n  {shlex.join(run.command)}")
         return 0
-    for entry in {run.entry.name: run.entry for run in runs}.values():
-        peer = PEERS.get(entry.peer or "")
-        environment, source = (peer.environment, peer.made_from) if peer else (entry.framework, entry.framework)
-        if not bootstrap.is_complete(environment, source):
-            setup = peer.setup if peer else f"bash setup.sh {environment}"
-            raise BadInput(f"the environment .venv/{environment} is not complete; run: {setup}")
+    for environment in sorted({run.entry.environment for run in runs}):
+        check_environment(environment)
     with _locked(results_folder()):
         folder.mkdir(parents=True, exist_ok=True)
         for run in runs:  # what is left of a record that was being written when its run was killed
@@ -126,8 +122,7 @@ class Series:
             if attempt:
                 self.again, self.to_run = self.again + len(todo), self.to_run + len(todo)
             self._measure_once(todo, records)
-            members = list(records)
-            todo = {members[i]: why for i, why in _to_run_again(list(records.values())).items()}
+            todo = _to_run_again(records)
             if not todo:
                 break
         return todo
@@ -171,8 +166,8 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
     again = 0
     if not anyway:
         for members in rounds:
-            for i, why in _to_run_again([before[i][0] for i in members]).items():
-                before[members[i]] = None, why
+            for i, why in _to_run_again({i: before[i][0] for i in members}).items():
+                before[i] = None, why
                 again += 1
     to_run = sum(record is None for record, _ in before)
     print(f"runs: {len(runs)}, done already: {len(runs) - to_run}")
@@ -242,12 +237,12 @@ def _busy_with() -> str:
     return words if share >= DISTURBED else ""
 
 
-def _to_run_again(records: list[Record | None]) -> dict[int, str]:
-    """Which runs of a round must be measured again, by index, with the reason: all of them where others disturbed one,
+def _to_run_again(records: dict[int, Record | None]) -> dict[int, str]:
+    """Which runs of a round must be measured again, by number, with the reason: all of them where others disturbed one,
     or where they ran at different times."""
-    done = [record for record in records if record and record.status == "ok"]
-    why = _fault_of_round(done, complete=None not in records)
-    return {i: why for i, record in enumerate(records) if record in done} if why else {}
+    done = {i: record for i, record in records.items() if record and record.status == "ok"}
+    why = _fault_of_round(list(done.values()), complete=None not in records.values())
+    return dict.fromkeys(done, why) if why else {}
 
 
 def _fault_of_round(done: list[Record], complete: bool) -> str:
