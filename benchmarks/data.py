@@ -1,4 +1,4 @@
-"""How long 10,000 embedded samples take: to generate and to tokenize, in each language.
+"""Measures the seconds that embedded samples take to generate and to tokenize, in each language.
 
 python benchmarks/data.py [--samples 10000]
 """
@@ -21,7 +21,7 @@ import tokenizer
 
 
 def main() -> None:
-    """Prints seconds; the tokenizer is trained anew first."""
+    """Trains the tokenizer anew, then prints the seconds of each part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--samples", type=int, default=10_000)
     options = parser.parse_args()

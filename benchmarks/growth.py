@@ -1,10 +1,10 @@
-"""How cost grows: with the model, the length of samples, processes, the number of samples, and that of records.
+"""Measures how cost grows with the model, the length of samples, processes, and the number of samples and records.
 
 python benchmarks/growth.py [--only model|length|processes|samples|records] [--rounds 3] [--samples 1000000] [--quick]
                             [--method full|lora] [--model llama-tiny] [--tuned] [--steps 14] [--warmup-steps 8]
 
-Prints a Markdown table for each, on the CPU: × is the ratio to the first line of a series. A series ends with its
-exponent, by least squares of the logarithms: 1 is linear.
+It prints a Markdown table for each, on the CPU. × is the ratio to the first line of a series. A series ends with its
+exponent, a least-squares fit of the logarithms: 1 is linear.
 """
 
 import pathlib
@@ -43,15 +43,15 @@ from tunebench.report.stats import ratio_interval
 
 FRAMEWORKS = ("torch", "paddle")
 MODELS = ("llama-tiny", "llama-13b-tiny", "llama-30b-tiny", "llama-65b-tiny")
-LENGTHS = (64, 128, 256, 512)  # tokens of a sample; 640 is what prompts and responses are cut to
+LENGTHS = (64, 128, 256, 512)  # tokens of a sample; prompt and response are cut to 640 together
 SPLITS = {"1": [], "2, ZeRO 2": ["--zero=2"], "2, ZeRO 3": ["--zero=3"]}
-TARGET = 0.8  # of one process's rate, which two on the same cores should reach
+TARGET = 0.8  # two processes should reach this share of one process's rate on the same cores
 SETUPS = ({"mp": 4}, {"zero": 3}, {"zero": 2}, {"zero": 1}, {"mp": 2}, {})
-# Shape of a set of records: the rounds of a pair (None: all records in a few pairs).
+# Shapes of a set of records, with the rounds of a pair. None: a few pairs have all records.
 SHAPES = {"many rounds": None, "many cells in one group": 2, "many groups": 3}
 MIB = 2**20
 
-# What a child measures of itself, without its imports: one line of JSON, the last one that it prints.
+# Programs that measure themselves without their imports. Their last line is the result as JSON.
 PREPARE = f"""
 import json, sys, time
 sys.path.insert(0, {str(ROOT / "data")!r})
@@ -82,7 +82,7 @@ Point = tuple[float, list[float]]  # a size and what it cost
 
 
 def main() -> None:
-    """Runs the series one after the other, in a folder that is gone afterwards."""
+    """Runs the series one after the other, in a temporary folder."""
     parser = Parser(prog="growth.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--only", choices=list(SERIES), help="one of them (default: all)")
     parser.add_argument("--rounds", type=positive, help="of training, in alternating order (default: 3, quick: 1)")
@@ -104,7 +104,7 @@ def main() -> None:
             f"--warmup-steps {options.warmup_steps}: none of {options.steps} steps is left to time; use fewer"
         )
     options.samples = options.samples or (1_000 if options.quick else 100_000)
-    # An interrupt is raised, so that the folder is cleared away.
+    # An interrupt raises KeyboardInterrupt, so that the folder is removed.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
@@ -115,14 +115,14 @@ def main() -> None:
 
 
 def by_model(options: Namespace, folder: pathlib.Path) -> None:
-    """The same batches through larger models."""
+    """Trains larger models on the same batches."""
     settings = {model: [f"--model={model}"] for model in MODELS[: 2 if options.quick else None]}
     records = train(settings, options, folder)
     show_training(f"Model size: {' to '.join((MODELS[0], list(settings)[-1]))}", "Parameters", records, parameters)
 
 
 def by_length(options: Namespace, folder: pathlib.Path) -> None:
-    """The same model with as many samples that are longer."""
+    """Trains one model on as many, but longer samples."""
     tokenizer = tokenizers_of.embedded(cache_folder())
     texts = [sample.response for sample in sources.load("synthetic-en", 1_000, skip_bad=False).samples]
     stream = itertools.cycle(token for encoded in tokenizer.encode_batch(texts) for token in encoded.ids)
@@ -139,7 +139,7 @@ def by_length(options: Namespace, folder: pathlib.Path) -> None:
 
 
 def by_processes(options: Namespace, folder: pathlib.Path) -> None:
-    """The same global batches by one process with all threads, and by two that share these."""
+    """Trains on the same global batches by one process with all threads, and by two that share the threads."""
     names = list(SPLITS)[: 2 if options.quick else None]
     settings = {name: [*SPLITS[name], f"--nproc={name[0]}", f"--bsz={2 if options.quick else 8}"] for name in names}
     records = train(settings, options, folder)
@@ -161,7 +161,7 @@ def by_processes(options: Namespace, folder: pathlib.Path) -> None:
 
 
 def by_samples(options: Namespace, folder: pathlib.Path) -> None:
-    """Data preparation: tokenizing, then plans of what is tokenized."""
+    """Prepares data: tokenizes samples, then makes plans of them."""
     prepare("--samples=10", "--epochs=1")  # makes the tokenizer and the checkpoint
     points: list[Point] = []
     for count in sizes(options.samples, 100 if options.quick else 1_000):
@@ -176,7 +176,7 @@ def by_samples(options: Namespace, folder: pathlib.Path) -> None:
 
 
 def by_records(options: Namespace, folder: pathlib.Path) -> None:
-    """Joining: what summarize.py does with record files, apart and as one program."""
+    """Joins records as summarize.py does: its parts one by one, and the whole program."""
     series: dict[tuple[str, ...], list[Point]] = {}
     for shape in SHAPES:
         points = series[shape,] = []
@@ -201,7 +201,7 @@ COSTS = ("Tokens/s", "Seconds per Step", "Peak MiB of a Process")
 
 
 def costs(runs: Sequence[Record]) -> list[float]:
-    """What COSTS names, of the rounds of one setting."""
+    """The values of COSTS over the rounds of one setting."""
     seconds = [statistics.mean(run.steps.seconds[run.timed_from :]) for run in runs]
     rates = [run.effective_tokens_per_second for run in runs]
     peak = max(itertools.chain.from_iterable(run.peak_memory_bytes for run in runs))
@@ -209,19 +209,22 @@ def costs(runs: Sequence[Record]) -> list[float]:
 
 
 def parameters(run: Record) -> float:
-    """The size of its model."""
+    """The parameters of a run's model."""
     return run.model.parameters
 
 
 def tokens_of_a_sample(run: Record) -> float:
-    """Their mean over the run."""
+    """The mean tokens of a run's samples."""
     return run.plan.effective_tokens / len(run.steps.seconds) / run.setup.bsz
 
 
 def train(
     settings: dict[str, list[str]], options: Namespace, folder: pathlib.Path
 ) -> dict[tuple[str, str], list[Record]]:
-    """Runs each framework's script in each setting, back and forth; the records by framework and setting."""
+    """Runs each framework's script in each setting. Even rounds reverse the order.
+
+    Returns the records by framework and setting.
+    """
     steps = [f"--steps={options.steps}", f"--warmup-steps={options.warmup_steps}"]
     sides = itertools.product(FRAMEWORKS[: 1 if options.quick else None], settings)
     found: dict[tuple[str, str], list[Record]] = {side: [] for side in sides}
@@ -235,12 +238,12 @@ def train(
 
 
 def prepare(*flags: str) -> list[float]:
-    """Seconds and peak memory of data/prepare.py."""
+    """Seconds and peak memory in bytes of data/prepare.py."""
     return json.loads(run("-P", "-c", PREPARE, "--model=llama-tiny", *flags)[0].splitlines()[-1])
 
 
 def run(*command: object) -> tuple[str, float]:
-    """What a program of this interpreter printed, and its seconds. Raises `BadInput` where it failed."""
+    """Runs a program with this interpreter. Returns its output and its seconds. Raises `BadInput` where it fails."""
     start = time.perf_counter()
     process = processes.start(
         [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -257,7 +260,7 @@ def run(*command: object) -> tuple[str, float]:
 
 
 def write_records(folder: pathlib.Path, count: int, shape: str) -> None:
-    """Writes so many record files: measured ones, with other setups, commits, batch sizes and a little noise."""
+    """Writes `count` record files: measured ones with other setups, commits, batch sizes and a little noise."""
     real: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for line in (ROOT / "tests" / "data" / "quick.jsonl").read_text().splitlines():
         content = json.loads(line)
@@ -270,7 +273,7 @@ def write_records(folder: pathlib.Path, count: int, shape: str) -> None:
         which, group = member % len(SETUPS), member // len(SETUPS)
         runs = real[(*works[at], framework)]
         content = dict(runs[turn % len(runs)])
-        # Either side has another fastest setup, so that each piece of work has a row of its best ones too.
+        # Each side has another fastest setup, so that each piece of work also has a row "best of each".
         slow = 1 + 0.5 * (which if framework == "paddle" else len(SETUPS) - 1 - which)
         steps = content["steps"]
         content["steps"] = steps | {
@@ -293,7 +296,7 @@ def write_records(folder: pathlib.Path, count: int, shape: str) -> None:
 
 
 def sizes(largest: int, smallest: int) -> list[int]:
-    """Up to the largest, by tens."""
+    """The powers of ten times `smallest` below `largest`, then `largest`."""
     found = [smallest * 10**power for power in range(10) if smallest * 10**power < largest]
     return [*found, largest]
 
@@ -301,7 +304,7 @@ def sizes(largest: int, smallest: int) -> list[int]:
 def show_training(
     heading: str, size: str, records: dict[tuple[str, str], list[Record]], of: Callable[[Record], float]
 ) -> None:
-    """The table of training runs, a series for each framework."""
+    """Prints the table of training runs: a series for each framework."""
     series: dict[tuple[str, ...], list[Point]] = {}
     for (framework, _), runs in records.items():
         series.setdefault((framework,), []).append((of(runs[0]), costs(runs)))
@@ -315,7 +318,7 @@ def show(
     measures: Sequence[str],
     series: dict[tuple[str, ...], list[Point]],
 ) -> None:
-    """One table of some series: every point with its ratios to the series' first, then the exponents."""
+    """Prints a table: each series' points with their ratios to the first one, then its exponents."""
     lines = []
     for labels, points in series.items():
         columns = list(zip(*(values for _, values in points), strict=True))
@@ -329,12 +332,12 @@ def show(
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The slope of log value by log size; no number where there is one size alone."""
+    """The slope of log value over log size; NaN with one size."""
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0]) if len(set(sizes)) > 1 else float("nan")
 
 
 def number(value: float) -> str:
-    """Three digits, or all before the point."""
+    """A number with three digits, or all digits before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 

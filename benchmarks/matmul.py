@@ -1,4 +1,4 @@
-"""What MKL_DEBUG_CPU_TYPE does to each framework's matrix product: alternating processes, GFLOP/s and their ratios.
+"""Measures what MKL_DEBUG_CPU_TYPE does to each framework's matrix product: GFLOP/s and ratios, in alternating order.
 
 python benchmarks/matmul.py [--rounds 3] [--size 2048]
 """
@@ -24,7 +24,7 @@ print(best_product(make(size, size), make(size, size)) / 1e9)
 
 
 def gflops(framework: str, size: int, kernel: str | None) -> float:
-    """One fresh process's rate, with the scripts' threads, and with the variable where `kernel` is its value."""
+    """The GFLOP/s of a new process with the scripts' threads. `kernel` is the variable's value, None for unset."""
     environment = os.environ | SETTINGS | {"CUDA_VISIBLE_DEVICES": ""}
     environment.pop("MKL_DEBUG_CPU_TYPE", None)
     if kernel:
@@ -35,7 +35,7 @@ def gflops(framework: str, size: int, kernel: str | None) -> float:
 
 
 def main() -> None:
-    """Prints the medians over the rounds, and their ratios to none."""
+    """Prints the medians over the rounds, and their ratios to the unset variable."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", type=int, default=2048)

@@ -1,9 +1,9 @@
-"""What this project itself adds to a step: batches from the plan, the meter, the record; beside a step's seconds.
+"""Measures what this project adds to a step: batches from the plan, the meter and the record.
 
 python benchmarks/overhead.py [--record results/peers/full/torch-tuned-r1.json]
 
-Without a record the seconds are left out. Batches are timed as if the step waited for them; in a run a thread makes
-them ahead of it.
+With a record it also prints the share of a step's time. Batches are timed as if the step waited for them. In a run a
+thread makes them ahead of the step.
 """
 
 import pathlib
@@ -30,7 +30,7 @@ FLAGS = ["--model=llama-65b-tiny", "--bsz=8", "--samples=400", "--steps=50", "--
 
 
 def main() -> None:
-    """Prints microseconds of a step, and their share of a real one's."""
+    """Prints microseconds per step, and their share of a measured step."""
     parser = Parser(prog="overhead.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--record", type=pathlib.Path, help="whose timed steps to compare with")
     options = parser.parse_args()
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def seconds(action) -> float:
-    """How long it takes."""
+    """The seconds that `action` takes."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start

@@ -1,13 +1,13 @@
-"""Which samples make a row and which rows a global batch: in the data's order, grouped by length, or packed.
+"""Puts samples into rows and rows into global batches: in the data's order, grouped by length, or packed.
 
-An order that is not the data's comes from the seed, and both sides read it from the plan.
+Any other order than the data's comes from the seed. Both sides read it from the plan.
 """
 
 import numpy as np
 
 from tunebench.plan import Rows, ranges
 
-POOL = 64  # global batches that are sorted together: enough to leave little padding, few enough to stay mixed
+POOL = 64  # global batches sorted together: many enough for little padding, few enough to keep the order mixed
 
 
 def single(samples: int) -> Rows:
@@ -16,10 +16,10 @@ def single(samples: int) -> Rows:
 
 
 def pack(lengths: np.ndarray, capacity: int) -> Rows:
-    """First-fit-decreasing: each sample, the longest first, goes to the first row that has room for its tokens.
+    """First-fit-decreasing bin packing: each sample, the longest first, goes into the first row with room for it.
 
-    No sample may be longer than `capacity`. Samples of one length are placed at once, which gives the same rows: they
-    fill up one row after the other. That takes (different lengths × rows) operations.
+    No sample may be longer than `capacity` tokens. Samples of one length are placed together. That gives the same rows,
+    since they fill one row after the other, and takes (different lengths × rows) operations.
     """
     room = np.zeros(0, dtype=np.int64)
     row_of = np.empty(len(lengths), dtype=np.int64)
@@ -27,7 +27,7 @@ def pack(lengths: np.ndarray, capacity: int) -> Rows:
         members = np.flatnonzero(lengths == length)
         fits = room // length
         before = np.cumsum(fits) - fits
-        taken = np.clip(len(members) - before, 0, fits)  # by each row that is there
+        taken = np.clip(len(members) - before, 0, fits)  # samples that each existing row takes
         new = np.full(-(-(len(members) - int(taken.sum())) // (capacity // length)), capacity // length)
         if len(new):
             new[-1] = len(members) - taken.sum() - new[:-1].sum()
@@ -39,19 +39,22 @@ def pack(lengths: np.ndarray, capacity: int) -> Rows:
 
 
 def in_turn(epoch: Rows, rows: int) -> Rows:
-    """`rows` rows: those of an epoch in their order, again and again."""
+    """The first `rows` rows of an epoch that repeats in the same order."""
     return _take(epoch, np.arange(rows) % _count(epoch))
 
 
 def shuffled(epoch: Rows, rows: int, seed: int) -> Rows:
-    """`rows` rows, each epoch in an order of its own."""
+    """The first `rows` rows of repeated epochs, each shuffled anew."""
     return _take(epoch, _epochs(epoch, rows, seed)[:rows])
 
 
 def grouped(epoch: Rows, rows: int, seed: int, lengths: np.ndarray, bsz: int) -> Rows:
-    """`rows` rows in batches of about the same length: each epoch is shuffled, then pools of batches are sorted by
-    `lengths`, that of each row of an epoch, and the batches of a pool shuffled. Within a batch the rows are so ordered
-    that replicas, which take contiguous shares of it, get about as many tokens each, if these are of 2, 4, 8 … rows."""
+    """`rows` rows in batches whose rows have about the same length.
+
+    Each epoch is shuffled. Then each pool of batches is sorted by `lengths`, the tokens of each row of an epoch, and
+    the batches of a pool are shuffled. Replicas take contiguous shares of a batch. The order of rows in a batch gives
+    shares of 2, 4, 8 … rows about as many tokens each.
+    """
     drawn = _epochs(epoch, rows, seed)
     drawn = drawn[: len(drawn) // bsz * bsz]
     generator, parts = np.random.default_rng([seed, 1]), []
@@ -63,9 +66,9 @@ def grouped(epoch: Rows, rows: int, seed: int, lengths: np.ndarray, bsz: int) ->
 
 
 def paired_halves(rows: Rows, bsz: int, warmup: int) -> Rows:
-    """The same batches, but those of the second half of the steps after `warmup` are those of the first half again.
+    """Repeats batches: after `warmup` steps, the second half of the steps has the batches of the first half.
 
-    Of an odd number of steps the middle one stands alone.
+    The middle step of an odd number has its own batch.
     """
     steps = np.arange(_count(rows)).reshape(-1, bsz)
     half = (len(steps) - warmup) // 2
@@ -74,12 +77,12 @@ def paired_halves(rows: Rows, bsz: int, warmup: int) -> Rows:
 
 
 def drawn(samples: int, seed: int) -> np.ndarray:
-    """The indices of all samples in the order in which they are drawn: their own for seed 0."""
+    """The indices of all samples in the order in which they are drawn. Seed 0 keeps the data's order."""
     return np.random.default_rng([seed, 2]).permutation(samples) if seed else np.arange(samples)
 
 
 def folded(rows: int) -> list[int]:
-    """An order for sorted rows: the shortest beside the longest and so on, then such pairs likewise."""
+    """An order for sorted rows: the shortest next to the longest and so on, then the same with these pairs."""
     blocks = [[row] for row in range(rows)]
     while len(blocks) > 1:
         half = len(blocks) // 2
@@ -88,7 +91,7 @@ def folded(rows: int) -> list[int]:
 
 
 def _epochs(epoch: Rows, rows: int, seed: int) -> np.ndarray:
-    """The rows of as many whole epochs as `rows` rows need."""
+    """The row numbers of the shuffled whole epochs that `rows` rows need."""
     generator, count = np.random.default_rng(seed), _count(epoch)
     return np.concatenate([generator.permutation(count) for _ in range(-(-rows // count))])
 

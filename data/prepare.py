@@ -1,8 +1,8 @@
-"""Makes the batch plan that a run on either framework reads: samples, then tokens, then global batches.
+"""Makes the batch plan that runs of both frameworks read: samples, then tokens, then global batches.
 
     python data/prepare.py --model llama-tiny --data alpaca --bsz 8 --steps 30
 
-The scripts call it when their plan is missing; calling it first saves that wait.
+A script whose plan is missing calls it.
 """
 
 import hashlib
@@ -43,15 +43,15 @@ from tunebench.plan import (
     write_samples,
 )
 
-CHUNK = 500  # samples encoded between two moves of the progress bar
-MOST_ID = 2**31 - 1  # of a token: plans hold them in 32 bits
-TEXTS = 2000  # embedded samples whose text --data fixed:N is made of
-MOST_TOKENS = 2**28  # of --data fixed:N: 1 GB
-MOST_ROWS = 2**26  # of a plan: half a gigabyte for each of its arrays
+CHUNK = 500  # samples encoded between two updates of the progress bar
+MOST_ID = 2**31 - 1  # the largest token id: plans hold 32-bit ids
+TEXTS = 2000  # embedded samples from whose text --data fixed:N cuts its samples
+MOST_TOKENS = 2**28  # the most tokens of --data fixed:N: 1 GB
+MOST_ROWS = 2**26  # the most rows of a plan: half a gigabyte for each of its arrays
 
 
 def main() -> None:
-    """Makes the plan of the flags unless it is there, and prints where it is and what it holds."""
+    """Makes the plan of the flags where it is missing, and prints its path and content."""
     parser = Parser(prog="prepare.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_plan_flags(parser)
     options = resolve_plan_flags(vars(parser.parse_args()))
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def make_plan(options: dict[str, Any], checkpoint: Checkpoint) -> None:
-    """Tokenizes what is not tokenized yet and writes the plan."""
+    """Tokenizes the samples, unless the cache has their tokens, and writes the plan."""
     found, samples = tokenized(options, checkpoint)
     drawn = batching.drawn(len(samples.lengths), options["plan_seed"])
     rows = batch(samples.lengths[drawn], options)
@@ -86,7 +86,7 @@ def make_plan(options: dict[str, Any], checkpoint: Checkpoint) -> None:
 
 
 def remarks(data: str, found: dict[str, Any]) -> list[str]:
-    """What is to be known of the data, a line each: what was left out, and whether another tokenizer was taken."""
+    """Remarks on the data, a line each: samples and columns left out, and whether the embedded tokenizer was used."""
     lines = []
     if skipped := found["skipped"]:
         lines.append(f"--data {data}: {len(skipped)} malformed sample(s) left out, the first: {data}{skipped[0]}")
@@ -99,7 +99,7 @@ def remarks(data: str, found: dict[str, Any]) -> list[str]:
 
 
 def batch(lengths: np.ndarray, options: dict[str, Any]) -> Rows:
-    """The rows of all global batches, from the tokens of each sample. Raises `BadInput` where they fill none."""
+    """The rows of all global batches, from the tokens of each sample. Raises `BadInput` where there are none."""
     bsz, packing, seed = options["bsz"], options["packing"], options["seed"] + 2**32 * options["plan_seed"]
     epoch, what = batching.single(len(lengths)), "samples"
     if packing:
@@ -135,7 +135,7 @@ def batch(lengths: np.ndarray, options: dict[str, Any]) -> Rows:
 
 
 def check_size(flag: str, rows: int, unit: int) -> None:
-    """Refuses a plan of more rows than memory is meant for; `unit` are those of one step or epoch."""
+    """Raises `BadInput` where a plan has more than MOST_ROWS rows. `unit` is the number of rows of a step or epoch."""
     if unit > MOST_ROWS:
         raise BadInput(f"--bsz {unit}: a plan has room for {MOST_ROWS} rows; use a smaller one")
     if rows > MOST_ROWS:
@@ -145,7 +145,7 @@ def check_size(flag: str, rows: int, unit: int) -> None:
 
 
 def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str, Any], Samples]:
-    """The tokenized samples, after what was found in making them; kept in the cache."""
+    """What was found while tokenizing, and the tokenized samples. The cache keeps both."""
     cached = cache_folder() / "tokens" / f"{tokens_key(options, checkpoint)}.safetensors"
     try:
         return read_samples(cached)
@@ -167,7 +167,7 @@ def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str
 
 
 def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> list[Sample]:
-    """Prompts cut to 256 tokens, responses to 384 and closed by EOS, with a progress bar."""
+    """Encodes samples, with a progress bar: prompts cut to 256 tokens, responses to 384 and followed by EOS."""
     rows: list[Sample] = []
     for prompt, response in _encoded(tokenizer, samples):
         ids = prompt[:PROMPT_TOKENS]
@@ -178,10 +178,10 @@ def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> list[S
 
 
 def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id: int) -> Samples:
-    """Samples of N tokens each, for --data fixed:N: the embedded data's prompts, all end to end, cut into prompts, and
-    its responses cut into responses and closed by EOS, both taken again from the start where they are used up.
+    """The samples of --data fixed:N, N tokens each.
 
-    Prompts and responses have the shares of all tokens that they have in the embedded data.
+    The embedded data's prompts, end to end, are cut into prompts, and its responses into responses followed by EOS.
+    Both start again where they are used up. Prompts have the same share of all tokens as in the embedded data.
     """
     size = fixed_tokens(options["data"])
     count = options["samples"] or min(DEFAULT_FIXED_SAMPLES, MOST_TOKENS // size)
@@ -205,7 +205,7 @@ def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id
 
 
 def _encoded(tokenizer: Any, samples: list[sources.Sample]) -> Iterator[tuple[list[int], list[int]]]:
-    """The tokens of each prompt and each response, with a progress bar."""
+    """Yields the tokens of each prompt and response, with a progress bar."""
     for start in track(range(0, len(samples), CHUNK), description=f"tokenizing {len(samples)} samples"):
         chunk = samples[start : start + CHUNK]
         try:

@@ -1,4 +1,4 @@
-"""Where samples come from: the embedded data, the hub's data sets, or a file. All give Alpaca-format samples."""
+"""Reads Alpaca-format samples from the embedded data, a data set of the hub, or a file."""
 
 import json
 import math
@@ -12,12 +12,12 @@ import synthetic
 from tunebench.errors import BadInput
 from tunebench.flags import DATA_NAMES, DEFAULT_SAMPLES, HUB
 
-# Both hold rows that no model can be trained on: 28 of the 52,002 of tatsu-lab/alpaca have an empty output.
 NEEDED = ("instruction", "output")
-USED = ("instruction", "input", "output")  # of a sample's fields; the others are left out
-# Malformed rows of a hub data set that say nothing of the others: so many, or such a share of the usable ones.
+USED = ("instruction", "input", "output")  # the fields that are read; others are left out
+# A hub data set may have this many malformed rows, or this share of the usable ones. Both data sets have some: 28 of
+# the 52,002 rows of tatsu-lab/alpaca have an empty output.
 FEW, MOST_BAD = 100, 0.1
-ROWS_AT_ONCE = 1000  # read from a table
+ROWS_AT_ONCE = 1000  # rows of a table per read
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The first samples of a source, in its order, and what was left out: malformed samples, each with its place in
-    the source, and the names of fields that are not used, whether they hold something or not."""
+    """The first samples of a source, in its order, and what was left out.
+
+    `skipped` has the place and fault of each malformed sample. `left_out` has the names of the unused fields.
+    """
 
     samples: list[Sample]
     skipped: list[str]
@@ -41,8 +43,8 @@ class Loaded:
 def load(data: str, wanted: int | None, skip_bad: bool) -> Loaded:
     """Reads `wanted` samples of a named source (default: 10,000) or of a file (default: all).
 
-    A malformed sample of a file raises `BadInput`, with file and line, unless `skip_bad`; one of the hub's data sets is
-    skipped in any case, unless most of them are malformed. Raises `BadInput` too where `wanted` are not there.
+    Raises `BadInput` where a sample of a file is malformed, with file and line, unless `skip_bad` is set; where a hub
+    data set has too many malformed samples; and where the source has fewer than `wanted`.
     """
     samples: list[Sample] = []
     skipped: list[str] = []
@@ -73,7 +75,7 @@ def load(data: str, wanted: int | None, skip_bad: bool) -> Loaded:
 
 
 def _check(raw: Any) -> Sample:
-    """A raw object as a sample; ValueError says what is malformed. `input` may be missing, null or empty."""
+    """Makes a sample of a raw object. Raises ValueError with its fault. `input` may be missing, null or empty."""
     if isinstance(raw, ValueError):
         raise raw
     if not isinstance(raw, dict):
@@ -102,16 +104,16 @@ def _check(raw: Any) -> Sample:
 
 
 def in_words(names: Iterable[str], most: int = 8) -> str:
-    """Names of columns for a message of one line, the first `most` of them."""
+    """The first `most` of some column names, for a message of one line."""
     names = list(names)
     shown = [name if name.isprintable() and 0 < len(name) <= 40 else f"{name[:40]!a}" for name in names[:most]]
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _raw_samples(data: str, limit: float, left_out: set[str]) -> Iterator[tuple[str, Any]]:
-    """Each raw sample with its place in the source; a ValueError instead of a sample is one that could not be read.
+    """Yields each raw sample with its place in the source, or a ValueError in place of an unreadable sample.
 
-    The columns of a table that are not used are put into `left_out`, and never read.
+    The unused columns of a table go into `left_out` and are not read.
     """
     if data.startswith("synthetic-"):
         generated = synthetic.generate(data.removeprefix("synthetic-"), int(limit))
@@ -125,7 +127,7 @@ def _raw_samples(data: str, limit: float, left_out: set[str]) -> Iterator[tuple[
 
 
 def _columns(name: str, found: list[str], left_out: set[str]) -> list[str]:
-    """Which of the columns that a table has are used. Raises `BadInput` where one is missing or there twice."""
+    """The used ones of a table's columns. Raises `BadInput` where one is missing or occurs twice."""
     for column in USED:
         if column in NEEDED and column not in found:
             raise BadInput(f"{name}: the column {column!r} is missing; there is {in_words(found) or 'none'}")
@@ -136,7 +138,7 @@ def _columns(name: str, found: list[str], left_out: set[str]) -> list[str]:
 
 
 def _from_hub(name: str, left_out: set[str]) -> Iterator[tuple[str, Any]]:
-    """A data set of the hub (or its cache, or a folder of that name in the working directory)."""
+    """Yields the rows of a hub data set, from its cache, or from a folder of that name in the working directory."""
     import datasets
 
     try:
@@ -149,7 +151,7 @@ def _from_hub(name: str, left_out: set[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
-    # Bytes that are not UTF-8 become lone surrogates here, so that the sample that holds them can be named.
+    # Invalid UTF-8 becomes lone surrogates, so that `_check` can name the sample that has it.
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
     position, line = _skip_blank(text, 0), 1
@@ -223,7 +225,7 @@ def _from_parquet(path: Path, left_out: set[str]) -> Iterator[tuple[str, Any]]:
 
 
 def _from_table(name: str, parts: Iterable[Any]) -> Iterator[tuple[str, Any]]:
-    """The rows of Arrow tables or batches, one after the other. Raises `BadInput` where a used column is no text."""
+    """Yields the rows of Arrow tables or batches. Raises `BadInput` where a used column is no text."""
     number = 0
     for part in parts:
         columns = {column: part.column(column) for column in USED if column in part.schema.names}
@@ -244,8 +246,10 @@ def _from_table(name: str, parts: Iterable[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _may_be_text(kind: Any) -> bool:
-    """Whether a column of this Arrow type can hold text. A column without values has a type of its own: null, or that
-    of numbers where its writer spells "no value" as NaN."""
+    """Whether a column of this Arrow type can hold text.
+
+    A column without values has the type null, or a floating type where its writer spelled missing values as NaN.
+    """
     from pyarrow import types
 
     if types.is_dictionary(kind):

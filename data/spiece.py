@@ -1,6 +1,6 @@
-"""A checkpoint's tokenizer.model, read by sentencepiece: the tokens of transformers 4's LlamaTokenizer (the slow one).
+"""Reads a checkpoint's tokenizer.model by sentencepiece. It gives the tokens of transformers 4's slow LlamaTokenizer.
 
-Text that spells a special or added token becomes that token, and the text between two of them is encoded on its own.
+Text that spells a special or added token becomes that token. The text between two of these is encoded by itself.
 """
 
 import re
@@ -15,7 +15,7 @@ CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast")
 DEFAULTS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 NAMES = (*DEFAULTS, "pad_token", "sep_token", "cls_token", "mask_token")
 LISTS = ("additional_special_tokens", "extra_special_tokens")
-# Settings that change the tokens and are not followed here, each with its values that change nothing.
+# Settings that change the tokens and are not supported here, with the values that change nothing.
 PLAIN: dict[str, tuple] = {
     "add_prefix_space": (None, True),
     "auto_map": (None,),
@@ -35,10 +35,10 @@ class Encoded(NamedTuple):
 
 
 class SentencePiece:
-    """The tokenizer of tokenizer.model, as far as this project uses one of the tokenizers library.
+    """A tokenizer.model with those methods of the tokenizers library that this project uses.
 
-    `settings` is what tokenizer_config.json has, `named` special_tokens_map.json, `added` added_tokens.json. Raises
-    `BadInput` for what would give other tokens than transformers' class.
+    `settings`, `named` and `added` are the contents of tokenizer_config.json, special_tokens_map.json and
+    added_tokens.json. Raises `BadInput` where it would give other tokens than transformers' class.
     """
 
     def __init__(self, path: Path, settings: dict[str, Any], named: dict[str, Any], added: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ class SentencePiece:
             raise self._refusal("it is empty")
         if re.match(TIKTOKEN, content):
             raise self._refusal("it is in tiktoken's format")
-        # Whether text after a special token gets a space before it, as all of transformers 4's had until 4.31.
+        # Legacy tokenizers add a space to the text after a special token, as transformers did before 4.31.
         self._legacy = settings.get("legacy") is not False
         try:
             self._model = SentencePieceProcessor(model_proto=content + NO_PREFIX * (not self._legacy))
@@ -66,19 +66,19 @@ class SentencePiece:
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[Encoded]:
-        """The tokens of each text; special ones are never added."""
+        """The tokens of each text. It adds no special tokens."""
         assert not add_special_tokens
         return [Encoded(self._encode(text)) for text in texts]
 
     def token_to_id(self, token: str) -> int | None:
-        """The id of a token, None where there is no such."""
+        """The id of a token; None where the tokenizer does not have it."""
         piece = self._model.piece_to_id(token)
         return self._ids.get(token, piece if self._model.id_to_piece(piece) == token else None)
 
     def _encode(self, text: str) -> list[int]:
         if text and not self._legacy:
             text = SPACE + text.replace(SPACE, " ")
-        parts = self._split.split(text)  # text and tokens by turns
+        parts = self._split.split(text)  # texts at even indices, tokens at odd ones
         if not self._legacy and len(parts) > 1 and parts[0] == SPACE and parts[1] in self._special.values():
             parts[0] = ""
         ids: list[int] = []
@@ -92,12 +92,12 @@ class SentencePiece:
     def _pieces(self, text: str) -> list[int]:
         if self._legacy or not text.startswith((SPACE, " ")):
             return self._model.encode(text)
-        # Without its own prefix sentencepiece may drop spaces at the start: the unknown token stands before them.
+        # Without its own prefix sentencepiece may drop leading spaces, so an unknown token goes before them.
         before = len(self._model.encode(self._unknown))
         return self._model.encode(self._unknown + text)[before:]
 
     def _named(self, settings: dict[str, Any], named: dict[str, Any]) -> dict[str, str]:
-        """The special tokens by what they are called."""
+        """The special tokens by their names."""
         special: dict[str, str] = {}
         for name in NAMES:
             found = [self._text(name, source[name]) for source in (settings, named) if source.get(name) is not None]
@@ -117,7 +117,7 @@ class SentencePiece:
         return {name: text for name, text in special.items() if text}
 
     def _ids_of(self, settings: dict[str, Any], added: dict[str, Any]) -> dict[str, int]:
-        """The id of each token that is found in text as a whole."""
+        """The id of each special or added token."""
         given = dict(added)
         listed = settings.get("added_tokens_decoder") or {}
         if not isinstance(listed, dict):
@@ -139,7 +139,7 @@ class SentencePiece:
         return ids
 
     def _text(self, name: str, token: Any) -> str:
-        """A token as text; it may be a serialized AddedToken."""
+        """The text of a token, which may be a serialized AddedToken."""
         if isinstance(token, dict):
             for rule in ("lstrip", "rstrip", "single_word"):
                 if token.get(rule):

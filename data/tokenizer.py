@@ -1,6 +1,6 @@
-"""The tokenizer of a model: the one of a Hugging Face checkpoint, or the embedded one.
+"""The tokenizer of a model: that of a Hugging Face checkpoint, or the embedded one.
 
-The embedded one is a byte-level BPE trained on the embedded data, so it needs no download and loses no text.
+The embedded tokenizer is a byte-level BPE, trained on the embedded data. It needs no download and loses no text.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tunebench.models.checkpoint import tokenizer_files
 VOCAB_SIZE = 8192
 SPECIAL = ("<pad>", "<s>", "</s>")  # ids 0, 1, 2
 PAD_ID, EOS_ID = 0, 2
-TRAINING_SAMPLES = 4000  # of each language
+TRAINING_SAMPLES = 4000  # per language
 
 
 def train() -> Tokenizer:
-    """The embedded tokenizer; the same bytes every time."""
+    """Trains the embedded tokenizer. Its bytes are the same every time."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -45,12 +45,12 @@ def train() -> Tokenizer:
     for language in synthetic.SHAPES:
         texts += [text for record in synthetic.generate(language, TRAINING_SAMPLES) for text in record.values()]
     tokenizer.train_from_iterator(texts, trainer)
-    # Plain entries instead of added tokens: text that spells "</s>" stays text, and survives the round trip.
+    # Without added tokens, text that spells "</s>" stays text and survives encoding and decoding.
     return Tokenizer.from_str(json.dumps(json.loads(tokenizer.to_str()) | {"added_tokens": []}))
 
 
 def embedded(cache: Path) -> Tokenizer:
-    """The embedded tokenizer from a cache folder; trained and put there if it is missing or broken."""
+    """The embedded tokenizer from a cache folder. Trained and written there where it is missing or broken."""
     sources = b"".join(Path(module).read_bytes() for module in (synthetic.__file__, __file__))
     key = hashlib.sha256(sources + str(VOCAB_SIZE).encode()).hexdigest()[:12]
     path = cache / f"tokenizer-{key}.json"
@@ -66,7 +66,7 @@ def embedded(cache: Path) -> Tokenizer:
 
 
 def of_checkpoint(folder: Path) -> Tokenizer | SentencePiece | None:
-    """The tokenizer of a checkpoint folder; None if it has none. Raises `BadInput` where it is of another kind."""
+    """The tokenizer of a checkpoint folder; None where it has none. Raises `BadInput` for other kinds of tokenizer."""
     path, model = folder / "tokenizer.json", folder / "tokenizer.model"
     files = {file.name for file in tokenizer_files(folder)}
     if folder_instead := next((file for file in (path, model) if file.is_dir()), None):
@@ -93,7 +93,8 @@ def of_checkpoint(folder: Path) -> Tokenizer | SentencePiece | None:
 def _from_json(path: Path) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_file(str(path))
-        tokenizer.no_padding()  # a file may ask for either, and both would pass for tokens of the sample
+        # A file may ask for padding or truncation. Both would change the tokens of a sample.
+        tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
     except Exception as error:  # the library raises plain Exception
@@ -101,7 +102,7 @@ def _from_json(path: Path) -> Tokenizer:
 
 
 def eos_id(tokenizer: Tokenizer | SentencePiece, folder: Path | None) -> int:
-    """The id that ends a response; `folder` is the checkpoint's, None for the embedded tokenizer."""
+    """The id that ends a response. `folder` is the checkpoint's, None for the embedded tokenizer. Raises `BadInput`."""
     if folder is None:
         return EOS_ID
     found = _special_id(tokenizer, folder, "eos_token")
@@ -113,18 +114,20 @@ def eos_id(tokenizer: Tokenizer | SentencePiece, folder: Path | None) -> int:
 
 
 def pad_id(tokenizer: Tokenizer | SentencePiece, folder: Path | None) -> int:
-    """The id that fills short rows; the end-of-sequence id where a checkpoint names none of its vocabulary."""
+    """The id that fills short rows: the checkpoint's, or the end-of-sequence id where it names none it can embed."""
     if folder is None:
         return PAD_ID
     found = _special_id(tokenizer, folder, "pad_token")
-    # Padding has no part in the model, so that a token beyond its vocabulary may give way.
+    # Padding does not change the result, so another id may replace one that is beyond the model's vocabulary.
     beyond = found is not None and found >= _read(folder / "config.json").get("vocab_size", math.inf)
     return eos_id(tokenizer, folder) if found is None or beyond else found
 
 
 def _special_id(tokenizer: Tokenizer | SentencePiece, folder: Path, name: str) -> int | None:
-    """From config.json (an id or a list of them) or else from tokenizer_config.json or special_tokens_map.json (a
-    token)."""
+    """The id of a special token.
+
+    config.json has an id or a list of ids. Otherwise tokenizer_config.json or special_tokens_map.json has the token.
+    """
     value = _read(folder / "config.json").get(f"{name}_id")
     if isinstance(value, list) and value:
         value = value[0]
@@ -137,7 +140,7 @@ def _special_id(tokenizer: Tokenizer | SentencePiece, folder: Path, name: str) -
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; {} if there is no such file."""
+    """The JSON object in a file; {} where there is no such file. Raises `BadInput`."""
     if not path.exists():
         return {}
     try:

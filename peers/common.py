@@ -1,6 +1,6 @@
-"""What every peer's script shares: it reads the job, counts each step's tokens, takes its time, and writes the result.
+"""Shared by all peers' scripts: reads the job, counts tokens and measures time per step, and writes the result.
 
-It needs NumPy and safetensors alone: the peers' environments hold other versions than `tunebench` asks for.
+It needs NumPy and safetensors only: the peers' environments have other versions than `tunebench` needs.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-IGNORED = -100  # the label of a position that is not trained on
+IGNORED = -100  # the label of positions that are not trained on
 BETAS, EPSILON, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.999), 1e-8, 0.01, 1.0  # those of tunebench/recipe.py
 
 # The repository root on sys.path would offer torch/ and paddle/ as empty namespace packages.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-# The same threads and kernels as the project's own scripts; no GPU, no hub, no reports to anyone.
+# The same threads and kernels as the project's scripts. No GPU, no hub, no telemetry.
 BOOTSTRAP = runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))
 os.environ.update(BOOTSTRAP["maths_settings"]())
 os.environ.update(BOOTSTRAP["home_settings"](paddle="paddle" in Path(sys.argv[0]).name))
@@ -33,20 +33,20 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "WANDB_DISABLED": "true"}
 
 @dataclass(frozen=True)
 class Sample:
-    """A row of the plan: prompt, response and EOS, and how many of them are the prompt."""
+    """A row of the plan: the tokens of prompt, response and EOS, and the number of prompt tokens."""
 
     tokens: list[int]
     prompt: int
 
     @property
     def labels(self) -> list[int]:
-        """The tokens, without those of the prompt; not shifted."""
+        """The labels, not shifted: IGNORED for the prompt, then the tokens."""
         return [IGNORED] * self.prompt + self.tokens[self.prompt :]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a peer is to do. `in_order`: the plan's batches as they are, without shuffling, to compare loss curves."""
+    """A peer's job. With `in_order` it takes the plan's batches without shuffling, so that loss curves compare."""
 
     peer: str
     method: str
@@ -66,7 +66,7 @@ class Job:
 
     @property
     def lora(self) -> bool:
-        """Whether adapters are trained, or else every parameter."""
+        """Whether it trains LoRA's adapters. Otherwise it trains all parameters."""
         return self.method == "lora"
 
     @property
@@ -82,9 +82,9 @@ def refuse(message: str) -> None:
 
 
 def read_job(peers: Sequence[str], environment: str, packages: Sequence[str]) -> Job:
-    """The job of the file named on the command line; one line and exit code 2 where it or the interpreter is wrong.
+    """The job in the file that the command line names. Exits with one line and code 2 where something is wrong.
 
-    `peers` are those of this script; `packages` have to be importable, as they are in `.venv/<environment>`.
+    `peers` are the peers of this script. `packages` must be importable. They are in `.venv/<environment>`.
     """
     script = f"peers/{Path(sys.argv[0]).name}"
     if len(sys.argv) != 2:
@@ -121,7 +121,7 @@ def _read_plan(path: Path) -> tuple[list[Sample], int]:
 
 
 class Meter:
-    """Takes the time of each optimizer step, and counts the tokens of the batches as the peer's collator gave them."""
+    """Measures the time of each optimizer step, and counts the tokens of each batch that the peer's collator made."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -133,7 +133,7 @@ class Meter:
         self.grad_norms: list[Any] = []
 
     def count(self, input_ids: Any, labels: Any) -> None:
-        """Counts a step's batch, of tensors or arrays. Batches may be loaded ahead, so long as it is in order."""
+        """Counts the tokens of a step's batch (tensors or arrays). Batches may be loaded ahead, but in order."""
         self.effective.append(int((input_ids != self.job.pad_id).sum()))
         self.padded.append(int(input_ids.shape[0] * input_ids.shape[1]))
         self.labels.append(int((labels != IGNORED).sum()))
@@ -143,13 +143,13 @@ class Meter:
         self._clock = time.perf_counter()
 
     def end_step(self) -> None:
-        """Stops the clock of this step and starts the next one's."""
+        """Ends a step. The next step's clock starts at the same moment."""
         now = time.perf_counter()
         self.seconds.append(now - self._clock)
         self._clock = now
 
     def write(self, parameters: int, trainable: int, packages: Sequence[str], setup: str) -> None:
-        """Writes the result, whole or not at all. Only here are `losses` and `grad_norms` read: it takes time."""
+        """Writes the result, whole or not at all. Only this reads `losses` and `grad_norms`, since it takes time."""
         steps = self.job.steps
         counts = {"effective_tokens": self.effective, "padded_tokens": self.padded, "label_tokens": self.labels}
         for name, values in {"seconds": self.seconds, "loss": self.losses, **counts}.items():
@@ -177,13 +177,13 @@ class Meter:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for what a peer wants to write, removed at the end."""
+    """A temporary folder for the peer's output."""
     with tempfile.TemporaryDirectory(prefix="peer-") as folder:
         yield Path(folder)
 
 
 def copy_of_checkpoint(job: Job, folder: Path) -> Path:
-    """The checkpoint's config and weights, linked into `folder`, where a library may write beside them."""
+    """Links the checkpoint's config and weights into `folder`, where a library may write. Returns `folder`."""
     for file in job.checkpoint.iterdir():
         if file.name == "config.json" or file.name.endswith((".safetensors", ".safetensors.index.json")):
             (folder / file.name).symlink_to(file)

@@ -1,4 +1,4 @@
-"""What the peers built on transformers' Trainer share: model, adapters, tokenizer, and where it is measured."""
+"""Shared by the peers on transformers' Trainer: model, adapters, tokenizer and measurement."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,10 @@ datasets.disable_progress_bars()
 
 
 class Watch(transformers.TrainerCallback):
-    """Tells the meter of steps, batches, losses and gradient norms of every Trainer of this process.
+    """Gives the meter the steps, batches, losses and gradient norms of all Trainers in this process.
 
-    The loss is what the Trainer's training_step returns, the norm what it clips by; nothing is read from the device.
+    The loss is the result of the Trainer's training_step, the norm that of its clipping. Nothing is read from the
+    device.
     """
 
     def __init__(self, meter: Meter) -> None:
@@ -25,7 +26,9 @@ class Watch(transformers.TrainerCallback):
         _also(transformers.Trainer, "_clip_grad_norm", meter.grad_norms.append)
 
     def on_train_begin(self, *_: Any, train_dataloader: torch.utils.data.DataLoader, **__: Any) -> None:
-        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)  # accelerate's own wraps the real one
+        loader = getattr(
+            train_dataloader, "base_dataloader", train_dataloader
+        )  # accelerate's loader wraps the real one
         collate = loader.collate_fn
 
         def counted(samples: list[dict[str, Any]]) -> dict[str, Any]:
@@ -41,7 +44,7 @@ class Watch(transformers.TrainerCallback):
 
 
 def _also(owner: type, name: str, take: Callable[[Any], None]) -> None:
-    """Hands the result of a method to `take` too."""
+    """Replaces a method by one that also gives its result to `take`."""
     original = getattr(owner, name)
 
     def method(*arguments: Any, **options: Any) -> Any:
@@ -58,7 +61,7 @@ def load_model(job: Job) -> transformers.PreTrainedModel:
 
 
 def lora_config(job: Job) -> peft.LoraConfig:
-    """The adapters of the job."""
+    """The configuration of the job's adapters."""
     return peft.LoraConfig(
         r=job.lora_r,
         lora_alpha=job.lora_alpha,
@@ -69,7 +72,7 @@ def lora_config(job: Job) -> peft.LoraConfig:
 
 
 def tokenizer(job: Job) -> transformers.PreTrainedTokenizerFast:
-    """A tokenizer of the checkpoint's size whose padding and end are those of the plan; it never has to encode."""
+    """A tokenizer of the checkpoint's size, with the plan's padding and end tokens. It never encodes text."""
     words = {f"<{token}>": token for token in range(job.config["vocab_size"])}
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>")),
@@ -85,7 +88,7 @@ def dataset(job: Job) -> datasets.Dataset:
 
 
 def arguments(job: Job, folder: Any) -> dict[str, Any]:
-    """What every peer's TrainingArguments are told; all else is left to its defaults."""
+    """The TrainingArguments that all peers get. All others keep their defaults."""
     return {
         "output_dir": str(folder),
         "max_steps": job.steps,
@@ -101,7 +104,7 @@ def arguments(job: Job, folder: Any) -> dict[str, Any]:
 
 
 def counts(model: torch.nn.Module) -> tuple[int, int]:
-    """Parameters without adapters, and those that are trained."""
+    """The numbers of parameters without adapters and of trained parameters."""
     named = list(model.named_parameters())
     base = sum(parameter.numel() for name, parameter in named if "lora_" not in name)
     return base, sum(parameter.numel() for _, parameter in named if parameter.requires_grad)

@@ -1,8 +1,8 @@
-"""Runs a peer on the samples that a script of this project would get, and leaves the same record.
+"""Runs a peer on the samples that a script of this project would get, and leaves a record.
 
     python peers/run_peer.py --peer hf-trainer --method full --model llama-65b-tiny --bsz 8 --no-paired-halves
 
-The other flags are the scripts' own. The peer's script in peers/ trains, in its own environment, on the CPU.
+The other flags are those of the scripts. The peer's script in peers/ trains in its own environment, on the CPU.
 """
 
 import pathlib
@@ -19,6 +19,7 @@ import sys
 import tempfile
 
 from tunebench import conditions, processes
+from tunebench.bootstrap import python_of
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.flags import Flags, Parser, parse_flags
 from tunebench.models.checkpoint import Checkpoint, find_checkpoint
@@ -30,19 +31,19 @@ from tunebench.record import LOG_LINES, Model, Record, Steps
 from tunebench.run.run import describe_run, new_record_path
 
 PROGRAM = "run_peer.py"
-ROW_TOKENS = 1024  # of a packed row, one a step: about as many as 8 samples have
+ROW_TOKENS = 1024  # tokens of a packed row, which is one step: about as many as 8 samples have
 
 
 def main() -> int:
-    """Runs the peer of the command line; 1 where it did not end ok."""
+    """Runs the peer of the command line. Returns 0, or 1 where it did not end ok."""
     parser = Parser(prog=PROGRAM, description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
     parser.add_argument("--peer", choices=list(PEERS), required=True, help="the trainer")
     parser.add_argument("--method", choices=["full", "lora"], default="full", help="what is trained (default: full)")
     options, rest = parser.parse_known_args()
-    # An interrupt is raised, so that the peer is ended and its folder cleared away.
+    # An interrupt raises KeyboardInterrupt, so that the peer is ended and its folder removed.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read as the flags are: the peers train on the CPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, and parse_flags looks for GPUs
     peer = PEERS[options.peer]
     flags = parse_flags(options.method, rest, prog=PROGRAM, framework=peer.framework)
     check_peer_flags(flags.given, flags.paired_halves)
@@ -60,7 +61,7 @@ def main() -> int:
 
 
 def check_model(flags: Flags, checkpoint: Checkpoint) -> None:
-    """Raises `BadInput` where the peers are not set up for the model."""
+    """Raises `BadInput` where the peers do not support the model."""
     config = checkpoint.config
     plain = flags.model in PRESETS and config["model_type"] == "llama" and not config["rope_scaling"]
     if not plain or config["tie_word_embeddings"] or config["num_key_value_heads"] != config["num_attention_heads"]:
@@ -71,7 +72,7 @@ def check_model(flags: Flags, checkpoint: Checkpoint) -> None:
 
 
 def run_peer(name: str, method: str, flags: Flags, checkpoint: Checkpoint, plan: Plan, argv: list[str]) -> Record:
-    """Runs a peer's script to its end, or for `--timeout` seconds, and gives its record."""
+    """Runs a peer's script to its end, or for --timeout seconds, and returns its record."""
     peer = PEERS[name]
     about = describe_run(peer.framework, method, flags, argv)
     with tempfile.TemporaryDirectory(prefix="peer-") as scratch:
@@ -93,15 +94,17 @@ def run_peer(name: str, method: str, flags: Flags, checkpoint: Checkpoint, plan:
             "out": str(measured),
         }
         job.write_text(json.dumps(content))
-        python = ROOT / ".venv" / peer.environment / "bin" / "python"
         before = conditions.read([os.getpid()])
-        said, ended = execute([str(python), "-P", str(ROOT / "peers" / peer.script), str(job)], flags.timeout)
-        around = conditions.between(before, conditions.read([os.getpid()]))  # of the whole run, start-up too
+        script = ROOT / "peers" / peer.script
+        said, ended = execute([str(python_of(peer.environment)), "-P", str(script), str(job)], flags.timeout)
+        around = conditions.between(
+            before, conditions.read([os.getpid()])
+        )  # includes start-up, unlike the scripts' conditions
         found = json.loads(measured.read_text()) if measured.exists() else None
     steps = None
     if found:
         curves = ("seconds", "effective_tokens", "padded_tokens", "label_tokens", "loss")
-        norms = found["grad_norm"] or [0.0] * plan.steps  # PaddleNLP's are not to be had
+        norms = found["grad_norm"] or [0.0] * plan.steps  # PaddleNLP gives none
         squared = None
         if found["effective_tokens"] == [plan.effective_tokens(i) for i in range(plan.steps)]:
             squared = [plan.squared_lengths(i) for i in range(plan.steps)]
@@ -139,13 +142,16 @@ def run_peer(name: str, method: str, flags: Flags, checkpoint: Checkpoint, plan:
 
 
 def pass_over_samples(flags: Flags, checkpoint: Checkpoint, plan: Plan) -> Plan:
-    """The plan of a whole pass over the samples, from which a peer may choose; `plan` is its first steps."""
+    """The plan of a whole pass over the samples, from which a peer may choose. It starts with the steps of `plan`."""
     steps = max(plan.info().samples // flags.bsz, plan.steps)
     return load_plan(flags.model_copy(update={"steps": steps, "epochs": None}), checkpoint)
 
 
 def execute(command: list[str], seconds: float) -> tuple[list[str], bool]:
-    """Runs a command, for so long at most, and leaves nothing running: the lines it printed, and whether it ended."""
+    """Runs a command for at most `seconds` and ends all it started.
+
+    Returns the lines that it printed, and whether it ended by itself.
+    """
     with tempfile.TemporaryFile() as log:
         process = processes.start(command, stdout=log, stderr=subprocess.STDOUT)
         ended = True

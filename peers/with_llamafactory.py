@@ -18,7 +18,7 @@ JOB = common.read_job(("llamafactory",), "llamafactory", PACKAGES)
 import importlib.machinery
 import types
 
-# It imports torchaudio for samples with sound; the one on PyPI is not built for this torch.
+# LLaMA-Factory imports torchaudio for audio samples. PyPI has no torchaudio for this torch.
 torchaudio = types.ModuleType("torchaudio")
 torchaudio.__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
 sys.modules["torchaudio"] = torchaudio
@@ -31,7 +31,7 @@ from llamafactory.train.tuner import run_exp
 
 
 class Watch(hf.Watch):
-    """The meter's, keeping what the run has made."""
+    """Writes the result when the training ends."""
 
     def on_train_end(self, arguments: Any, *_: Any, model: Any, **__: Any) -> None:
         attention = model.config._attn_implementation
@@ -52,7 +52,7 @@ def main(job: common.Job) -> None:
             "do_train": True,
             "model_name_or_path": str(model),
             "finetuning_type": job.method,
-            "dataset": "plan",  # asked for, and not read
+            "dataset": "plan",  # required, but not read
             "tokenized_path": str(folder / "tokens"),
             "template": "empty",
             "disable_shuffling": job.in_order,

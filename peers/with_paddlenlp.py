@@ -2,7 +2,7 @@
 
     .venv/paddle/bin/python -P peers/with_paddlenlp.py JOB.json
 
-`paddlenlp-trainer` draws samples at random and pads to the longest of the batch; `paddlenlp-zero-padding` packs them
+`paddlenlp-trainer` draws samples at random and pads to the longest of the batch. `paddlenlp-zero-padding` packs them
 greedily into rows with PaddleNLP's own data set, one row per step.
 """
 
@@ -26,7 +26,7 @@ from paddlenlp.datasets import ZeroPaddingMapDataset
 
 
 class Rows(paddle.io.Dataset):
-    """The plan's rows. PaddleNLP's criterion takes labels that are shifted already."""
+    """The plan's rows, with shifted labels for PaddleNLP's criterion."""
 
     def __init__(self, job: common.Job, positions: bool) -> None:
         self.rows = []
@@ -42,13 +42,13 @@ class Rows(paddle.io.Dataset):
 
 
 class Measured(trainer.Trainer):
-    """The Trainer, handing each step's loss to the meter. It clips inside the optimizer and gives no gradient norm."""
+    """A Trainer that gives each step's loss to the meter. Its optimizer clips, so there is no gradient norm."""
 
     meter: common.Meter
 
     def training_step(self, *arguments: Any, **options: Any) -> paddle.Tensor:
         loss = super().training_step(*arguments, **options)
-        self.meter.losses.append(loss.clone())  # the Trainer adds to its own in place
+        self.meter.losses.append(loss.clone())  # the Trainer adds to this tensor in place
         return loss
 
     def _get_train_sampler(self) -> paddle.io.BatchSampler:
@@ -58,7 +58,7 @@ class Measured(trainer.Trainer):
 
 
 class Watch(trainer.TrainerCallback):
-    """Takes the time of each step."""
+    """Measures the time of each step."""
 
     def __init__(self, meter: common.Meter) -> None:
         self.meter = meter
@@ -86,7 +86,7 @@ def load_model(job: common.Job, folder: pathlib.Path) -> paddle.nn.Layer:
 
 
 def tokenizer(job: common.Job) -> transformers.PretrainedTokenizer:
-    """A tokenizer of the checkpoint's size whose padding is the plan's; it never has to encode."""
+    """A tokenizer of the checkpoint's size, with the plan's padding token. It never encodes text."""
     words = {f"<{token}>": token for token in range(job.config["vocab_size"])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
     return transformers.PretrainedTokenizerFast(tokenizer_object=words, pad_token=f"<{job.pad_id}>")

@@ -1,10 +1,14 @@
 """What several test files share beside the fixtures of conftest.py."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import run_program
+from conftest import ROOT, run_program
 
 from tunebench.flags import parse_flags
 from tunebench.record import Record, read_record
@@ -53,3 +57,46 @@ def record(**changes) -> Record:
     known = describe_run("torch", "full", parse_flags("full", ["--model=llama-tiny"]), ["finetune_full.py"])
     unknown = {"model": None, "plan": None, "steps": None, "setup_seconds": None, "peak_memory_bytes": [], "log": []}
     return Record(**(known | unknown | {"status": "failed", "reason": "killed by SIGKILL (9)"} | changes))
+
+
+def start_suite(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+    """Starts the runner on `folder`/mini.toml, its results in `folder`/results, from a folder that is neither.
+
+    With one thread, torch does not wait for a second one that a busy machine has put off: steps took 5 s so.
+    """
+    own = {"TUNEBENCH_RESULTS": str(folder / "results"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "tunebench.suite.runner",
+            f"--suite={folder / 'mini.toml'}",
+            "--anyway",
+            *arguments,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd="/",
+        env=os.environ | own | environment,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+    )
+
+
+def finish_suite(running: subprocess.Popen, exit_code: int) -> str:
+    """What the runner printed by its end, which must be with `exit_code` and without a traceback."""
+    printed, errors = running.communicate(timeout=300)
+    assert running.returncode == exit_code, printed + errors
+    assert "Traceback" not in printed + errors
+    return printed
+
+
+def refusal_of_suite(folder: Path, *arguments: str) -> str:
+    """The one line with which the runner refused its input, before it made a file."""
+    running = start_suite(folder, *arguments)
+    printed, errors = running.communicate(timeout=60)
+    assert (running.returncode, printed) == (2, ""), printed + errors
+    assert errors.count("\n") == 1
+    assert not (folder / "results").exists()
+    return errors

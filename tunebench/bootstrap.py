@@ -1,6 +1,7 @@
-"""The first thing that every program here runs: the right interpreter, and maths libraries set up equally.
+"""The first code that every program runs. It picks the interpreter and sets up both sides' maths libraries equally.
 
-Loaded by path, before anything of the project can be imported: standard library alone, and any Python from 3.6.2 on.
+Programs load it by path, before they can import anything of the project. It needs the standard library alone and works
+with any Python from 3.6.2 on.
 """
 
 import hashlib
@@ -17,31 +18,31 @@ ROOT = Path(__file__).resolve().parents[1]
 AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}  # what MKL's kernels of that name use
 THREADS_LEFT_TO_US = "TUNEBENCH_THREADS"  # the cores to share out, where the user did not set OMP_NUM_THREADS
 MOST_THREADS = 4096
-# They put other libraries before the locked ones, or leave out asserts and docstrings.
+# They put other libraries before the locked ones, or drop asserts and docstrings.
 UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PYTHONOPTIMIZE")
 
 
 def enter_environment(*environments: str, module: str = "") -> None:
-    """Continues in an interpreter that has `tunebench` and, for one environment, its framework of the same name.
+    """Makes sure that this program runs in an interpreter that has `tunebench` and, for one name, that framework.
 
-    With several names, the first environment that is complete will do (programs that need no framework). Where the
-    running interpreter lacks them, this process is replaced by the same command in `.venv/<environment>`; where that
-    is not complete either, the program ends with exit code 2 and the command that makes it. The process is replaced
-    too where Python was started in a way that these programs are not for. `module` is what `python -m` started.
+    With several names the first complete environment is used: such programs need no framework. Where the running
+    interpreter lacks a package, `.venv/<environment>` runs the same command in place of this process. Where no
+    environment is complete, the program ends with exit code 2 and names the command that makes one. The interpreter
+    also starts again where its options or variables do not suit these programs. `module` is what `python -m` started.
     """
-    # Until a program says otherwise, Ctrl-C ends it as it ends any command: without a traceback.
+    # By default Ctrl-C ends a program without a traceback, as it ends any command.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     open_streams()
-    # On sys.path the repository root would offer torch/ and paddle/ as empty namespace packages.
+    # With the repository root on sys.path, torch/ and paddle/ would be importable as empty namespace packages.
     sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != ROOT]
-    # PYTHONSAFEPATH leaves out a script's own folder, where modules are that it imports.
+    # With PYTHONSAFEPATH, sys.path lacks the script's own folder, from which it imports modules.
     folder = str(Path(sys.argv[0]).resolve().parent)
     if not module and folder not in (str(ROOT), *sys.path):
         sys.path.insert(0, folder)
     os.environ.update(maths_settings())
     os.environ.update(home_settings("paddle" in environments[:1]))
     unwanted = [name for name in UNWANTED if os.environ.pop(name, "")]
-    # In a locale of another encoding the paths and texts of files would be read in it. Workers inherit the variable.
+    # In a locale of another encoding, Python would decode paths and files in that one. Workers inherit the variable.
     foreign = sys.getfilesystemencoding().lower() != "utf-8"
     if foreign:
         os.environ["PYTHONUTF8"] = "1"
@@ -51,7 +52,7 @@ def enter_environment(*environments: str, module: str = "") -> None:
     if here and not (unwanted or foreign or sys.flags.optimize):
         return
     program, unreachable = Path(sys.argv[0]).name, ""
-    pythons = [ROOT / ".venv" / name / "bin" / "python" for name in environments if is_complete(name)]
+    pythons = [python_of(name) for name in environments if is_complete(name)]
     for python in [Path(sys.executable)] if here else pythons:
         if here or unwanted or foreign or Path(sys.executable) != python:
             try:
@@ -65,7 +66,7 @@ def enter_environment(*environments: str, module: str = "") -> None:
 
 
 def refuse(line: str) -> NoReturn:
-    """Ends the process with exit code 2 and one line on stderr, as far as there is room for it."""
+    """Prints one line on stderr and ends the process with exit code 2, also where stderr cannot be written."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
@@ -74,16 +75,16 @@ def refuse(line: str) -> NoReturn:
 
 
 def open_streams() -> None:
-    """Opens those standard streams that are closed, on the null device, and lets the others print any text.
+    """Opens closed standard streams on the null device, and lets the others print any text.
 
-    Else the next file that is opened would take a closed one's number, and what is printed would go there.
+    Otherwise the next opened file would get the number of a closed stream, and prints would go into that file.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
         except OSError:
             null = os.open(os.devnull, os.O_RDWR)
-            os.dup2(null, number)  # which lets child processes have it
+            os.dup2(null, number)  # dup2's copy is inherited by child processes
             if null != number:
                 os.close(null)
             else:
@@ -96,8 +97,13 @@ def open_streams() -> None:
             getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
+def python_of(environment: str) -> Path:
+    """The interpreter of an environment in .venv/."""
+    return ROOT / ".venv" / environment / "bin" / "python"
+
+
 def is_complete(name: str, made_from: str = "") -> bool:
-    """Whether an environment was made to its end, from the files that are now in `made_from` (by default `name`)."""
+    """Whether an environment is complete and up to date with the files in `made_from` (default: the folder `name`)."""
     try:
         return (ROOT / ".venv" / name / "complete").read_text().split("\n")[0] == stamp(made_from or name)
     except (OSError, UnicodeDecodeError):
@@ -105,9 +111,9 @@ def is_complete(name: str, made_from: str = "") -> bool:
 
 
 def stamp(name: str) -> str:
-    """What setup.sh writes into an environment last: a digest of all that it was made from, but for the kind of build.
+    """What setup.sh writes into an environment last: a digest of the files that the environment was made from.
 
-    One call with --cpu thus decides for those after it.
+    It leaves out the kind of build (--cpu), so that later set-ups keep the kind of the first.
     """
     files = (ROOT / name / "requirements.txt", ROOT / name / "constraints.txt", ROOT / "pyproject.toml")
     return hashlib.sha256(b"".join(file.read_bytes() for file in files) + os.fsencode(str(ROOT))).hexdigest()
@@ -116,10 +122,13 @@ def stamp(name: str) -> str:
 def maths_settings() -> dict:
     """The environment variables that give both frameworks the same threads and the same kernels.
 
-    They are read when the libraries load. Threads: the physical cores this process may use, unless OMP_NUM_THREADS is
-    set (Paddle alone would take 1, torch all). On AMD processors the MKL that Paddle bundles takes a slow path unless
-    MKL_DEBUG_CPU_TYPE names another: 5 is AVX2's, 7 AVX-512's; torch's newer MKL ignores it. On GPUs
-    NVIDIA_TF32_OVERRIDE=0 keeps fp32 at fp32: Paddle alone would multiply in TF32 by default, torch not.
+    The libraries read them when they load.
+
+    - Threads: OMP_NUM_THREADS where it is set, else the physical cores that this process may use. By default Paddle
+      takes 1 thread and torch takes all cores.
+    - MKL_DEBUG_CPU_TYPE: on AMD processors Paddle's MKL takes a slow path unless this names another. 5 is AVX2's path,
+      7 is AVX-512's. torch's newer MKL ignores it.
+    - NVIDIA_TF32_OVERRIDE=0 keeps fp32 at fp32 on GPUs. By default Paddle multiplies in TF32 and torch does not.
     """
     chosen = _threads_of("OMP_NUM_THREADS")
     threads = chosen or str(_usable_cores())
@@ -134,7 +143,7 @@ def maths_settings() -> dict:
 
 
 def _threads_of(variable: str) -> str:
-    """The number of threads that a variable gives, the first of a list; empty where it gives none."""
+    """The number of threads in a variable, of a list the first; empty where the variable is unset or empty."""
     given = os.environ.get(variable, "").strip()
     numbers = [number.strip() for number in given.split(",")] if given else []
     for number in numbers:
@@ -146,12 +155,13 @@ def _threads_of(variable: str) -> str:
 
 
 def home_settings(paddle: bool) -> dict:
-    """The environment variables that name other folders than those in a home folder that is missing or not writable.
+    """The environment variables that replace a home folder which is missing or not writable.
 
-    Libraries write there when they download or compile, and PaddleNLP when it is imported, for `paddle`.
+    Libraries write to the home folder when they download or compile. With `paddle` the variables also cover PaddleNLP,
+    which writes there when it is imported.
     """
     if not os.environ.get("HOME"):
-        os.environ.pop("HOME", None)  # empty, it would be the root folder; unset, the system's table of users counts
+        os.environ.pop("HOME", None)  # an empty HOME means the root folder; an unset one, the entry in the user table
     settings = {}
     home = _home()
     if home is None:
@@ -174,7 +184,7 @@ def home_settings(paddle: bool) -> dict:
 
 
 def _home():
-    """The user's home folder; None where there is none that can be entered."""
+    """The user's home folder; None where it is missing or may not be entered."""
     try:
         home = Path("~").expanduser()
     except (KeyError, RuntimeError):
@@ -183,7 +193,7 @@ def _home():
 
 
 def own_home() -> Path:
-    """A folder for what libraries write to a home folder: in the cache, or else among the temporary files."""
+    """The folder that replaces a home folder: in the cache, or else in the folder of temporary files."""
     cache = Path(os.environ.get("TUNEBENCH_CACHE") or str(ROOT / ".cache"))
     name = f"home-{os.getuid()}"
     folders = [cache / name, Path(tempfile.gettempdir()) / f"tunebench-{name}"]
@@ -198,7 +208,7 @@ def own_home() -> Path:
 
 
 def _not_for_paddlenlp(home: Path) -> str:
-    """Why PaddleNLP cannot make its folders there, as it does when it is imported; empty where it can."""
+    """Why PaddleNLP could not make its folders there when it is imported; empty where it could."""
     try:
         for name in ("models", "datasets", "packages"):
             (home / name).mkdir(parents=True, exist_ok=True)
@@ -208,7 +218,7 @@ def _not_for_paddlenlp(home: Path) -> str:
 
 
 def _importable(name: str) -> bool:
-    # A folder without __init__.py, such as torch/ seen from elsewhere, has a spec but no origin.
+    # A folder without __init__.py, such as this repository's torch/, has a spec but no origin.
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None
 
@@ -222,7 +232,7 @@ def _usable_cores() -> int:
 
 
 def has_instructions(wanted: set) -> bool:
-    """Whether the processor has all of these sets of instructions, by their names in /proc/cpuinfo."""
+    """Whether the processor has all of these instruction sets, named as in /proc/cpuinfo."""
     return any(wanted.issubset(flags.split()) for flags in cpuinfo("flags")[:1])
 
 

@@ -1,4 +1,4 @@
-"""The commit that runs: what git says of this checkout."""
+"""The commit of this checkout, as git tells it."""
 
 import hashlib
 import subprocess
@@ -8,18 +8,12 @@ from tunebench.record import Git
 
 
 def read_git() -> Git:
-    """The commit of this checkout, and what was changed since."""
+    """The commit of this checkout and a digest of uncommitted changes; None where git or its folder is missing."""
 
     def git(*arguments: str, given: bytes = b"") -> bytes | None:
         try:
-            command = [
-                "git",
-                "-c",
-                f"safe.directory={ROOT}",
-                "-C",
-                str(ROOT),
-                *arguments,
-            ]  # also in another user's clone
+            # git refuses another user's clone unless safe.directory names it.
+            command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments]
             done = subprocess.run(command, input=given, capture_output=True, check=False)
         except FileNotFoundError:
             return None

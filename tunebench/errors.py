@@ -1,4 +1,4 @@
-"""How bad input is refused: one clear line, exit code 2, never a traceback."""
+"""The refusal of bad input: one clear line and exit code 2, never a traceback."""
 
 import contextlib
 import errno
@@ -15,18 +15,18 @@ ADVICE = dict.fromkeys(NO_ROOM, "make room there") | dict.fromkeys(NOT_ALLOWED, 
 
 
 class BadInput(Exception):
-    """What the user gave cannot work. The message is one line that names the flag or file and what would work."""
+    """Input that cannot work. The message is one line. It names the flag or file, and what would work."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())  # a name in it may have line breaks
+        return " ".join(super().__str__().splitlines())  # file names may contain line breaks
 
 
 @contextlib.contextmanager
 def one_line_refusals(program: str) -> Iterator[None]:
     """Ends the process with exit code 2 and the message alone when the body raises `BadInput`.
 
-    The body prints: where nobody reads that any more, the process ends with 130, silently; where there is no room for
-    it, with 2 and one line, as where a file may not be read or written.
+    It does the same where the disk is full or a file may not be read or written. Where the reader of stdout is gone,
+    the process ends silently with exit code 130.
     """
     try:
         yield
@@ -44,13 +44,13 @@ def one_line_refusals(program: str) -> Iterator[None]:
 
 
 def forget_stdout() -> None:
-    """Sends what is still to be printed to nowhere, so that the interpreter does not fail over it at its end."""
+    """Redirects stdout to the null device. Otherwise the interpreter fails at exit when it flushes what is left."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def cannot_write(path: Path, *otherwise: str) -> Iterator[None]:
-    """Turns an OSError of the body, such as a full disk, into a `BadInput` that names `path`, and what would work."""
+    """Turns an OSError of the body, such as a full disk, into a `BadInput` that names `path` and what would work."""
     try:
         yield
     except OSError as error:

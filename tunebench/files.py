@@ -1,4 +1,4 @@
-"""Where files go: the cache for what can be made again, the results for what cannot, and how they are written."""
+"""The folders of files, and how files are written. The cache holds what can be made again, the results what cannot."""
 
 import contextlib
 import fcntl
@@ -13,7 +13,7 @@ from tunebench.errors import NOT_ALLOWED, BadInput, cannot_write
 
 
 def cache_folder() -> Path:
-    """`.cache` in the repository, or where TUNEBENCH_CACHE says; made when missing."""
+    """`.cache` in the repository, or the folder in TUNEBENCH_CACHE; made when missing."""
     folder = _folder("TUNEBENCH_CACHE", ".cache")
     with cannot_write(folder, "TUNEBENCH_CACHE names another folder"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def cache_folder() -> Path:
 
 
 def results_folder() -> Path:
-    """`results` in the repository, or where TUNEBENCH_RESULTS says; made by the first record."""
+    """`results` in the repository, or the folder in TUNEBENCH_RESULTS. The first record makes it."""
     return _folder("TUNEBENCH_RESULTS", "results")
 
 
@@ -34,13 +34,13 @@ def _folder(variable: str, name: str) -> Path:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Puts `content` at `path` whole or not at all; a reader never sees half a file. Raises `BadInput`."""
-    name = os.fsencode(path.name)[:200].decode(errors="ignore")  # a longer one has no room for what is added
+    """Writes `content` to `path` whole or not at all: a reader never sees half a file. Raises `BadInput`."""
+    name = os.fsencode(path.name)[:200].decode(errors="ignore")  # leaves room in 255 bytes for the suffix below
     part = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}")
     with cannot_write(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with part.open("xb") as file:  # with the permissions that the umask leaves
+            with part.open("xb") as file:  # unlike tempfile's, this file has the permissions that the umask allows
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -51,7 +51,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def follow_umask(path: Path) -> None:
-    """Gives a file, which a library may have made for this user alone, the permissions of any new file."""
+    """Gives a file the permissions of any new file. A library may have made it readable for this user alone."""
     umask = os.umask(0o077)
     os.umask(umask)
     path.chmod(0o666 & ~umask)
@@ -59,7 +59,7 @@ def follow_umask(path: Path) -> None:
 
 @contextlib.contextmanager
 def only_one(name: str) -> Iterator[None]:
-    """Holds the machine-wide lock `name` of the cache, so that two runs at once make a thing once."""
+    """Holds the lock `name` of the cache, so that of several runs at once only one makes a file."""
     path = cache_folder() / f".{name}.lock"
     with cannot_write(path):
         lock = _lock_file(path)
@@ -70,7 +70,10 @@ def only_one(name: str) -> Iterator[None]:
 
 
 def _lock_file(path: Path) -> IO | None:
-    """Opened to write, or else to read, as another user's; None where neither is allowed, so that nothing is made."""
+    """The lock file, opened to append or, where it is another user's, to read.
+
+    None where neither is allowed: then this user cannot make files in the cache either.
+    """
     try:
         return path.open("a")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The flags: one parser for all four scripts, so that a setup is spelled the same on both sides."""
+"""The flags. All four scripts share one parser, so that both sides spell a setup in the same way."""
 
 import argparse
 import contextlib
@@ -23,10 +23,10 @@ from tunebench.world import World
 HUB = {"alpaca": "tatsu-lab/alpaca", "guanaco": "Chinese-Vicuna/guanaco_belle_merge_v1.0"}  # data sets by name
 DATA_NAMES = ("synthetic-en", "synthetic-zh", *HUB)
 SUFFIXES = (".json", ".jsonl", ".parquet")
-FIXED = "fixed:"  # and a number: the embedded data's text, cut into samples of so many tokens
+FIXED = "fixed:"  # followed by N: the embedded data's text, cut into samples of N tokens
 LONGEST_FIXED = 2**20
 DEFAULT_SAMPLES, DEFAULT_FIXED_SAMPLES = 10_000, 1000
-# What --tuned stands for: what is fastest without changing the result. A flag beside it goes before it.
+# The flags of --tuned: the fastest ones that do not change the result. A flag given beside --tuned overrides these.
 TUNED: dict[str, Any] = {
     "order": "grouped",
     "padding_free": True,
@@ -37,13 +37,16 @@ TUNED: dict[str, Any] = {
     "keep_memory": True,
 }
 NAMED_DATA = f"{', '.join(DATA_NAMES)}, {FIXED}N (samples of N tokens)"
-BSZ, WARMUP_STEPS, STEPS = 4, 8, 30  # the defaults, where nothing given asks for others
-COMPILED_STEPS = 2  # the first ones of --compile, which are not to be timed
+BSZ, WARMUP_STEPS, STEPS = 4, 8, 30  # defaults; other flags may change the first two
+COMPILED_STEPS = 2  # with --compile, the first steps compile and must not be timed
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class Flags(BaseModel):
-    """The checked flags of one run. Batch sizes are in samples, `timeout` in seconds; `given` are not by default."""
+    """The checked flags of one run. Batch sizes count samples, `timeout` is in seconds.
+
+    `given` names the flags of the command line.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -88,7 +91,7 @@ class Flags(BaseModel):
 
     @property
     def model_name(self) -> str:
-        """The preset's name, or a checkpoint folder's without its path."""
+        """The preset's name, or the checkpoint folder's name without its path."""
         return Path(os.path.abspath(Path(self.model).expanduser())).name or "root"  # noqa: PTH100 (links keep their names)
 
     @property
@@ -98,30 +101,30 @@ class Flags(BaseModel):
 
     @property
     def replicas(self) -> int:
-        """Data-parallel copies of the model: each global batch is split over them."""
+        """Data-parallel copies of the model. Each global batch is split over them."""
         return self.world_size // self.mp
 
     @property
     def compute_dtype(self) -> str:
-        """In which matrices are multiplied, by the name that both frameworks give it."""
+        """The dtype of matrix products, by the name that both frameworks use."""
         return DTYPES[self.dtype]
 
     @property
     def weights_dtype(self) -> str:
-        """In which the model's weights are held. At O2 the optimizer has float32 master weights besides."""
+        """The dtype of the model's weights. At O2 the optimizer also holds float32 master weights."""
         return self.compute_dtype if self.amp == "O2" else "float32"
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches that one replica sums before an optimizer step."""
+        """Gradient accumulation: the micro-batches of one replica per optimizer step."""
         return self.bsz // self.replicas // self.micro_bsz
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with a refusal of one line and no usage text."""
+    """argparse with refusals of one line, without the usage text."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse has it; refuses what no record could hold."""
+        """Parses like argparse. Refuses arguments that no record could hold: JSON needs valid UTF-8."""
         words = sys.argv[1:] if args is None else list(args)
         for word in words:
             if any("\ud800" <= character <= "\udfff" or character == "\0" for character in word):
@@ -133,7 +136,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default of a flag where there is one and its help does not tell it."""
+    """Adds a flag's default where it has one that its help does not state."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         told = action.default is None or "(default" in (action.help or "")
@@ -141,7 +144,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def flag_parser(method: str, prog: str | None = None) -> Parser:
-    """The parser of a script's flags; `method` is `full` or `lora`."""
+    """The parser of a script's flags. `method` is `full` or `lora`."""
     parser = Parser(prog=prog, allow_abbrev=False, formatter_class=Help)
     add_plan_flags(parser)
     add = parser.add_argument
@@ -218,7 +221,7 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
 
 
 def arguments_of(method: str, table: dict[str, Any]) -> list[str]:
-    """A table of flags as on a command line: true stands for a bare flag, false for its opposite. Raises `BadInput`."""
+    """The arguments of a table of flags. True gives the bare flag, false its opposite. Raises `BadInput`."""
     actions = flag_parser(method)._option_string_actions
     arguments = []
     for name, value in table.items():
@@ -241,10 +244,10 @@ def parse_flags(
     world: World | None = None,
     framework: str | None = None,
 ) -> Flags:
-    """Reads the flags of a script. `method` is `full` or `lora`; `world` is this process's place, if it was given one.
-    --tuned leaves out what `framework` does not have.
+    """Reads the flags of a script. `method` is `full` or `lora`. `world` is the place that a launcher gave it.
 
-    A wrong flag ends the process with exit code 2; what only shows in combination raises `BadInput`.
+    --tuned leaves out the flags that `framework` does not have. A wrong flag ends the process with exit code 2. A wrong
+    combination of flags raises `BadInput`.
     """
     options = vars(flag_parser(method, prog).parse_args(argv))
     given = _given(method, prog, argv)
@@ -304,7 +307,7 @@ def parse_flags(
 
 
 def _given(method: str, prog: str | None, argv: Sequence[str] | None) -> frozenset[str]:
-    """Which flags are not left to their defaults."""
+    """The names of the flags on the command line."""
     parser = flag_parser(method, prog)
     options = vars(parser.parse_args([]))
     parser.set_defaults(**dict.fromkeys(options))
@@ -312,8 +315,10 @@ def _given(method: str, prog: str | None, argv: Sequence[str] | None) -> frozens
 
 
 def fit_to_steps(flags: Flags, steps: int) -> Flags:
-    """The flags of a run of so many steps: defaults give way, and it says so. Raises `BadInput` where a given one is
-    wrong."""
+    """The flags of a run of `steps` steps. It adapts defaults that do not fit and prints that it does.
+
+    Raises `BadInput` where a flag of the command line does not fit.
+    """
     warmup, compiled = flags.warmup_steps, flags.compile
     if "warmup_steps" in flags.given:
         if warmup >= steps:
@@ -340,7 +345,7 @@ def fit_to_steps(flags: Flags, steps: int) -> Flags:
 
 
 def default_bsz(options: dict, unit: int) -> int:
-    """The default of --bsz, or the next multiple of `unit` samples, or what few --samples and --epochs fill."""
+    """The default of --bsz: rounded up to a multiple of `unit` samples, lowered where --samples × --epochs is less."""
     bsz = math.ceil(BSZ / unit) * unit
     why = f"a multiple of {unit}"
     if options["samples"] and options["epochs"] and not options["packing"]:
@@ -353,7 +358,7 @@ def default_bsz(options: dict, unit: int) -> int:
 
 
 def tuned(options: dict, framework: str | None) -> dict:
-    """What --tuned stands for beside these flags: without what they do not go with, or the framework does not have."""
+    """The flags that --tuned sets beside `options`: those that go with them and that the framework has."""
     compiles = framework is None or FRAMEWORKS[framework].compiles
     left_out = {"order"} if options["packing"] else set()
     left_out |= {"head"} if options["mp"] > 1 else set()
@@ -362,18 +367,18 @@ def tuned(options: dict, framework: str | None) -> dict:
 
 
 def goes_with_compile(options: dict) -> bool:
-    """Whether layers can be compiled in this setup: whole ones, whose forward pass is run once."""
+    """Whether the layers can be compiled: only whole layers whose forward pass runs once."""
     return options["mp"] == 1 and not options["recompute"]
 
 
 def in_words(options: dict) -> str:
-    """Flags as on a command line."""
+    """Flags, spelled as on a command line."""
     flags = {name.replace("_", "-"): value for name, value in options.items()}
     return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items())
 
 
 def place(options: dict, gpus: int) -> None:
-    """Fills in processes and nodes where no launcher has started this and `gpus` are visible. Raises `BadInput`."""
+    """Fills in processes and nodes of a run that no launcher started, with `gpus` visible GPUs. Raises `BadInput`."""
     if options["nproc"] is None:
         nodes = options["nnodes"] or 1
         options["nproc"] = options["mp"] * (2 if options["zero"] and nodes == 1 else 1)
@@ -410,7 +415,7 @@ def place(options: dict, gpus: int) -> None:
 
 
 def _fits(options: dict, nproc: int, nodes: int) -> bool:
-    """Whether given batch sizes and degrees go with so many processes on each node."""
+    """Whether the batch sizes and degrees in `options` go with `nproc` processes on each of `nodes` nodes."""
     if nproc % options["mp"] or (options["zero"] and nproc * nodes == 1):
         return False
     replicas = nproc * nodes // options["mp"]
@@ -418,7 +423,7 @@ def _fits(options: dict, nproc: int, nodes: int) -> bool:
 
 
 def settle_precision(options: dict, gpus: int) -> None:
-    """Fills in --amp where `gpus` are visible. Raises `BadInput`."""
+    """Fills in --amp for low precision. Raises `BadInput` where precision flags contradict each other or the GPUs."""
     if options["dtype"] != "fp32":
         options["amp"] = options["amp"] or "O2"
     elif options["amp"]:
@@ -430,20 +435,20 @@ def settle_precision(options: dict, gpus: int) -> None:
 
 
 def _join(options: dict, world: World, gpus: int) -> None:
-    """The same where a launcher has started this process: its word counts. Raises `BadInput` where a flag differs."""
+    """Fills in processes and nodes of a run that a launcher started. Raises `BadInput` where a flag differs from it."""
     for name, given in (("nproc", world.nproc), ("nnodes", world.nnodes)):
         if options[name] not in (None, given):
             raise BadInput(
                 f"--{name} {options[name]}: the launcher started {given}; leave the flag out, or the launcher"
             )
         options[name] = given
-    if 1 < gpus < world.nproc:  # Slurm can give each task one of its own
+    if 1 < gpus < world.nproc:  # with one visible GPU, Slurm may have given each task its own
         raise BadInput(f"the launcher started {world.nproc} processes for {gpus} GPUs; start at most {gpus}")
     options["node_rank"], options["master"] = world.rank // world.nproc, None
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that decide which tokens are trained on: those of data/prepare.py, and part of every script's."""
+    """Adds the flags that decide which tokens a run trains on. data/prepare.py and all scripts have them."""
     add = parser.add_argument
     add("--model", help=f"{', '.join(PRESETS)}, or a Hugging Face checkpoint: a folder or a hub name")
     add("--weights", choices=["random", "pretrained"], help="random: a preset's shared seeded checkpoint")
@@ -483,8 +488,16 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=not_negative, default=0, help="of the random start weights and of LoRA's A")
 
 
+def plan_arguments(flags: Flags) -> list[str]:
+    """The command-line arguments with which data/prepare.py makes the plan of these flags."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_plan_flags(parser)
+    values = {action.dest: getattr(flags, action.dest) for action in parser._actions}
+    return arguments_of("full", {name.replace("_", "-"): v for name, v in values.items() if v is not None})
+
+
 def resolve_plan_flags(options: dict) -> dict:
-    """Fills in the defaults that depend on the machine or on other flags. Raises `BadInput`."""
+    """Fills in the defaults that depend on the machine or on other flags, and checks them. Raises `BadInput`."""
     if options["model"] is None:
         accelerators = visible_accelerators()
         options["model"] = "llama-7b" if accelerators else "llama-tiny"
@@ -519,12 +532,12 @@ def resolve_plan_flags(options: dict) -> dict:
 
 
 def is_named(data: str) -> bool:
-    """Whether --data names no file. Raises `BadInput` where it is fixed:N with another N than can be."""
+    """Whether --data names data of this project or of the hub, not a file. Raises `BadInput` for a wrong fixed:N."""
     return data in DATA_NAMES or fixed_tokens(data) is not None
 
 
 def fixed_tokens(data: str) -> int | None:
-    """N of fixed:N, None for other data. Raises `BadInput`."""
+    """N of fixed:N, or None for other data. Raises `BadInput` for a wrong N."""
     if not data.startswith(FIXED) or Path(data).suffix in SUFFIXES:
         return None
     number = data.removeprefix(FIXED)
@@ -537,7 +550,7 @@ def fixed_tokens(data: str) -> int | None:
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1 that any framework can count to."""
+    """An integer from 1 to 2^31 − 1, which fits the frameworks' 32-bit counters."""
     value = int(text)
     if not 1 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is out of range; use 1 {'or more' if value < 1 else 'to 2147483647'}")
@@ -545,7 +558,7 @@ def positive(text: str) -> int:
 
 
 def not_negative(text: str) -> int:
-    """An integer of at least 0 that fits a seed."""
+    """An integer from 0 to 2^32 − 1, the range of a seed."""
     value = int(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is out of range; use 0 to 4294967295")
@@ -561,14 +574,14 @@ def positive_float(text: str) -> float:
 
 
 def _check_out(path: Path) -> None:
-    """Refuses, before a run, a record file that could not be written after it."""
+    """Raises `BadInput` before the run where its record could not be written after it."""
     if path_of("out", str(path)).is_dir():
         raise BadInput(f"--out {path} is a folder; name a file")
     check_folder(path.parent, f"--out {path}")
 
 
 def check_folder(folder: Path, named_by: str) -> None:
-    """Makes a folder for records. Raises `BadInput` where there can be none, or none that can be written to."""
+    """Makes a folder for records. Raises `BadInput` where it cannot be made or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -578,7 +591,7 @@ def check_folder(folder: Path, named_by: str) -> None:
 
 
 def path_of(flag: str, text: str) -> Path:
-    """The path that `text` names, whether it is there or not. Raises `BadInput` where it can name none."""
+    """The path that `text` names, whether it exists or not. Raises `BadInput` where `text` cannot be a path."""
     try:
         path = Path(text).expanduser()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):

@@ -1,6 +1,6 @@
-"""The frameworks: all that is said of one outside its folder.
+"""The frameworks: everything that the shared code knows of one.
 
-Adding a framework is an entry in FRAMEWORKS and a folder of its name, with the scripts and its requirements.
+A new framework is an entry in FRAMEWORKS and a folder of its name with the scripts and its requirements.
 """
 
 import socket
@@ -19,9 +19,9 @@ ATTENTION_SIGNS = {"eager": ("softmax",), "sdpa": ("att",), "flash": ("flash", "
 
 
 class Launch(NamedTuple):
-    """What a launcher is to start: `worker`'s command, `nproc` times, on node `node_rank` of `nnodes`.
+    """What a launcher starts: the command `worker`, `nproc` times, on node `node_rank` of `nnodes`.
 
-    `master` is HOST:PORT of node 0, None for a single node. The launcher may write into `folder`.
+    `master` is HOST:PORT of node 0, or None for a single node. The launcher may write into `folder`.
     """
 
     worker: list[str | Path]
@@ -34,15 +34,18 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Framework:
-    """What the shared code has to know of a framework.
+    """What the shared code knows of a framework.
 
-    `title` is the name in tables. `packages` are the distributions that decide its speed; the version of `version_of`
-    stands for all of them. `launcher` is how messages call the launcher, which sets `rank_variable`. `read_place` reads
-    the launcher's variables, `place_settings` gives them for a process that Slurm started, and `command` starts the
-    launcher. `compiles` says whether --compile works. `families` are those that its folder builds, None for all.
-    `attention_signs` gives the parts of kernels' names by which a
-    run of an --attention is known, from the flag, whether there is a GPU, and whether the model has a bias for
-    positions (ALiBi). `trainer` is the peer that ratios are taken to: the framework's own trainer.
+    - `title`: the name in tables.
+    - `packages`: the distributions that decide its speed. The version of `version_of` stands for all of them.
+    - `launcher`: the launcher's name in messages. The launcher sets `rank_variable`.
+    - `read_place`: reads the launcher's variables. `place_settings`: gives them for a process that Slurm started.
+      `command`: the command line that starts the launcher.
+    - `compiles`: whether --compile works.
+    - `families`: the model families that its folder builds; None for all.
+    - `attention_signs`: the parts of kernel names that prove an --attention. Its arguments are the flag, whether there
+      is a GPU, and whether the model adds a bias for positions (ALiBi).
+    - `trainer`: the peer whose rate others are divided by: the framework's own trainer.
     """
 
     name: str
@@ -78,7 +81,7 @@ def _torch_settings(world: World) -> dict[str, str]:
 
 
 def _torch_command(launch: Launch) -> list[str | Path]:
-    # As --standalone, which takes a free port, but by address.
+    # The same as --standalone, which takes a free port, but by address instead of the host's name.
     meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={LOOPBACK}:0", f"--rdzv-id={uuid.uuid4().hex}"]
     meeting += [f"--local-addr={LOOPBACK}"]
     if launch.master is not None:
@@ -90,7 +93,7 @@ def _torch_command(launch: Launch) -> list[str | Path]:
 
 
 def _torch_attention_signs(attention: str, on_gpu: bool, biased: bool) -> tuple[str, ...]:
-    # torch's flash kernels take no bias. Such a model runs the fastest fused kernel that does.
+    # torch's flash kernels take no bias. A model with one runs the fastest fused kernel that takes it.
     return ("att",) if attention == "flash" and biased else ATTENTION_SIGNS[attention]
 
 
@@ -118,14 +121,14 @@ def _paddle_settings(world: World) -> dict[str, str]:
 
 
 def _paddle_command(launch: Launch) -> list[str | Path]:
-    # Its log folder also gets each worker's whole environment, so it is one that is removed.
+    # The launcher writes each worker's whole environment to its log folder, so the log folder is a temporary one.
     meeting = ["--nproc_per_node", str(launch.nproc), "--log_dir", str(launch.folder / "log"), "--log_level", "ERROR"]
     meeting += ["--enable_gpu_log", "False", "--job_id", uuid.uuid4().hex if launch.master is None else launch.master]
     if launch.master is None:
         meeting += ["--host", LOOPBACK]
     else:
-        # The launcher compares IP addresses to find out whether it is the one to listen. Its own address it would take
-        # from the host's name, which often stands for the loopback device.
+        # The launcher compares IP addresses to decide whether it listens. By default it resolves the host's name, which
+        # often gives the loopback address.
         host, _, port = launch.master.rpartition(":")
         meeting += ["--master", f"{socket.gethostbyname(host)}:{port}", "--host", own_address(host)]
         meeting += ["--nnodes", str(launch.nnodes), "--rank", str(launch.node_rank)]
@@ -133,7 +136,7 @@ def _paddle_command(launch: Launch) -> list[str | Path]:
 
 
 def _paddle_attention_signs(attention: str, on_gpu: bool, biased: bool) -> tuple[str, ...]:
-    if not on_gpu:  # there Paddle makes its scaled_dot_product_attention of separate kernels
+    if not on_gpu:  # on CPUs Paddle's scaled_dot_product_attention calls separate kernels
         return ATTENTION_SIGNS["eager"]
     return ("att",) if attention == "flash" and biased else ATTENTION_SIGNS[attention]
 

@@ -7,7 +7,7 @@ from tunebench.bootstrap import is_complete
 from tunebench.errors import BadInput
 from tunebench.frameworks import FRAMEWORKS
 
-# What a peer's job says (peers/run_peer.py). Any other flag would be of no effect.
+# The flags that a peer's job holds (peers/run_peer.py). Any other flag would have no effect.
 PEER_FLAGS = frozenset(
     {
         *("model", "weights", "data", "samples", "skip_bad", "bsz", "steps", "warmup_steps", "paired_halves"),
@@ -18,9 +18,9 @@ PEER_FLAGS = frozenset(
 
 @dataclass(frozen=True)
 class Peer:
-    """A trainer: its `script` in peers/, which runs in .venv/`environment`.
+    """A trainer: its `script` in peers/ runs in .venv/`environment`.
 
-    `packed` peers fill rows with samples of their choice; the others take the plan's batches. `padding_free` ones
+    `packed` peers fill rows with samples of their own choice. The others take the plan's batches. `padding_free` peers
     compute no padding.
     """
 
@@ -45,14 +45,14 @@ PEERS: dict[str, Peer] = {
 
 
 def check_environment(name: str) -> None:
-    """Raises `BadInput` where an environment of .venv/ is not complete, with the command that makes it."""
+    """Raises `BadInput` where .venv/`name` is not complete. The message names the command that makes it."""
     source, setup = (name, "setup.sh") if name in FRAMEWORKS else (f"peers/envs/{name}", "peers/setup.sh")
     if not is_complete(name, source):
         raise BadInput(f"the environment .venv/{name} is not complete; run: bash {setup} {name}")
 
 
 def check_peer_flags(given: Collection[str], paired_halves: bool) -> None:
-    """Raises `BadInput` where a flag was given that no peer follows."""
+    """Raises `BadInput` where one of the `given` flags is none that peers follow."""
     for name in sorted(set(given) - PEER_FLAGS):
         raise BadInput(f"--{name.replace('_', '-')}: peers do not follow it; leave it out")
     if paired_halves:

@@ -1,6 +1,6 @@
-"""The batch plan: the file that says which tokens each global batch holds. Both frameworks read the same one.
+"""The batch plan: a file with the tokens of each global batch. Both frameworks read the same file.
 
-`data/prepare.py` writes it; a script whose plan is missing runs that program first.
+`data/prepare.py` writes it. A script whose plan is missing runs that program first.
 """
 
 import hashlib
@@ -20,28 +20,28 @@ from safetensors.numpy import save
 from tunebench.bootstrap import ROOT
 from tunebench.errors import BadInput
 from tunebench.files import cache_folder, write_atomically
-from tunebench.flags import FIXED, HUB, Flags, is_named
+from tunebench.flags import FIXED, HUB, Flags, is_named, plan_arguments
 from tunebench.models.checkpoint import Checkpoint, tokenizer_files
 from tunebench.processes import dying_with_parent
 from tunebench.record import PlanInfo
 
-PLAN_VERSION = 4  # part of the cache key: raise it when the same inputs would give another plan
+PLAN_VERSION = 4  # part of the cache key; raise it when a change of code gives the same inputs another plan
 PROMPT_TOKENS, RESPONSE_TOKENS = 256, 384  # the published record's limits; the response's EOS comes on top
 IGNORED = -100  # the label of a position that is not trained on
 
 
-Sample = tuple[np.ndarray, int]  # its tokens, int32, and how many of them are the prompt
+Sample = tuple[np.ndarray, int]  # its tokens (int32), and the number of prompt tokens among them
 Passes = list[tuple[bool, "MicroBatch"]]
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One replica's share of a pass, each array int64.
+    """One replica's micro-batch. All arrays are int64.
 
-    Padded: (micro_bsz, width), to the global batch's longest. Padding-free: (1, tokens), all samples end to end, and
-    `lengths` has how many tokens each of them has. Positions count from 0 in each sample.
-    `labels` are shifted already: position t is trained to give the token at t + 1, or nothing where it is -100.
-    `labelled` are the positions in their flattened array that have one.
+    Padded arrays have the shape (micro_bsz, width), where `width` is the longest sample of the global batch.
+    Padding-free arrays have the shape (1, tokens): all samples end to end, with the tokens of each in `lengths`.
+    Positions count from 0 in each sample. `labels` are shifted: the label at t is the token at t + 1, or -100 where the
+    position is not trained on. `labelled` are the indices of the labels, in the flattened array.
     """
 
     input_ids: np.ndarray
@@ -65,16 +65,16 @@ class Plan:
     sha256: str
     about: dict[str, Any]
     tokens: np.ndarray  # all samples' tokens, one after the other, int32
-    offsets: np.ndarray  # where each sample starts (and the end, last), int64, (samples + 1,)
+    offsets: np.ndarray  # each sample's start in `tokens`, and the end; int64, (samples + 1,)
     prompt_lengths: np.ndarray  # int32, (samples,)
-    rows: np.ndarray  # the sample that each row starts with (and their number, last), int64, (steps × bsz + 1,)
-    padding_free: bool = False  # how the run is to compute them
+    rows: np.ndarray  # each row's first sample, and the number of samples; int64, (steps × bsz + 1,)
+    padding_free: bool = False  # whether the run computes the samples without padding
     _ahead: dict[tuple, "Future[Passes]"] = field(default_factory=dict, repr=False)
     _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "batches"), repr=False)
 
     @property
     def bsz(self) -> int:
-        """Rows of a global batch: samples, where they are not packed."""
+        """Rows of a global batch: without packing, samples."""
         return self.about["bsz"]
 
     @property
@@ -83,7 +83,7 @@ class Plan:
         return (len(self.rows) - 1) // self.bsz
 
     def row_lengths(self, step: int) -> np.ndarray:
-        """Tokens of each row of a step, shape (bsz,)."""
+        """Tokens of each row of a step; shape (bsz,)."""
         return np.diff(self.offsets[self.rows[step * self.bsz : (step + 1) * self.bsz + 1]])
 
     def samples(self, step: int) -> int:
@@ -101,19 +101,19 @@ class Plan:
         return int(self.row_lengths(step).max()) * self.bsz
 
     def label_tokens(self, step: int) -> int:
-        """Positions of a step that are trained on: responses and their EOS."""
+        """Positions of a step with a label: responses and their EOS."""
         first, end = self.rows[step * self.bsz], self.rows[(step + 1) * self.bsz]
         return self.effective_tokens(step) - int(self.prompt_lengths[first:end].sum())
 
     def squared_lengths(self, step: int) -> int:
-        """The squares of the step's samples' tokens, summed."""
+        """The sum over a step's samples of the square of their tokens."""
         first, end = self.rows[step * self.bsz], self.rows[(step + 1) * self.bsz]
         return int((np.diff(self.offsets[first : end + 1]) ** 2).sum())
 
     def micro_batches(self, step: int, micro_bsz: int, replica: int = 0, replicas: int = 1) -> Passes:
-        """The passes of one replica in a step, in order: its contiguous slice of the global batch, cut up.
+        """The micro-batches of one replica in a step, in order: its contiguous slice of the global batch, cut up.
 
-        Each comes with whether it is the last one. A thread makes those of the next step while this one runs.
+        Each comes with whether it is the step's last. A thread makes the next step's while this step runs.
         """
         how = micro_bsz, replica, replicas
         made = self._ahead.pop((step, *how), None)
@@ -147,12 +147,12 @@ class Plan:
             yield last, MicroBatch(**arrays, lengths=lengths if self.padding_free else None)
 
     def print_remarks(self) -> None:
-        """Prints what a reader of the result would not expect of the data, a line each."""
+        """Prints the remarks about the data, such as columns that were left out. One line each."""
         for remark in self.about["remarks"]:
             print(remark, flush=True)
 
     def info(self) -> PlanInfo:
-        """What the record says of the plan."""
+        """The plan as the record describes it."""
         run = range(self.steps)
         return PlanInfo(
             data=self.about["data"],
@@ -169,7 +169,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Samples:
-    """Tokenized samples, one after the other: the arrays are those of `Plan`."""
+    """Tokenized samples, one after the other. The arrays are those of `Plan`."""
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -177,16 +177,16 @@ class Samples:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens of each, prompt, response and EOS."""
+        """Tokens of each sample: prompt, response and EOS."""
         return np.diff(self.offsets)
 
     def digest(self) -> str:
-        """A digest of all tokens, and where samples and responses start."""
+        """A digest of all tokens and of the starts of samples and responses."""
         return hashlib.sha256(save(vars(self))).hexdigest()
 
     @classmethod
     def of(cls, samples: list[Sample]) -> Self:
-        """From one by one."""
+        """Joins single samples."""
         return cls(
             np.concatenate([tokens for tokens, _ in samples]).astype(np.int32),
             np.cumsum([0, *(len(tokens) for tokens, _ in samples)], dtype=np.int64),
@@ -195,24 +195,26 @@ class Samples:
 
 
 class Rows(NamedTuple):
-    """Which samples a plan's rows hold: `order` has their indices, row after row, `starts` where each row starts in it
-    (and its length, last)."""
+    """The samples of a plan's rows. `order` has their indices, row after row.
+
+    `starts` has each row's start in `order`, and the length of `order` last.
+    """
 
     order: np.ndarray
     starts: np.ndarray
 
 
 def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
-    """The plan of these flags; made first, by data/prepare.py in a process of its own, when it is missing.
+    """The plan of these flags. Where it is missing, data/prepare.py makes it first, in another process.
 
-    Raises `BadInput` when the plan cannot be made or does not fit the model.
+    Raises `BadInput` where the plan cannot be made or does not fit the model.
     """
     path = plan_path(flags.model_dump(), checkpoint)
     try:
         plan = read_plan(path)
         plan.print_remarks()
     except (FileNotFoundError, BadInput):
-        _prepare(flags)  # which says it
+        _prepare(flags)  # it prints the remarks itself
         plan = read_plan(path)
     plan = replace(plan, padding_free=flags.padding_free)
     vocabulary, positions = checkpoint.config["vocab_size"], checkpoint.config.get("max_position_embeddings")
@@ -258,7 +260,7 @@ def write_samples(path: Path, about: dict[str, Any], samples: Samples) -> None:
 
 
 def plan_path(options: dict[str, Any], checkpoint: Checkpoint) -> Path:
-    """Where the plan of these flags lies: a name made of everything that the plan depends on."""
+    """The path of these flags' plan. Its name has a digest of everything that the plan depends on."""
     parts: list[Any] = [tokens_key(options, checkpoint), _file_key(ROOT / "data" / "batching.py")]
     parts += [options[name] for name in ("bsz", "steps", "epochs", "order", "packing", "plan_seed")]
     if options["steps"] and options["paired_halves"]:
@@ -266,30 +268,30 @@ def plan_path(options: dict[str, Any], checkpoint: Checkpoint) -> Path:
     parts += row_seeds(options)
     name = data_name(options["data"]).replace(":", "-")
     if not is_named(options["data"]):
-        # A file's own name may be as long as the system allows, and the plan's is longer.
+        # A data file's name may have the longest allowed length, and the plan's name adds to it.
         name = Path(name).stem.encode()[:100].decode(errors="ignore")
     return cache_folder() / "plans" / f"{name}-bsz{options['bsz']}-{_key(parts)}.safetensors"
 
 
 def row_seeds(options: dict[str, Any]) -> list[int]:
-    """The seed of the rows' order; none where they are in the order in which samples are drawn."""
+    """The seed of the rows' order; empty where rows keep the order in which samples are drawn."""
     return [options["seed"]] * (options["order"] == "grouped" or options["packing"] > 0)
 
 
 def data_name(data: str) -> str:
-    """How records and messages call the data of --data: a file without its folder."""
+    """The name of --data in records and messages: for a file, its name without the folder."""
     return data if is_named(data) else Path(data).name
 
 
 def tokens_key(options: dict[str, Any], checkpoint: Checkpoint) -> str:
-    """A name for the tokenized data: it changes with the data, the tokenizer and the limits."""
+    """The cache key of the tokenized data. It changes with the data, the tokenizer and the limits."""
     code = [_file_key(ROOT / "data" / name) for name in ("sources.py", "prepare.py")]
     generator = [_file_key(ROOT / "data" / name) for name in ("synthetic.py", "tokenizer.py", "spiece.py")]
     read = [checkpoint.config.get(name) for name in ("eos_token_id", "pad_token_id", "vocab_size", "model_type")]
     tokenizer = [*read, generator, options["weights"]]
     tokenizer += [(file.name, _file_key(file)) for file in tokenizer_files(checkpoint.folder)]
     data = options["data"]
-    if data in HUB:  # a folder of that name goes before the hub
+    if data in HUB:  # `datasets` prefers a local folder of that name to the hub
         files = sorted(file for file in Path(HUB[data]).rglob("*") if file.is_file())
     else:
         files = [] if is_named(data) else [Path(data)]
@@ -299,13 +301,7 @@ def tokens_key(options: dict[str, Any], checkpoint: Checkpoint) -> str:
 
 
 def _prepare(flags: Flags) -> None:
-    arguments = [f"--model={flags.model}", f"--weights={flags.weights}", f"--data={flags.data}", f"--bsz={flags.bsz}"]
-    arguments += [f"--samples={flags.samples}"] * (flags.samples is not None) + ["--skip-bad"] * flags.skip_bad
-    arguments += [f"--order={flags.order}", f"--packing={flags.packing}"]
-    arguments += [f"--epochs={flags.epochs}"] if flags.epochs else [f"--steps={flags.steps}"]
-    arguments += [f"--warmup-steps={flags.warmup_steps}", f"--plan-seed={flags.plan_seed}"]
-    arguments += ["--no-paired-halves"] * (not flags.paired_halves)
-    command = [sys.executable, str(ROOT / "data" / "prepare.py"), *arguments, f"--seed={flags.seed}"]
+    command = [sys.executable, str(ROOT / "data" / "prepare.py"), *plan_arguments(flags)]
     done = subprocess.run(command, check=False, preexec_fn=dying_with_parent())
     if done.returncode:
         sys.exit(done.returncode)  # prepare.py has said why
@@ -331,6 +327,6 @@ def _read(path: Path, what: str, names: tuple[str, ...]) -> tuple[dict[str, Any]
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """The indices of all elements of slices, slice after slice."""
+    """The indices of all elements of the slices `starts[i] : starts[i] + lengths[i]`, slice after slice."""
     before = np.cumsum(lengths) - lengths
     return np.arange(lengths.sum()) + np.repeat(starts - before, lengths)

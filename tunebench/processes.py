@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive who started them, whichever way that ends."""
+"""Child processes that cannot outlive the process that started them, however that one ends."""
 
 import contextlib
 import ctypes
@@ -19,27 +19,27 @@ PATIENCE = 15.0  # seconds from SIGTERM to SIGKILL
 
 
 def dying_with_parent() -> Callable[[], None]:
-    """A `preexec_fn` with which the child is killed when the thread that starts it ends, by SIGKILL too."""
+    """A `preexec_fn`: the kernel kills the child when the thread that started it ends, also when that is killed."""
     return functools.partial(_die_with, os.getpid())
 
 
 def die_with_parent() -> None:
-    """Lets this process be killed when the thread that started it ends."""
+    """Tells the kernel to kill this process when the thread that started it ends."""
     _die_with(os.getppid())
 
 
 def start(command: Sequence[str | Path], **options: Any) -> subprocess.Popen:
-    """Starts `command` without input in a session, and so a group, of its own; it dies with this thread."""
+    """Starts `command` without input, in its own session and process group. It dies with this thread."""
     return subprocess.Popen(
         command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=dying_with_parent(), **options
     )
 
 
 def end(process: subprocess.Popen, patience: float = PATIENCE) -> None:
-    """Ends a process made by `start`, its group and its descendants in other groups; returns when all are gone.
+    """Ends a process made by `start`, its group, and its descendants in other groups. Returns when all are gone.
 
-    They get SIGTERM, and after `patience` seconds SIGKILL. What the process left running when it ended by itself is
-    ended just so.
+    They get SIGTERM, and SIGKILL after `patience` seconds. Where the process has ended by itself, this ends what it
+    left running.
     """
     deadline = time.monotonic() + patience
     asked: set[psutil.Process] = set()
@@ -49,7 +49,7 @@ def end(process: subprocess.Popen, patience: float = PATIENCE) -> None:
             with contextlib.suppress(psutil.NoSuchProcess):
                 if time.monotonic() > deadline:
                     member.kill()
-                elif member not in asked:  # once: a second SIGTERM would break into a launcher's own clearing up
+                elif member not in asked:  # once: a second SIGTERM would interrupt a launcher's own clean-up
                     member.terminate()
         asked |= left
         process.poll()
@@ -59,33 +59,36 @@ def end(process: subprocess.Popen, patience: float = PATIENCE) -> None:
 
 
 def oom_kills() -> int:
-    """How many processes the kernel has killed so far for want of memory, also those within a cgroup's limit."""
+    """How many processes the kernel has killed since boot because memory ran out, a cgroup's included."""
     path = Path("/proc/vmstat")
     counts = dict(line.split() for line in path.read_text().splitlines()) if path.exists() else {}
     return int(counts.get("oom_kill", 0))
 
 
 def death_in_words(number: int, oom_kills_before: int) -> tuple[str, str]:
-    """Status and reason of a process that a signal ended; `oom` where the kernel meanwhile killed for memory."""
+    """Status and reason of a process that a signal ended. The status is `oom` where the kernel killed for memory."""
     if number == signal.SIGKILL and oom_kills() > oom_kills_before:
         return "oom", f"killed by {signal_in_words(number)}: the kernel ended a process for want of memory meanwhile"
     return "failed", f"killed by {signal_in_words(number)}"
 
 
 def signal_in_words(number: int) -> str:
-    """A signal by name and number, such as `SIGKILL (9)`; not every number has a name."""
+    """A signal's name and number, such as `SIGKILL (9)`; `signal (N)` for a number without a name."""
     name = signal.Signals(number).name if number in list(signal.Signals) else "signal"
     return f"{name} ({number})"
 
 
 def _die_with(parent: int) -> None:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above took effect
+    if os.getppid() != parent:  # the parent ended before prctl took effect
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _members(process: subprocess.Popen) -> set[psutil.Process]:
-    """Who is in the group, also when its leader is gone, and who descends from the leader (launchers start groups)."""
+    """All processes of the group, also when its leader is gone, and all descendants of the leader.
+
+    Launchers start groups of their own.
+    """
     members: set[psutil.Process] = set()
     for other in psutil.process_iter():
         with contextlib.suppress(ProcessLookupError, PermissionError):

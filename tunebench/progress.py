@@ -1,4 +1,4 @@
-"""The line that a run prints after each step, and how it is read again."""
+"""The line that a run prints after each step, and its parser."""
 
 import re
 from typing import NamedTuple
@@ -7,7 +7,7 @@ PATTERN = re.compile(r"step (\d+)/(\d+): ([\d.]+) s, (\d+) effective tokens/s")
 
 
 class Step(NamedTuple):
-    """A finished step: its number from 1, of how many, its seconds and effective tokens per second."""
+    """A finished step: its number from 1, the run's steps, its seconds, and its effective tokens per second."""
 
     number: int
     total: int
@@ -15,11 +15,11 @@ class Step(NamedTuple):
     rate: float
 
     def line(self) -> str:
-        """As a run prints it."""
+        """The line that a run prints."""
         return f"step {self.number}/{self.total}: {self.seconds:.3f} s, {self.rate:.0f} effective tokens/s"
 
 
 def read_step(line: str) -> Step | None:
-    """The step that a printed line tells of; None where it tells of none."""
+    """The step in a printed line; None where the line has none."""
     found = PATTERN.search(line)
     return Step(int(found[1]), int(found[2]), float(found[3]), float(found[4])) if found else None

@@ -1,4 +1,4 @@
-"""The record: one JSON file per run. Nothing that can be derived is stored."""
+"""The record: one JSON file per run. It stores nothing that other fields determine."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from tunebench.frameworks import FRAMEWORKS
 from tunebench.hardware import Hardware
 
 LOG_LINES = 40
-BUILT_TOLERANCE = 1e-5  # relative, of what float32 makes of a model's constants: up to 1e-6 was seen
-# Bounds that nothing real reaches, so that what is derived stays a number.
+BUILT_TOLERANCE = 1e-5  # relative: rounding a model's constants to float32 changed them by up to 1e-6
+# Bounds that no real run reaches. They keep derived values finite.
 Seconds = Annotated[float, Field(gt=1e-9, lt=1e9)]
 Count = Annotated[int, Field(gt=0, lt=2**53)]
 Amount = Annotated[int, Field(ge=0, lt=2**63)]
@@ -25,13 +25,13 @@ Curve = Annotated[float, Field(ge=0, lt=1e39)]  # float32 ends there
 
 
 class Strict(BaseModel):
-    """A part of the record; unknown fields are an error."""
+    """A part of the record. Unknown fields are an error."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Git(Strict):
-    """The commit that ran; None outside a git checkout. `changes` is a digest of what was not committed."""
+    """The commit that ran, None outside a git checkout. `changes` is a digest of uncommitted changes."""
 
     revision: str | None
     dirty: bool | None
@@ -39,9 +39,10 @@ class Git(Strict):
 
 
 class Work(Strict):
-    """What decides the arithmetic of a token.
+    """The sizes that decide how many operations a token needs.
 
-    `matmul_parameters` are those multiplied with activations: all matrices but an embedding that is no head too.
+    `matmul_parameters` counts the elements of the matrices that activations are multiplied with. An embedding counts
+    where it also is the head.
     """
 
     matmul_parameters: Count
@@ -62,11 +63,11 @@ Positive = Annotated[float, Field(gt=0, lt=1e9)]
 
 
 class Built(Strict):
-    """What a framework's model computes with, read back from its modules once it stands.
+    """What a framework's model computes with, read back from its modules after the script has built it.
 
-    `activation` is known by its values. `norm_epsilon` is that of all norms. `padding_row` is the row of the embedding
-    that gets no gradient. `rotary` are the radians by which each pair of a head's numbers is turned per position, and
-    `rotary_scale` what the turned numbers are multiplied by; `alibi` are each head's slopes.
+    `activation` is identified by the values that it computes. `norm_epsilon` is that of all norms. `padding_row` is the
+    row of the embedding that gets no gradient. `rotary` has the angle in radians by which each pair of a head's numbers
+    turns per position. The turned numbers are multiplied by `rotary_scale`. `alibi` has each head's slope.
     """
 
     layers: Count
@@ -110,7 +111,7 @@ def _brief(value: Any) -> str:
 
 
 class Model(Strict):
-    """The model; the framework's count of what it trains is None until it has loaded, and so is what it built."""
+    """The model. `trainable_parameters` and `built` are None until the framework has built the model."""
 
     name: str
     family: str
@@ -123,7 +124,7 @@ class Model(Strict):
 
 
 class Setup(Strict):
-    """How the run was split and computed. Batch sizes in samples, with packing in rows of so many tokens."""
+    """How the run was split and computed. Batch sizes count samples, or with --packing rows of `packing` tokens."""
 
     nproc: Count
     nnodes: Count
@@ -147,10 +148,10 @@ class Setup(Strict):
 
 
 class Kernels(Strict):
-    """What the first forward pass ran, as seen in the framework where it calls its kernels, not as it was asked for.
+    """What the first forward pass ran, as seen where the framework calls its kernels.
 
-    Dtypes of the weights and of the matrix products with them, and the kernels that turned scores into attention:
-    a fused one by the framework's name, or the softmax.
+    `weights` and `matmuls` are the dtypes of the weights and of the matrix products with them. `attention` names the
+    kernels that turned scores into attention: a fused kernel by the framework's name, or the softmax.
     """
 
     weights: list[str]
@@ -159,10 +160,10 @@ class Kernels(Strict):
 
 
 class PlanInfo(Strict):
-    """Which tokens were trained on, counted over all steps of the run; `skipped` samples were malformed.
+    """The tokens that the run trained on, counted over all its steps. `skipped` samples were malformed.
 
-    `remarks` are what was printed of the data, such as the columns that were left out. `drawn_from` is a digest of the
-    samples that the batches were drawn from and of how: plans that differ in --plan-seed alone have the same.
+    `remarks` are the lines printed about the data, such as the columns that were left out. `drawn_from` is a digest of
+    the samples and of the rules that made batches of them. It is the same for plans that differ in --plan-seed alone.
     """
 
     data: str
@@ -177,9 +178,9 @@ class PlanInfo(Strict):
 
 
 class Steps(Strict):
-    """Every optimizer step from the first on; all lists are equally long. Seconds are wall-clock.
+    """All optimizer steps from the first on. The lists are equally long. Seconds are wall-clock.
 
-    The gradient norm of a step is None where the gradients overflowed float16, so that the optimizer skipped it.
+    The gradient norm is None where the gradients overflowed float16. The optimizer skipped that step.
     """
 
     seconds: list[Seconds]
@@ -188,7 +189,7 @@ class Steps(Strict):
     label_tokens: list[Count]
     loss: list[Curve]
     grad_norm: list[Curve | None]
-    squared_lengths: list[Count] | None = None  # of the samples of a step, summed: what attention grows with
+    squared_lengths: list[Count] | None = None  # tokens², summed over a step's samples: attention's work grows with it
 
     @model_validator(mode="after")
     def _equally_long(self) -> Self:
@@ -200,17 +201,17 @@ class Steps(Strict):
 
 
 class Taker(Strict):
-    """Processes of one name that are not the run's, and the core-seconds that they took of the timed steps."""
+    """Processes of one name that do not belong to the run, and the core-seconds they took during the timed steps."""
 
     name: str
     core_seconds: Duration
 
 
 class Device(Strict):
-    """What else used a GPU at the end of the timed steps; None where NVIDIA's library does not tell.
+    """What else used a GPU. None where NVIDIA's library (NVML) does not tell.
 
-    `processes` are others, `memory_bytes` theirs and `share` their part of its time in the timed steps. `throttled` are
-    the reasons that held its clocks down.
+    At the end of the timed steps, `processes` others held `memory_bytes`. `share` is their part of the GPU's time
+    during the timed steps. `throttled` has the reasons that held its clocks down.
     """
 
     processes: Amount | None
@@ -220,18 +221,21 @@ class Device(Strict):
     sm_clock_mhz: Amount | None
 
 
-MARKED, DISTURBED = 0.01, 0.05  # of a core or a GPU: from here on a table says it, from there on there is no speedup
-HARMFUL = ("thermal", "brake", "hardware")  # in a reason to throttle: the others are a GPU's usual limits
+# Shares of a core or a GPU. From MARKED on a table says what others took. From DISTURBED on it gives no speedup.
+MARKED, DISTURBED = 0.01, 0.05
+HARMFUL = ("thermal", "brake", "hardware")  # words in a reason to throttle; other reasons are a GPU's usual limits
 
 
 class Conditions(Strict):
-    """What else the machine did during the timed steps, on the node of rank 0.
+    """What else the machine did during the timed steps, on the node of rank 0. None where the system does not tell.
 
-    `seconds` are those between the two readings. Core-seconds are those of the `cores` that the run may use: `busy`
-    with any process, taken by the hypervisor (`steal`), `idle`, and the run's `own`. `takers` are the other processes
-    that took most, as far as they can be seen from here. `run_delay_seconds` is how long the run's threads waited for
-    a core, summed. Swapped and faulted pages are the machine's and the run's; `memory_stall_seconds` is how long some
-    process waited for memory. `mhz` are the cores' mean clocks at both ends. None where the system does not tell.
+    - `seconds`: the time between the two readings.
+    - Core-seconds of the `cores` that the run may use: `busy` with any process, taken by the hypervisor (`steal`),
+      `idle`, and the run's `own`. `takers` are the other visible processes that took most.
+    - `run_delay_seconds`: how long the run's threads waited for a core, summed.
+    - `major_faults`: the run's. `swapped_bytes`: the machine's. `memory_stall_seconds`: how long some process waited
+      for memory.
+    - `mhz`: the cores' mean clock at the first and at the second reading.
     """
 
     seconds: Seconds
@@ -256,14 +260,14 @@ class Conditions(Strict):
         return max(0.0, taken) / self.seconds
 
     def disturbance(self, on_gpu: bool) -> tuple[float, str]:
-        """The largest share of a core or a GPU that others took, and what took it in words.
+        """The largest share of a core or a GPU that others took, and a sentence that says who took it.
 
-        Beside a GPU others may use cores that stand idle: there counts what is beyond these.
+        On a GPU run others may use idle cores. What exceeds the idle cores counts.
         """
         cores = max(0.0, self.others_cores - self.idle_core_seconds / self.seconds * on_gpu)
         named = [f"{taker.name} {taker.core_seconds / self.seconds:.1%}" for taker in self.takers]
         if sum(taker.core_seconds for taker in self.takers) / self.seconds > 1.3 * cores + MARKED:
-            named = []  # they took other cores, or idle ones
+            named = []  # they took more than that: of other cores, or of idle ones
         named += [f"the hypervisor {self.steal_core_seconds / self.seconds:.1%}"] * (self.steal_core_seconds > 0)
         found = [(cores, f"others took {cores:.1%} of a core" + f" ({', '.join(named)})" * bool(named))]
         for i, gpu in enumerate(self.gpus):
@@ -271,7 +275,7 @@ class Conditions(Strict):
         return max(found)
 
     def remarks(self) -> list[str]:
-        """What else a reader must know: swapping, throttled or shared GPUs, and beside these waiting for cores."""
+        """Other facts that a reader must know: swapping, throttled or shared GPUs, on GPU runs waiting for a core."""
         swapped = (self.swapped_bytes or 0) >> 20
         lines = [f"{swapped} MiB were swapped"] * (swapped > 0)
         waited = (self.run_delay_seconds or 0.0) / self.seconds
@@ -287,7 +291,7 @@ class Conditions(Strict):
 
 
 class Record(Strict):
-    """One run. What is not known when a run does not end ok is None."""
+    """One run. Fields that a run which did not end ok leaves unknown are None."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, populate_by_name=True, serialize_by_alias=True)
 
@@ -297,8 +301,8 @@ class Record(Strict):
     started_at: str
     framework: FrameworkName
     method: Literal["full", "lora"]
-    peer: str | None = None  # what ran in place of this project's script
-    aa: Literal["a", "b"] | None  # which side of a comparison with itself this is, by --aa
+    peer: str | None = None  # the trainer that ran in place of this project's script
+    aa: Literal["a", "b"] | None  # the side of a comparison of a run with itself (--aa)
     argv: list[str]
     versions: dict[str, str]
     git: Git
@@ -311,8 +315,8 @@ class Record(Strict):
     timed_from: Amount
     setup_seconds: Seconds | None
     peak_memory_bytes: list[Amount]
-    conditions: Conditions | None = None  # older records have none, nor has a run that did not end ok
-    matmul_flops: list[Amount] = []  # per second, of each process: the framework's own matrix product, in this run
+    conditions: Conditions | None = None  # None in older records and in runs that did not end ok
+    matmul_flops: list[Amount] = []  # operations per second of the framework's matrix product, for each process
     log: list[str]
 
     @model_validator(mode="after")
@@ -335,35 +339,36 @@ class Record(Strict):
 
     @property
     def devices(self) -> int:
-        """Processes of the whole job: one per GPU on a machine with GPUs."""
+        """Processes of the whole job: on a machine with GPUs, one per GPU."""
         return self.setup.nproc * self.setup.nnodes
 
     @property
     def disturbance(self) -> tuple[float, str] | None:
-        """What share of a core or a GPU others took of the timed steps, and in words; None where it is not known."""
+        """The share of a core or a GPU that others took, and a sentence about it; None where it is not known."""
         if self.conditions is None:
             return None
         return self.conditions.disturbance(on_gpu=self.hardware.device != "cpu")
 
     @property
     def disturbed(self) -> bool:
-        """Whether others took so much that the rate says nothing of the framework."""
+        """Whether others took at least DISTURBED, so that the rate says nothing about the framework."""
         return self.disturbance is not None and self.disturbance[0] >= DISTURBED
 
     @property
     def effective_tokens_per_second(self) -> float:
-        """Non-padding input tokens of the timed steps of the whole job ÷ the wall-clock seconds of those steps."""
+        """Non-padding input tokens of the job's timed steps ÷ the wall-clock seconds of these steps."""
         assert self.steps is not None
         timed = slice(self.timed_from, None)
         return sum(self.steps.effective_tokens[timed]) / sum(self.steps.seconds[timed])
 
     @property
     def useful_flops(self) -> float | None:
-        """Operations per second that the timed steps needed. None where a part of it is not known.
+        """Operations per second that the timed steps needed. None where a part of the formula is not known.
 
-        Per token 6 operations for each parameter in a product (LoRA: 4, since frozen weights need no gradient), as in
-        PaLM's appendix B but without the embedding, which is looked up; and 12 · layers · width · length / 2 for
-        causal attention. Padding counts as nothing, nor do recomputation and positions without a label as less.
+        The formula is that of PaLM's appendix B (https://arxiv.org/abs/2204.02311) without the embedding, which is
+        looked up. Per token it counts 6 operations for each parameter in a product, with LoRA 4 since frozen weights
+        need no gradient. Causal attention adds 12 · layers · width · length / 2. Padding and recomputation count as
+        nothing. Positions without a label count in full.
         """
         if self.steps is None or self.steps.squared_lengths is None or self.model is None or self.model.work is None:
             return None
@@ -374,26 +379,26 @@ class Record(Strict):
         return done / sum(self.steps.seconds[timed])
 
     def mfu(self, peak: float | None = None) -> float | None:
-        """Model FLOPs utilisation: `useful_flops` ÷ `peak`, in operations per second.
+        """Model FLOPs utilisation: `useful_flops` ÷ `peak` (operations per second). None where either is not known.
 
-        The default peak is what the framework's own matrix product reached in this run, summed over its processes.
+        The default peak is the rate of the framework's matrix product in this run, summed over the processes.
         """
         peak = peak or sum(self.matmul_flops)
         return None if not peak or self.useful_flops is None else self.useful_flops / peak
 
     @property
     def skipped_steps(self) -> int:
-        """Steps without an update, since a gradient overflowed float16: the loss scale was halved instead."""
+        """Steps without an update. A gradient overflowed float16, so the loss scale was halved instead."""
         return self.steps.grad_norm.count(None) if self.steps else 0
 
     def write(self, path: Path) -> None:
-        """Writes the record whole or not at all, with a digest of it. Raises `BadInput` where there is no room."""
+        """Writes the record and its digest, whole or not at all. Raises `BadInput` where that fails."""
         content = json.loads(self.model_dump_json(by_alias=True))
         write_atomically(path, (json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n").encode())
 
 
 def read_record(path: Path) -> Record:
-    """Reads one record file. Raises `BadInput` with the file and the first thing wrong in it."""
+    """Reads one record file. Raises `BadInput` with the file and its first fault."""
     try:
         return parse_record(path.read_bytes())
     except OSError as error:
@@ -403,7 +408,7 @@ def read_record(path: Path) -> Record:
 
 
 def parse_record(text: bytes) -> Record:
-    """A record from its file's content. Raises ValueError with the first thing wrong in it, in one line."""
+    """Parses a record file's content. Raises ValueError with the first fault in one line."""
     try:
         content = from_json(text)
     except ValueError as error:
@@ -423,14 +428,14 @@ def parse_record(text: bytes) -> Record:
 
 
 def first_fault(error: ValidationError) -> str:
-    """The first thing that is wrong: the field and what is."""
+    """The first fault of a failed validation: the field and what is wrong with it."""
     first = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     return f"{where + ': ' if where else ''}{first['msg'].removeprefix('Value error, ')}"
 
 
 def json_schema() -> str:
-    """The record's JSON Schema, as kept in tunebench/record.schema.json."""
+    """The record's JSON Schema, which is kept in tunebench/record.schema.json."""
     schema = Record.model_json_schema(by_alias=True)
     about = "Of all the other fields, as JSON with sorted keys and no blanks."
     schema["properties"]["sha256"] = {"title": "Sha256", "type": "string", "description": about}
@@ -439,7 +444,7 @@ def json_schema() -> str:
 
 
 def digest_of(content: dict[str, Any]) -> str:
-    """The record's `sha256` of its other fields."""
+    """The SHA-256 of a record's fields but `sha256`: of its JSON with sorted keys and no blanks."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 

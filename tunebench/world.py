@@ -1,4 +1,4 @@
-"""A process's place among the workers of a run, and what is known of it from Slurm and the system."""
+"""A process's place among the workers of a run, as Slurm and the system tell it."""
 
 import os
 import re
@@ -11,8 +11,8 @@ import psutil
 from tunebench.bootstrap import THREADS_LEFT_TO_US
 from tunebench.hardware import visible_accelerators
 
-LOOPBACK = "127.0.0.1"  # where the processes of one node meet: the host's name may stand for nothing
-SLURM_SHELLS = 2**32 - 6  # the first id of a step that is none: the shell of salloc, a batch script and others
+LOOPBACK = "127.0.0.1"  # where the processes of one node meet: the host's name may have no address
+SLURM_SHELLS = 2**32 - 6  # step ids from here on stand for no srun step, but for a batch script or salloc's shell
 MOST_HOSTS = 100_000
 SLURM_PORTS = 20_000, 12_000  # the first port that a job step on Slurm may take, and how many there are
 
@@ -20,7 +20,7 @@ SLURM_PORTS = 20_000, 12_000  # the first port that a job step on Slurm may take
 class World(NamedTuple):
     """This process's place. `nproc` workers run on each node.
 
-    `port` and `hosts` are known from Slurm alone: a launcher tells them to the framework.
+    `port` and `hosts` are set where Slurm started the process. A launcher tells them to the framework itself.
     """
 
     rank: int
@@ -40,7 +40,7 @@ ALONE = World(rank=0, local_rank=0, nproc=1, size=1)
 
 
 def device_of(address: str) -> str | None:
-    """The network device with this IP address; None where no device has it."""
+    """The name of the network device with this IP address; None where no device has it."""
     devices = psutil.net_if_addrs().items()
     return next((name for name, addresses in devices if address in [each.address for each in addresses]), None)
 
@@ -53,9 +53,9 @@ def own_address(master: str) -> str:
 
 
 def share_threads(nproc: int) -> dict[str, str]:
-    """The maths libraries' threads of one worker out of `nproc`: its share of the cores, unless the user chose.
+    """The variables that give one of `nproc` workers its share of the cores as threads of the maths libraries.
 
-    A task that Slurm has bound to a part of the job's cores has its share already.
+    Empty where the user set the threads, and where Slurm has bound this task to a part of the job's cores already.
     """
     cores = re.match("[0-9]{1,9}$", os.environ.get("SLURM_CPUS_ON_NODE", ""))
     bound = cores is not None and len(os.sched_getaffinity(0)) < int(cores[0])
@@ -66,7 +66,7 @@ def share_threads(nproc: int) -> dict[str, str]:
 
 
 def expand(nodes: str) -> tuple[str, ...]:
-    """The hosts of a Slurm node list such as `gpu[03-05,9],login`."""
+    """The hosts of a Slurm node list such as `gpu[03-05,9],login`. Raises ValueError where it is none."""
     hosts: list[str] = []
     for before, ranges, after in re.findall(r"([^\[,]+)(?:\[([^\]]*)\])?([^,\[]*),?", nodes):
         for part in ranges.split(",") if ranges else [""]:
@@ -83,13 +83,13 @@ def expand(nodes: str) -> tuple[str, ...]:
 
 
 def is_slurm_task(environment: Mapping[str, str]) -> bool:
-    """Whether srun started this process: batch scripts and the shells of salloc have the job's variables too."""
+    """Whether srun started this process. Batch scripts and salloc's shells have the job's variables too."""
     shell = int(environment.get("SLURM_STEP_ID") or 0) >= SLURM_SHELLS
     return "SLURM_PROCID" in environment and int(environment.get("SLURM_STEP_NUM_TASKS") or 1) > 1 and not shell
 
 
 def world_of_slurm(environment: Mapping[str, str]) -> World:
-    """The place that Slurm's variables give. KeyError where one is missing, ValueError where one is wrong."""
+    """The place in Slurm's variables. Raises KeyError where one is missing and ValueError where one is wrong."""
     size, nodes = int(environment["SLURM_STEP_NUM_TASKS"]), int(environment.get("SLURM_STEP_NUM_NODES") or 1)
     step = int(environment["SLURM_JOB_ID"]) * 101 + int(environment.get("SLURM_STEP_ID") or 0)
     port = int(environment.get("MASTER_PORT") or SLURM_PORTS[0] + step * 101 % SLURM_PORTS[1])
@@ -98,5 +98,5 @@ def world_of_slurm(environment: Mapping[str, str]) -> World:
         raise ValueError(f"{size} tasks on {nodes} nodes; start as many on each")
     rank, local_rank = int(environment["SLURM_PROCID"]), int(environment["SLURM_LOCALID"])
     if len(visible_accelerators()) == 1:
-        local_rank = 0  # a task that was given a GPU of its own counts from 0
+        local_rank = 0  # Slurm gave this task one GPU, which is device 0 for it
     return World(rank, local_rank, size // nodes, size, port, hosts)

@@ -1,15 +1,15 @@
 """Peers for real: PaddleNLP's Trainer beside the script, as a suite runs them."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, refusal, run_program
+from helpers import finish_suite, refusal_of_suite, start_suite
 
 from tunebench.peers import PEERS
 from tunebench.record import read_record
+from tunebench.report.page import combined
 
 pytestmark = pytest.mark.frameworks
 SUITE = """
@@ -32,18 +32,6 @@ peer = "paddlenlp-trainer"
 """
 
 
-def run_suite(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    """What the runner printed for `folder`/mini.toml, its results in `folder`/results."""
-    return subprocess.run(
-        [sys.executable, "-P", "-m", "tunebench.suite.runner", f"--suite={folder / 'mini.toml'}", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd="/",
-        env=os.environ | {"TUNEBENCH_RESULTS": str(folder / "results"), "OMP_NUM_THREADS": "1"},
-    )
-
-
 @pytest.fixture
 def mini(tmp_path):
     """A folder with a suite of its own."""
@@ -52,8 +40,7 @@ def mini(tmp_path):
 
 
 def test_a_peer_gets_the_batches_of_the_script_and_the_same_losses(mini):
-    done = run_suite(mini, "--anyway")
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = finish_suite(start_suite(mini), 0)
     folder = mini / "results" / "mini" / "everything"
     ours, peer = (read_record(folder / f"{name}-r1.json") for name in ("plain", "paddlenlp-trainer"))
     assert (ours.peer, peer.peer, peer.status) == (None, "paddlenlp-trainer", "ok")
@@ -62,16 +49,17 @@ def test_a_peer_gets_the_batches_of_the_script_and_the_same_losses(mini):
         assert getattr(peer.steps, name) == getattr(ours.steps, name)
     assert peer.steps.loss == pytest.approx(ours.steps.loss, rel=1e-3)
     assert peer.versions["paddlenlp"] == ours.versions["paddlenlp"]
-    assert "### Paddle, llama-tiny, Finetune: beside other trainers" in done.stdout
-    assert done.stdout.count("| paddlenlp-trainer") == 1  # one table for the round, not one for each run
-    again = run_suite(mini, "--anyway")
-    assert "runs: 2, done already: 2" in again.stdout
+    assert "### Paddle, llama-tiny, Finetune: beside other trainers" in printed
+    assert printed.count("| paddlenlp-trainer") == 1  # one table for the round, not one for each run
+    assert "runs: 2, done already: 2" in finish_suite(start_suite(mini), 0)
+    alone = combined([peer])
+    assert alone.startswith("### Paddle, llama-tiny, Finetune: beside other trainers")
+    assert "Noise: not measured" not in alone
 
 
 def test_a_peer_that_overruns_its_time_is_ended(mini):
     (mini / "mini.toml").write_text(SUITE.replace("samples = 24", "samples = 24\ntimeout = 2"))
-    done = run_suite(mini, "--anyway", "--only=*/paddlenlp-trainer")
-    assert done.returncode == 1, done.stdout + done.stderr
+    finish_suite(start_suite(mini, "--only=*/paddlenlp-trainer"), 1)
     record = read_record(mini / "results" / "mini" / "everything" / "paddlenlp-trainer-r1.json")
     assert (record.status, record.reason) == ("timeout", "not ended after --timeout 2 s")
 
@@ -111,14 +99,14 @@ def test_contestants_run_in_reverse_in_even_rounds():
 def test_a_bad_suite_of_contestants_is_refused_in_one_line(mini, old, new, part):
     assert old in SUITE
     (mini / "mini.toml").write_text(SUITE.replace(old, new))
-    assert part in refusal(run_suite(mini))
+    assert part in refusal_of_suite(mini)
 
 
 def test_what_peers_do_not_do_is_refused_in_one_line(mini):
-    assert "has contestants, which have no sides" in refusal(run_suite(mini, "--aa"))
+    assert "has contestants, which have no sides" in refusal_of_suite(mini, "--aa")
     if not (ROOT / ".venv" / "torchtune" / "complete").exists():
         (mini / "mini.toml").write_text(SUITE.replace("paddlenlp-trainer", "torchtune"))
-        assert ".venv/torchtune is not complete; run: bash peers/setup.sh torchtune" in refusal(run_suite(mini))
+        assert ".venv/torchtune is not complete; run: bash peers/setup.sh torchtune" in refusal_of_suite(mini)
     peer = "peers/run_peer.py", "--peer=paddlenlp-trainer"
     assert "--nproc: peers do not follow it" in refusal(
         run_program(*peer, "--nproc=2", "--zero=2", "--no-paired-halves")

@@ -8,58 +8,14 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 from conftest import ROOT
-from helpers import SUITE
+from helpers import SUITE, finish_suite, refusal_of_suite, start_suite
 
 from tunebench import processes
 from tunebench.record import read_record
-
-
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    """Starts the runner on `folder`/mini.toml, its results in `folder`/results, from a folder that is neither.
-
-    With one thread, torch does not wait for a second one that a busy machine has put off: steps took 5 s so.
-    """
-    own = {"TUNEBENCH_RESULTS": str(folder / "results"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "tunebench.suite.runner",
-            f"--suite={folder / 'mini.toml'}",
-            "--anyway",
-            *arguments,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd="/",
-        env=os.environ | own | environment,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
-    )
-
-
-def finish(running: subprocess.Popen, exit_code: int) -> str:
-    """What the runner printed by its end, which must be with `exit_code` and without a traceback."""
-    printed, errors = running.communicate(timeout=300)
-    assert running.returncode == exit_code, printed + errors
-    assert "Traceback" not in printed + errors
-    return printed
-
-
-def refusal(folder: Path, *arguments: str) -> str:
-    """The one line with which the runner refused its input, before it made a file."""
-    running = start(folder, *arguments)
-    printed, errors = running.communicate(timeout=60)
-    assert (running.returncode, printed) == (2, ""), printed + errors
-    assert errors.count("\n") == 1
-    assert not (folder / "results").exists()
-    return errors
 
 
 def wait_for(what, timeout: float = 60):
@@ -107,18 +63,18 @@ def mini(tmp_path):
 def test_a_bad_suite_is_refused_in_one_line(mini, old, new, parts):
     assert old in SUITE
     (mini / "mini.toml").write_text(SUITE.replace(old, new))
-    line = refusal(mini)
+    line = refusal_of_suite(mini)
     assert all(part in line for part in [str(mini / "mini.toml"), *parts]), line
 
 
 def test_bad_arguments_are_refused_in_one_line(mini):
-    assert "no such suite; use a100x4, a100x4-as-published, cpu, h100x8, parity, peers, quick" in refusal(
+    assert "no such suite; use a100x4, a100x4-as-published, cpu, h100x8, parity, peers, quick" in refusal_of_suite(
         mini, "--suite=gpus"
     )
-    assert "fits none of full/paddle, full/torch, lora/paddle, lora/torch" in refusal(mini, "--only=llama*")
-    assert "--repeats: 0 is out of range" in refusal(mini, "--repeats=0")
+    assert "fits none of full/paddle, full/torch, lora/paddle, lora/torch" in refusal_of_suite(mini, "--only=llama*")
+    assert "--repeats: 0 is out of range" in refusal_of_suite(mini, "--repeats=0")
     (mini / "published.toml").write_text(SUITE)
-    assert "published cannot name a folder" in refusal(mini, f"--suite={mini / 'published.toml'}")
+    assert "published cannot name a folder" in refusal_of_suite(mini, f"--suite={mini / 'published.toml'}")
 
 
 PAIRED = [file for file in sorted((ROOT / "suites").glob("*.toml")) if file.stem != "peers"]
@@ -126,7 +82,7 @@ PAIRED = [file for file in sorted((ROOT / "suites").glob("*.toml")) if file.stem
 
 @pytest.mark.parametrize("file", PAIRED, ids=lambda file: file.stem)
 def test_the_suites_are_valid_and_alternate(mini, file):
-    printed = finish(start(mini, f"--suite={file.stem}", "--repeats=3", "--dry-run"), 0)
+    printed = finish_suite(start_suite(mini, f"--suite={file.stem}", "--repeats=3", "--dry-run"), 0)
     names = [line.split(" r")[0] for line in printed.splitlines() if not line.startswith(" ")]
     third = len(names) // 3
     first, second, last = names[:third], names[third : 2 * third], names[2 * third :]
@@ -140,12 +96,12 @@ def test_the_suites_are_valid_and_alternate(mini, file):
 
 def test_a_suite_has_its_own_rounds_and_expects_its_minutes(mini):
     (mini / "mini.toml").write_text("repeats = 3\nminutes = 7" + SUITE)
-    assert " r3" in finish(start(mini, "--dry-run"), 0)
-    assert " r3" not in finish(start(mini, "--dry-run", "--repeats=2"), 0)
-    running = start(mini)
+    assert " r3" in finish_suite(start_suite(mini, "--dry-run"), 0)
+    assert " r3" not in finish_suite(start_suite(mini, "--dry-run", "--repeats=2"), 0)
+    running = start_suite(mini)
     wait_for(lambda: descendants(running, "finetune_full"))
     running.send_signal(signal.SIGTERM)
-    assert "runs: 12, done already: 0\nexpected: about 21 minutes" in finish(running, 130)
+    assert "runs: 12, done already: 0\nexpected: about 21 minutes" in finish_suite(running, 130)
 
 
 def published_rows() -> list[tuple[str, str, str]]:
@@ -160,7 +116,7 @@ def published_rows() -> list[tuple[str, str, str]]:
 
 
 def test_the_default_suite_has_every_published_row(mini):
-    printed = finish(start(mini, "--suite=cpu", "--dry-run"), 0)
+    printed = finish_suite(start_suite(mini, "--suite=cpu", "--dry-run"), 0)
     assert {line.split("/")[0] for line in printed.splitlines() if not line.startswith(" ")} == {
         "-".join(row) for row in published_rows()
     }
@@ -205,7 +161,7 @@ def rounds(tmp_path_factory):
     """Two rounds of one pair: the folder and what was printed."""
     folder = tmp_path_factory.mktemp("rounds")
     (folder / "mini.toml").write_text(SUITE)
-    return folder, finish(start(folder, "--repeats=2", "--only=full/*"), 0)
+    return folder, finish_suite(start_suite(folder, "--repeats=2", "--only=full/*"), 0)
 
 
 @pytest.mark.frameworks
@@ -246,7 +202,7 @@ class TestRounds:
         results = folder / "results" / "mini" / "full"
         before = {file: file.stat().st_mtime_ns for file in results.iterdir()}
         (results / ".torch-r1.json.abc").write_text("{")  # of a run that was killed while it wrote
-        printed = finish(start(folder, "--repeats=2", "--only=full/*"), 0)
+        printed = finish_suite(start_suite(folder, "--repeats=2", "--only=full/*"), 0)
         assert "runs: 4, done already: 4" in printed
         assert "done already: full/torch r2: ok, " in printed
         assert "llama-tiny" in printed.split("| Model")[1]  # the tables all the same
@@ -254,7 +210,7 @@ class TestRounds:
 
         (folder / "mini.toml").write_text(SUITE.replace('"finetune_full.py"', '"finetune_full.py"\npaddle={lr=2e-4}'))
         (results / "paddle-r2.json").write_text("{}")
-        printed = finish(start(folder, "--repeats=2", "--only=full/*"), 0)
+        printed = finish_suite(start_suite(folder, "--repeats=2", "--only=full/*"), 0)
         assert "runs: 4, done already: 2" in printed
         assert "full/paddle r1: again, since its flags changed" in printed
         assert "full/paddle r2: again, since its record is broken" in printed
@@ -268,7 +224,7 @@ class TestRounds:
 
 @pytest.mark.frameworks
 def test_each_side_against_itself(mini):
-    printed = finish(start(mini, "--aa", "--repeats=2", "--only=full/torch"), 0)
+    printed = finish_suite(start_suite(mini, "--aa", "--repeats=2", "--only=full/torch"), 0)
     folder = mini / "results" / "mini" / "aa" / "full"
     files = [folder / f"torch-{side}-r{number}.json" for side in "ab" for number in (1, 2)]
     assert sorted(folder.glob("*.json")) == files
@@ -279,7 +235,7 @@ def test_each_side_against_itself(mini):
     assert f"| torch, fp32 | {b / a - 1:+.1%} " in " ".join(line.split())
     assert "Noise: the rounds of a side" in printed or "| disturbed: torch: others took " in printed
     assert "Speedup |" not in printed  # they are no rounds of a pair
-    printed = finish(start(mini, "--aa", "--repeats=2", "--only=full/torch"), 0)
+    printed = finish_suite(start_suite(mini, "--aa", "--repeats=2", "--only=full/torch"), 0)
     assert "runs: 4, done already: 4" in printed
 
 
@@ -287,14 +243,14 @@ def test_each_side_against_itself(mini):
 def test_killed_and_interrupted_then_gone_on_with(mini):
     """A run is killed and the suite goes on; it is interrupted in the next run; a second call does the rest."""
     results = mini / "results" / "mini"
-    running = start(mini, "--only=*/torch", "--fresh")
+    running = start_suite(mini, "--only=*/torch", "--fresh")
     child = wait_for(lambda: descendants(running, "finetune_full.py"))[0]
     assert "PYTHONPATH" not in child.environ()
     assert os.getsid(child.pid) == child.pid
     child.kill()
     wait_for(lambda: (results / "lora" / "torch-r1.log").exists() and descendants(running, "finetune_lora.py"))
 
-    second = start(mini, "--suite=quick")  # any suite: they share the machine
+    second = start_suite(mini, "--suite=quick")  # any suite: they share the machine
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 2
     assert errors.startswith(f"run_all.sh: {mini / 'results'} is in use by process {running.pid} (run_all.sh --suite=")
@@ -304,7 +260,7 @@ def test_killed_and_interrupted_then_gone_on_with(mini):
     wait_for(lambda: "step 2/20" in (results / "lora" / "torch-r1.log").read_text())
     started = descendants(running, "finetune_lora.py")
     running.send_signal(signal.SIGINT)
-    printed = finish(running, 130)
+    printed = finish_suite(running, 130)
     assert not [process for process in started if process.is_running()]
     assert "[1/2] full/torch r1: failed: killed by SIGKILL (9)" in printed
     last = printed.splitlines()[-1]
@@ -317,7 +273,7 @@ def test_killed_and_interrupted_then_gone_on_with(mini):
     assert "torch" in failed.versions
     assert not (results / "lora" / "torch-r1.json").exists()
 
-    printed = finish(start(mini, "--only=*/torch"), 0)
+    printed = finish_suite(start_suite(mini, "--only=*/torch"), 0)
     assert "full/torch r1: again, since it ended as failed" in printed
     assert read_record(results / "full" / "torch-r1.json").status == "ok"
     assert read_record(results / "lora" / "torch-r1.json").setup.recompute
@@ -328,11 +284,11 @@ def test_killed_and_interrupted_then_gone_on_with(mini):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_nothing_outlives_the_runner(mini, number):
     """It ends while a run has a child of its own, data/prepare.py."""
-    running = start(mini, TUNEBENCH_CACHE=str(mini / "cache"))
+    running = start_suite(mini, TUNEBENCH_CACHE=str(mini / "cache"))
     started = wait_for(lambda: descendants(running, "prepare.py"))
     assert len(started) >= 2
     running.send_signal(number)
-    finish(running, -number if number == signal.SIGKILL else 130)
+    finish_suite(running, -number if number == signal.SIGKILL else 130)
     assert not psutil.wait_procs(started, timeout=3)[1]
     assert not list((mini / "results").rglob("*.json"))
 
@@ -340,12 +296,12 @@ def test_nothing_outlives_the_runner(mini, number):
 @pytest.mark.frameworks
 def test_a_run_that_does_not_end_well_is_named_and_fresh_moves_it(mini):
     (mini / "mini.toml").write_text(SUITE.replace("steps = 4\n", "steps = 400\ntimeout = 1\n"))
-    printed = finish(start(mini, "--only=full/paddle"), 1)
+    printed = finish_suite(start_suite(mini, "--only=full/paddle"), 1)
     assert printed.splitlines()[-2].startswith("1 of 1 runs did not end well")
     assert printed.splitlines()[-1].startswith("  full/paddle r1: timeout: not done within --timeout 1 s")
     record = mini / "results" / "mini" / "full" / "paddle-r1.json"
     old = json.loads(record.read_text())
-    printed = finish(start(mini, "--only=full/paddle", "--fresh"), 1)
+    printed = finish_suite(start_suite(mini, "--only=full/paddle", "--fresh"), 1)
     assert "again, since" not in printed
     (moved,) = (mini / "results" / ".previous").rglob("paddle-r1.json")
     assert json.loads(moved.read_text()) == old

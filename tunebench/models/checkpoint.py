@@ -26,7 +26,7 @@ from tunebench.models.random_weights import FINGERPRINT, WRITER_VERSION, write_r
 from tunebench.models.shards import INDEX, bytes_of, sha256_of, weight_file_name, weight_files
 from tunebench.record import Built, Work
 
-# Files that say how text becomes tokens, as libraries name them: tokenizer.json, spiece.model, vocab.txt and so on.
+# Name patterns of the files from which libraries make a tokenizer: tokenizer.json, spiece.model, vocab.txt and others.
 TOKENIZER_FILES = (
     *("tokenizer*", "*.model", "*.tiktoken", "vocab*", "merges*", "tekken.json"),
     *("added_tokens.json", "special_tokens_map.json"),
@@ -35,7 +35,7 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked checkpoint folder: every tensor that its config asks for is there, whole and of the right shape."""
+    """A checked checkpoint folder: every tensor that its config needs is there, complete and of the right shape."""
 
     folder: Path
     config: dict[str, Any]
@@ -54,22 +54,22 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """The shape of each parameter by its Hugging Face name; linear weights are (out, in)."""
+        """Each parameter's shape by its Hugging Face name. Linear weights have the shape (out, in)."""
         return self.family.tensors(self.config)
 
     @property
     def parameters(self) -> int:
-        """Weights of the model; tied weights count once."""
+        """The number of weights. Tied weights count once."""
         return sum(math.prod(shape) for shape in self.tensors.values())
 
     @property
     def expected(self) -> Built:
-        """What a model of this config computes with."""
+        """What a model of this config has to compute with."""
         return self.family.computes(self.config)
 
     @contextlib.contextmanager
     def weights_alone(self) -> Iterator[Path]:
-        """A folder with the weights and nothing else: beside them a library would also read configs and adapters."""
+        """A temporary folder with links to the weights only: a library would also read other files beside them."""
         with cannot_write(Path(tempfile.gettempdir()), "TMPDIR names another folder"):
             made = tempfile.TemporaryDirectory(prefix="weights-")
         with made as name:
@@ -86,15 +86,15 @@ class Checkpoint:
 
     @property
     def widths(self) -> dict[str, int]:
-        """What tensor parallelism slices, by what messages call it."""
+        """The widths that tensor parallelism slices, by their names in messages."""
         return self.family.widths(self.config)
 
     @property
     def work(self) -> Work:
-        """What decides the arithmetic of a token."""
+        """The sizes that decide how many operations a token needs."""
         shapes, built = self.tensors, self.expected
         products = [math.prod(shape) for shape in shapes.values() if len(shape) == 2]
-        if HEAD in shapes:  # else the embedding is the head
+        if HEAD in shapes:  # the embedding, which is first, is a lookup only; without a head it is multiplied too
             products.append(-math.prod(next(iter(shapes.values()))))
         return Work(matmul_parameters=sum(products), layers=built.layers, attention_width=built.heads * built.head_size)
 
@@ -102,7 +102,7 @@ class Checkpoint:
 def find_checkpoint(model: str, weights: str, seed: int) -> Checkpoint:
     """The checkpoint of a preset (written when missing), a local folder, or a hub name.
 
-    Raises `BadInput` when there is no such model or the folder is incomplete.
+    Raises `BadInput` where there is no such model or its folder is incomplete.
     """
     if weights == "random":
         return _random_checkpoint(model, PRESETS[model], seed)
@@ -113,9 +113,9 @@ def find_checkpoint(model: str, weights: str, seed: int) -> Checkpoint:
 
 
 def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint:
-    """Reads and checks a Hugging Face checkpoint folder (config.json and safetensors, in one file or in shards).
+    """Reads and checks a Hugging Face checkpoint folder: config.json and safetensors, one file or shards.
 
-    `known_sha256` saves reading the weights of a folder that nobody else writes to.
+    Raises `BadInput`. `known_sha256` is the weights' digest where it is known, so that they need not be read.
     """
     if (folder / "adapter_config.json").exists():
         raise BadInput(
@@ -138,7 +138,7 @@ def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint
                     if tensor.get_dtype() not in ("F32", "F16", "BF16"):
                         raise BadInput(f"{file}: {name} is {tensor.get_dtype()}; use weights in F32, F16 or BF16")
         except (SafetensorError, OSError) as error:
-            if not os.access(file, os.R_OK):  # safetensors says of such a file that there is none
+            if not os.access(file, os.R_OK):  # safetensors would say that the file does not exist
                 raise BadInput(f"{file}: Permission denied; let this user read it") from None
             raise BadInput(f"{file}: not a whole safetensors file ({error}); copy or download it again") from None
     for name, shape in wanted.items():
@@ -164,12 +164,12 @@ def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint
 
 
 def is_computed(name: str) -> bool:
-    """Whether a tensor is one that older libraries saved, and that both sides compute from the config."""
+    """Whether a tensor is one that older libraries saved and that both sides compute from the config."""
     return name.endswith(".rotary_emb.inv_freq")
 
 
 def canonical_name(name: str, config: dict[str, Any]) -> str:
-    """A tensor's name with its prefix: the published Bloom checkpoints leave `transformer.` out."""
+    """A tensor's name with the family's prefix. Published Bloom checkpoints leave out `transformer.`."""
     prefix = family_of(config).prefix
     return name if name.startswith((prefix, "lm_head.")) else f"{prefix}{name}"
 
@@ -196,7 +196,7 @@ def _random_checkpoint(name: str, preset: Preset, seed: int) -> Checkpoint:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that say how text becomes tokens, used here or not, in the order of names."""
+    """The files of a checkpoint folder from which a library may make its tokenizer, sorted by name."""
     return sorted({file for glob in TOKENIZER_FILES for file in folder.glob(glob) if not file.is_dir()})
 
 

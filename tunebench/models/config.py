@@ -1,7 +1,7 @@
 """Reads a checkpoint's config.json into one normalised config, from which both sides build their model.
 
-Every key of the file is mapped to a field, or known to have no effect on the model, or refused by name and value: a key
-that one framework reads and the other ignores would train two models.
+Every key of the file is mapped to a field, is known to have no effect, or is refused by name and value. Otherwise a key
+that one framework reads and the other ignores would give two different models.
 """
 
 import json
@@ -15,7 +15,7 @@ from tunebench.errors import BadInput
 from tunebench.models.families import FAMILIES, ROTARY_NAMES, ROTARY_TABLES, Family
 
 SHOWN = 80  # characters of a refused value
-# What each kind of scaling needs; `rope_type` None is "default".
+# The options that each kind of rotary scaling needs. A `rope_type` of None means "default".
 ROTARY_KINDS: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
@@ -25,7 +25,7 @@ ROTARY_OPTIONS = ("rope_theta", "partial_rotary_factor", "rope_type", *ROTARY_KI
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The normalised config of a checkpoint folder: the fields of its family's shape. Raises `BadInput`."""
+    """The normalised config of a checkpoint folder: the fields of its family. Raises `BadInput`."""
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_twins)
@@ -42,14 +42,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def normalise(raw: Any) -> dict[str, Any]:
-    """The fields of a config, from the content of its config.json. ValueError names the key, its value and why not."""
+    """The normalised fields of a config.json's content. Raises ValueError with the key, its value and the reason."""
     name = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(name, str) or name not in FAMILIES:
         hint = "; PaddleNLP has no Qwen3" if name == "qwen3" else ""
         raise ValueError(f"model_type {_shown(name)} is not offered; use one of {', '.join(FAMILIES)}{hint}")
     family, raw = FAMILIES[name], dict(raw)
     _check_architectures(raw.pop("architectures", None), family)
-    fields: dict[str, tuple[str, Any]] = {}  # by field: the key that gave it, and its value
+    fields: dict[str, tuple[str, Any]] = {}  # for each field the key that gave it, and its value
     rotary = {key: raw.pop(key) for key in (*ROTARY_TABLES, *ROTARY_NAMES) if key in raw and family.rotates}
     for key, value in raw.items():
         field = family.aliases.get(key, key)
@@ -69,7 +69,7 @@ def normalise(raw: Any) -> dict[str, Any]:
     try:
         given = {field: value for field, (_, value) in fields.items()}
         _check_kinds(fields)
-        optional = ("num_key_value_heads", "head_dim")  # null has a meaning of its own there
+        optional = ("num_key_value_heads", "head_dim")  # their null means a default that depends on other fields
         shape = family.shape.model_validate({k: v for k, v in given.items() if v is not None or k in optional})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
@@ -82,7 +82,7 @@ def normalise(raw: Any) -> dict[str, Any]:
 
 
 def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
-    """The fields `rope_theta`, `rope_scaling` and `partial_rotary_factor` from all the places that describe them."""
+    """The fields `rope_theta`, `rope_scaling` and `partial_rotary_factor`, from all keys that describe them."""
     found: dict[str, tuple[str, Any]] = {}
     for table in ROTARY_TABLES:
         content = given.get(table)
@@ -114,7 +114,7 @@ def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < 1e9:
             raise ValueError(f"{key} {_shown(value)} is not offered: use a number of {least:g} to 1e9")
         scaling[name] = value
-    # The length that a model was trained for may be told of a model without scaling, too.
+    # A config without scaling may also give the length that the model was trained for.
     key, value = found.pop("original_max_position_embeddings", ("", None))
     if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
         raise ValueError(f"{key} {_shown(value)} is not offered: it has to be a number above 0")
@@ -130,7 +130,7 @@ def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
 
 
 def _check_kinds(fields: dict[str, tuple[str, Any]]) -> None:
-    """Raises ValueError where a number stands for true or false, or the other way round: Python finds them equal."""
+    """Raises ValueError where a number is given for true or false, or the reverse: Python treats them as equal."""
     for field, kind in (("tie_word_embeddings", "true or false"), ("partial_rotary_factor", "a number")):
         key, value = fields.get(field, (field, None))
         if value is not None and isinstance(value, bool) != (kind == "true or false"):
@@ -138,7 +138,7 @@ def _check_kinds(fields: dict[str, tuple[str, Any]]) -> None:
 
 
 def _check_architectures(value: Any, family: Family) -> None:
-    """Raises ValueError where a config is of another task or model; old spellings of this one are known."""
+    """Raises ValueError where the config belongs to another task or model. Older class names are accepted."""
     named = [] if value is None else value
     if not isinstance(named, list) or not all(name in family.architectures for name in named):
         raise ValueError(
@@ -147,7 +147,7 @@ def _check_architectures(value: Any, family: Family) -> None:
 
 
 def _put(fields: dict[str, tuple[str, Any]], field: str, key: str, value: Any) -> None:
-    """Keeps the value of a field; ValueError where another key gave it another value."""
+    """Keeps the value of a field. Raises ValueError where another key gave it another value."""
     before, known = fields.get(field, (key, None))
     if known is not None and value is not None and not _same(known, value):
         raise ValueError(f"{key} {_shown(value)} contradicts {before} {_shown(known)}; keep one of them")
@@ -156,7 +156,7 @@ def _put(fields: dict[str, tuple[str, Any]], field: str, key: str, value: Any) -
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two JSON values are equal; false is not 0, but 1 is 1.0."""
+    """Whether two JSON values are equal. False is not 0, but 1 equals 1.0."""
     return a == b and isinstance(a, bool) == isinstance(b, bool)
 
 

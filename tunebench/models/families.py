@@ -1,6 +1,6 @@
-"""The model families: how a config.json of each is read, which tensors it has, and what a built model computes.
+"""The model families: the fields of their config.json, their tensors, and what a built model computes with.
 
-Adding a family is one entry in FAMILIES. What a framework has under other names is in that framework's folder.
+A new family is one entry in FAMILIES. What a framework names differently stands in that framework's folder.
 """
 
 import functools
@@ -14,16 +14,16 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tunebench.record import Built
 
-Config = dict[str, Any]  # normalised: the fields of a family's shape
+Config = dict[str, Any]  # a normalised config: the fields of a family's Shape
 Count = Annotated[int, Field(gt=0, lt=2**31)]
 Layers = Annotated[int, Field(gt=0, lt=10_000)]
 Epsilon = Annotated[float, Field(gt=0, lt=10)]
-TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1: there is none
-HEAD = "lm_head.weight"  # where it is no embedding
+TokenId = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 means none
+HEAD = "lm_head.weight"  # present where the head is not the embedding
 
 
 class Shape(BaseModel):
-    """Fields of all families. Numbers in quotes and booleans are no numbers here."""
+    """Fields of all families. Texts and booleans do not count as numbers."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
@@ -35,7 +35,7 @@ class Shape(BaseModel):
 
 
 class LlamaShape(Shape):
-    """A decoder with rotary embedding, RMSNorm and a gated feed-forward layer; defaults are transformers'."""
+    """A decoder with rotary embedding, RMSNorm and a gated feed-forward layer. The defaults are transformers'."""
 
     intermediate_size: Count
     num_hidden_layers: Layers
@@ -45,9 +45,9 @@ class LlamaShape(Shape):
     max_position_embeddings: Count = 2048
     rms_norm_eps: Epsilon = 1e-6
     rope_theta: Annotated[float, Field(ge=1, lt=1e15)] = 10000.0
-    rope_scaling: dict[str, Any] | None = None  # as `_rotary` gives it
+    rope_scaling: dict[str, Any] | None = None  # made by `_rotary` in config.py
     partial_rotary_factor: Literal[1.0] = 1.0  # type: ignore[valid-type]  # pydantic knows such literals
-    hidden_act: Literal["silu", "swish"] = "silu"  # two names of one function
+    hidden_act: Literal["silu", "swish"] = "silu"  # both name the same function
     tie_word_embeddings: bool = False
 
     @model_validator(mode="after")
@@ -69,14 +69,14 @@ class LlamaShape(Shape):
 
 
 class Qwen2Shape(LlamaShape):
-    """Qwen2: Llama with biases at q, k and v. Both libraries take a missing num_key_value_heads for 32."""
+    """Qwen2: Llama with biases at q, k and v. Both libraries read a missing num_key_value_heads as 32."""
 
     num_key_value_heads: Count | None = 32
     max_position_embeddings: Count = 32768
 
 
 class GlmShape(LlamaShape):
-    """Glm, which PaddleNLP has as ChatGLMv2: half of each head is rotated."""
+    """Glm, which PaddleNLP calls ChatGLMv2. It rotates half of each head."""
 
     num_key_value_heads: Count | None = 2
     head_dim: Count | None = 128
@@ -87,7 +87,7 @@ class GlmShape(LlamaShape):
 
 
 class BloomShape(Shape):
-    """Bloom: ALiBi, LayerNorm, biases everywhere, and a head that is the embedding."""
+    """Bloom: ALiBi, LayerNorm, biases in all linear layers, and a head that is the embedding."""
 
     n_layer: Layers
     n_head: Count
@@ -103,14 +103,17 @@ class BloomShape(Shape):
 
 @dataclass(frozen=True)
 class Family:
-    """What is to be known of the causal language models of one `model_type`.
+    """What this project knows of the causal language models of one `model_type`.
 
-    `title` is the name in tables. `shape` has the fields of the config. `architectures` are the spellings of its causal
-    language model, `aliases` other names of a field. Keys of `only` must have one of a few values. Keys of `unused`
-    have no effect on the model, each for the reason beside it. `tensors`, `widths` and `computes` are functions of a
-    normalised config: each parameter's shape by its Hugging Face name (linear weights are (out, in)), what tensor
-    parallelism slices, and what a built model must compute with. LoRA adapts the modules `lora_targets`. `prefix` is
-    what published checkpoints of some families leave out of their tensors' names.
+    - `title`: the name in tables.
+    - `shape`: the fields of the config. `aliases`: other names of a field.
+    - `architectures`: the class names of its causal language model.
+    - `only`: keys that must have one of a few values. `unused`: keys without an effect on the model, with the reason.
+    - `tensors`, `widths`, `computes`: functions of a normalised config. They give each parameter's shape by its Hugging
+      Face name (linear weights are (out, in)), the widths that tensor parallelism slices, and what a built model must
+      compute with.
+    - `lora_targets`: the modules that LoRA adapts.
+    - `prefix`: what some published checkpoints leave out of their tensors' names.
     """
 
     title: str
@@ -132,7 +135,7 @@ class Family:
 
 
 def _by_key(reasons: dict[str, str]) -> dict[str, str]:
-    """The reason of each key, from the keys of each reason."""
+    """The reason of each key, from a table that has the keys of each reason."""
     return {key: reason for reason, keys in reasons.items() for key in keys.split()}
 
 
@@ -176,7 +179,7 @@ BLOOM_UNUSED = UNUSED | _by_key(
         "is read by neither library: ALiBi needs no table of positions": "offset_alibi max_position_embeddings",
     }
 )
-# Of all families: what would be another model, or another task, in the values that mean that it is not.
+# Keys of all families whose other values would mean another model or another task, with the values that are allowed.
 ONLY: dict[str, tuple[Any, ...]] = {
     "is_encoder_decoder": (False,),
     "is_decoder": (False, True),
@@ -227,7 +230,7 @@ LLAMA_ONLY = ONLY | {
     "qk_layernorm": (False,),
 }
 
-# Where rotary embedding is described: in one of these, or at the top level, by these names.
+# A config.json describes its rotary embedding in one of these tables, or at the top level by these names.
 ROTARY_TABLES = ("rope_parameters", "rope_scaling")
 ROTARY_NAMES = {
     "rope_theta": "rope_theta",
@@ -242,7 +245,7 @@ QKV_BIAS = {"attention_bias": (True,), "qkv_bias": (True,)}
 
 
 def llama_tensors(config: Config, biases: bool = False, joined_gate: bool = False) -> dict[str, tuple[int, ...]]:
-    """The tensors of Llama. `biases`: of q, k and v. `joined_gate`: gate and up projection are one matrix."""
+    """The tensors of Llama. `biases` adds those of q, k and v. `joined_gate` joins gate and up projection."""
     hidden, vocabulary, inner = config["hidden_size"], config["vocab_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
     head_size = config.get("head_dim") or hidden // heads
@@ -293,7 +296,7 @@ def bloom_tensors(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def llama_widths(config: Config) -> dict[str, int]:
-    """What tensor parallelism slices, by what messages call it."""
+    """The widths of a Llama that tensor parallelism slices, by their names in messages."""
     heads = {"attention heads": config["num_attention_heads"]}
     if config.get("num_key_value_heads"):
         heads["key-value heads"] = config["num_key_value_heads"]
@@ -301,7 +304,7 @@ def llama_widths(config: Config) -> dict[str, int]:
 
 
 def bloom_widths(config: Config) -> dict[str, int]:
-    """The same of Bloom."""
+    """The widths of a Bloom that tensor parallelism slices, by their names in messages."""
     inner = 4 * config["hidden_size"]
     return {"attention heads": config["n_head"], "feed-forward width": inner, "vocabulary": config["vocab_size"]}
 
@@ -346,10 +349,11 @@ def bloom_computes(config: Config) -> Built:
 
 
 def rotary_frequencies(config: dict[str, Any]) -> list[float]:
-    """By how many radians each pair of a head's numbers is turned per position.
+    """The angle in radians by which each pair of a head's numbers turns per position.
 
-    theta^(-2i/d) as in RoFormer; `linear` divides all of them (Chen et al., Position Interpolation); `llama3` divides
-    the slow ones and blends those between, as in Meta's llama-models `apply_scaling`.
+    The angles are theta^(-2i/d), as in RoFormer (Su et al.). The scaling `linear` divides all of them by a factor, as
+    in Position Interpolation (Chen et al.). `llama3` divides the slow ones and blends those in between, as
+    `apply_scaling` of Meta's llama-models does.
     """
     rotated = int(config["head_dim"] * config["partial_rotary_factor"])
     plain = float(config["rope_theta"]) ** -(np.arange(0, rotated, 2) / rotated)
@@ -359,13 +363,15 @@ def rotary_frequencies(config: dict[str, Any]) -> list[float]:
     if scaling["rope_type"] == "linear":
         return (plain / scaling["factor"]).tolist()
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)  # in the length it was trained for
+    turns = (
+        scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
+    )  # in the length that the model was trained for
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return (plain * (kept + (1 - kept) / scaling["factor"])).tolist()
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """By how much each head's scores grow per position (Press et al., ALiBi, for any number of heads)."""
+    """The amount by which each head's scores grow per position, for any number of heads (ALiBi, Press et al.)."""
     whole = 2 ** int(math.log2(heads))
     slopes = [2 ** (-8 * i / whole) for i in range(1, whole + 1)]
     return slopes + [2 ** (-4 * i / whole) for i in range(1, 2 * (heads - whole) + 1, 2)]
@@ -401,13 +407,14 @@ FAMILIES: dict[str, Family] = {
         architectures=("GlmForCausalLM",),
         only=LLAMA_ONLY | QKV_BIAS,
         tensors=functools.partial(llama_tensors, biases=True, joined_gate=True),
-        # PaddleNLP has q, k and v in one matrix. One update of it is not three of its parts, so LoRA adapts others.
+        # PaddleNLP joins q, k and v in one matrix. A LoRA update of it differs from updates of its three parts, so LoRA
+        # adapts other modules.
         lora_targets=("o_proj", "gate_up_proj", "down_proj"),
     ),
     "bloom": Family(
         title="Bloom",
         shape=BloomShape,
-        architectures=("BloomForCausalLM", "BloomModel"),  # whose head is its embedding
+        architectures=("BloomForCausalLM", "BloomModel"),  # BloomModel: the head is the embedding
         only=ONLY
         | {"apply_residual_connection_post_layernorm": (False,), "slow_but_exact": (False,), "n_inner": ()}
         | {"hidden_act": ("gelu",), "alibi": (True,)}

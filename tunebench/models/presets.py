@@ -1,4 +1,4 @@
-"""The models: one entry each, with the published dimensions. Adding a model is one entry here."""
+"""The presets: one entry per model, with its published dimensions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +31,7 @@ LLAMA_3: dict[str, Any] = LLAMA | {
     "rope_theta": 500000.0,
     "max_position_embeddings": 131072,
 }
-# ChatGLM2 as transformers has it natively: the same architecture under the names of a later release.
+# ChatGLM2 in transformers' native class: the same architecture under the names of a later release.
 GLM: dict[str, Any] = LLAMA | {
     "architectures": ["GlmForCausalLM"],
     "model_type": "glm",
@@ -91,7 +91,7 @@ def _bloom(hidden: int, layers: int, heads: int, vocab: int, dtype: str, **ids: 
 
 
 def _llama_3_scaling(factor: float) -> dict[str, Any]:
-    """The rotary scaling of Llama 3.1 and later, which were trained at a length of 8,192 first."""
+    """The rotary scaling of Llama 3.1 and later models. They were trained at a length of 8,192 first."""
     trained = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
     return {"rope_type": "llama3", "factor": factor, **trained}
 
@@ -102,7 +102,7 @@ QWEN2_TIED = QWEN2 | {"max_position_embeddings": 32768, "tie_word_embeddings": T
 LLAMA_3_IDS = {"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 128004}
 QWEN2_IDS = {"bos_token_id": 151643, "eos_token_id": 151643, "pad_token_id": 151643}
 
-# The tiny ones share the embedded tokenizer's vocabulary of 8192, whose padding token is 0.
+# The tiny models have the embedded tokenizer's vocabulary of 8192. Its padding token is 0.
 PRESETS: dict[str, Preset] = {
     "llama-tiny": _llama(256, 688, 4, 8, 8192, "float32"),
     "llama-13b-tiny": _llama(320, 864, 5, 8, 8192, "float32"),

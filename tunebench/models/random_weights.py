@@ -1,7 +1,4 @@
-"""Random start weights, drawn by NumPy alone, so that both frameworks start from the same numbers.
-
-Each tensor's values depend on the seed and on its name alone.
-"""
+"""Random start weights. NumPy draws them, so that both frameworks start from the same numbers."""
 
 import json
 import math
@@ -17,19 +14,19 @@ from tunebench.models.families import family_of
 from tunebench.models.presets import Preset
 from tunebench.models.shards import INDEX, sha256_of, weight_file_name, weight_files
 
-WRITER_VERSION = 1  # part of the cache key: raise it when the same seed would give other weights
+WRITER_VERSION = 1  # part of the cache key; raise it when a change of code gives the same seed other weights
 SHARD_BYTES = 1 << 30
-VALUES_AT_ONCE = 2**24  # random ones, of which a float32 copy is in memory
-FINGERPRINT = "fingerprint.json"  # in the cache only: the digest of weights written there
+VALUES_AT_ONCE = 2**24  # random numbers per draw, which are in memory as float32
+FINGERPRINT = "fingerprint.json"  # the digest of the weights, in folders of the cache only
 
 
 def write_random(
     folder: Path, preset: Preset, seed: int, shard_bytes: int = SHARD_BYTES, description: str = "weights"
 ) -> None:
-    """Writes config.json and seeded random weights, one shard in memory at a time, with a progress bar.
+    """Writes config.json and seeded random weights, with one shard in memory at a time and a progress bar.
 
-    Matrices are normal with the config's standard deviation. Norms and biases get the same noise around 1 and 0, so
-    that a tensor loaded into the wrong place shows in the loss. Each tensor's values depend on seed and name alone.
+    Matrices are normal with the config's standard deviation. Norms get the same noise around 1 and biases around 0, so
+    that a tensor in the wrong place changes the loss. Each tensor's values depend on the seed and its name only.
     """
     (folder / "config.json").write_text(json.dumps(preset.config | {"torch_dtype": preset.checkpoint_dtype}, indent=2))
     dtype = np.dtype(preset.checkpoint_dtype)
@@ -58,10 +55,10 @@ def write_random(
 
 
 def lora_a(seed: int, name: str, shape: tuple[int, int]) -> np.ndarray:
-    """The start value of LoRA's A, shape (r, in), float32, the same on both sides (B starts at zero).
+    """The start value of LoRA's A: shape (r, in), float32, the same on both sides. B starts at zero.
 
-    `name` is the parameter's in either framework: its layer and target module decide.
-    Uniform within ±1/√in, which is what Kaiming's rule with a = √5 gives (peft's and PaddleNLP's default).
+    `name` is the parameter's name in either framework; its layer and target module decide the values. They are uniform
+    within ±1/√in. Kaiming's rule with a = √5 gives the same bound: it is the default of peft and of PaddleNLP.
     """
     parts = name.split(".")
     layer, target = next(part for part in parts if part.isdigit()), parts[parts.index("lora_A") - 1]
@@ -70,7 +67,7 @@ def lora_a(seed: int, name: str, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _random_tensor(name: str, shape: tuple[int, ...], preset: Preset, seed: int, dtype: np.dtype) -> np.ndarray:
-    """One tensor, made in stretches of rows: in float32 a vocabulary's embedding would be several GB."""
+    """One tensor, drawn in blocks of rows: in float32 an embedding could take several GB."""
     generator, tensor = _generator(seed, name), np.empty(shape, dtype)
     rows = max(1, VALUES_AT_ONCE // math.prod(shape[1:]))
     for first in range(0, len(tensor), rows):

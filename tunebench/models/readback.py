@@ -1,10 +1,10 @@
-"""What both sides share when they read back from their model what it computes with."""
+"""Functions with which both sides read back from their model what it computes with."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-PROBES = (-2.0, -0.5, 0.0, 1.0, 3.0)  # where activations are told apart
+PROBES = (-2.0, -0.5, 0.0, 1.0, 3.0)  # the arguments at which activations are compared
 ACTIVATIONS: dict[str, Callable[[float], float]] = {
     "silu": lambda x: x / (1 + math.exp(-x)),
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
@@ -14,7 +14,7 @@ ACTIVATIONS: dict[str, Callable[[float], float]] = {
 
 
 def activation_name(values: Sequence[float]) -> str:
-    """The activation that has these values at `PROBES`; `unknown` where it is none of these."""
+    """The name of the activation with these values at `PROBES`; `unknown` where none of ACTIVATIONS fits."""
     for name, function in ACTIVATIONS.items():
         if all(math.isclose(value, function(x), abs_tol=1e-5) for value, x in zip(values, PROBES, strict=True)):
             return name
@@ -22,7 +22,7 @@ def activation_name(values: Sequence[float]) -> str:
 
 
 def only(values: Iterable[Any]) -> Any:
-    """The value that all have. RuntimeError where they differ or where there is none."""
+    """The one value of all. Raises RuntimeError where they differ or where there is none."""
     found = list(dict.fromkeys(values))
     if len(found) != 1:
         raise RuntimeError(f"the layers of the model differ: {found}" if found else "the model has no such layer")

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's weights: their names, what is in them, and their digest."""
+"""The weight files of a checkpoint: their names, their content and their digest."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a checkpoint folder, one or several shards. Raises `BadInput`."""
+    """The weight files of a checkpoint folder: one file, or several shards. Raises `BadInput`."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists():
         return [single]
@@ -30,13 +30,13 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_file_name(number: int, of: int) -> str:
-    """The name of shard `number`, from 1, of so many."""
+    """The name of shard `number` (from 1) of `of` shards."""
     return SINGLE if of == 1 else f"model-{number:05}-of-{of:05}.safetensors"
 
 
 def bytes_of(file: Path, name: str) -> tuple[str, str]:
-    """A tensor's dtype and the digest of its bytes, which NumPy could not hold in bfloat16."""
-    with file.open("rb") as content:  # the format: a length of 8 bytes, a header of JSON, the tensors
+    """A tensor's dtype and the digest of its bytes. It reads the bytes itself, since NumPy has no bfloat16."""
+    with file.open("rb") as content:  # safetensors: 8 bytes with the header's length, a JSON header, the tensors
         size = int.from_bytes(content.read(8), "little")
         about = json.loads(content.read(size))[name]
         first, end = about["data_offsets"]

@@ -1,4 +1,4 @@
-"""The runs of one side with one setup on one piece of work."""
+"""Groups one side's runs by setup and work."""
 
 import functools
 import statistics
@@ -14,63 +14,63 @@ from tunebench.report.rounds import turn
 
 @dataclass(frozen=True)
 class Cell:
-    """All runs of one side with one setup on one piece of work."""
+    """All runs of one side with one setup on the same work."""
 
     records: list[Record]
 
     @property
     def first(self) -> Record:
-        """The run that stands for the others where they must agree."""
+        """The first run. It stands for the others in all that they have in common."""
         return self.records[0]
 
     @functools.cached_property
     def work(self) -> str:
-        """What was done: equal where `differences` finds none."""
+        """A key of the work. It is equal where `differences` finds none."""
         return as_key(work_of(self.first))
 
     @functools.cached_property
     def setup(self) -> str:
-        """How it was split and computed."""
+        """The words of its setup."""
         return setup_of(self.first)
 
     @functools.cached_property
     def split(self) -> tuple[str, ...]:
-        """The same but for the precision."""
+        """The words of its setup but for the precision."""
         return tuple(split_of(self.first))
 
     @functools.cached_property
     def disturbed(self) -> str | None:
-        """By what the most disturbed of its runs was, where one was."""
+        """What disturbed its most disturbed run, in words; None where no run was disturbed."""
         return disturbed_by(self.records)
 
     @functools.cached_property
     def wholly_disturbed(self) -> bool:
-        """Whether each of its runs was, so that nothing is known of its rate."""
+        """Whether others disturbed all of its runs, so that its rate is not known."""
         return all(record.disturbed for record in self.records)
 
     @functools.cached_property
     def rates(self) -> list[float]:
-        """The runs in effective tokens/s, by round; none when they did not end ok."""
+        """The rates of the runs that ended ok, in effective tokens/s, by round."""
         return [record.effective_tokens_per_second for record in self.records if record.status == "ok"]
 
     @functools.cached_property
     def rate(self) -> float | None:
-        """The geometric mean of the runs, in effective tokens/s; None when they did not end ok."""
+        """The geometric mean of `rates`, in effective tokens/s; None where there is none."""
         return statistics.geometric_mean(self.rates) if self.rates else None
 
 
 def disturbed_by(records: Iterable[Record]) -> str | None:
-    """By what the most disturbed of a side's runs was, where one was."""
+    """What disturbed the most disturbed of these runs, in words; None where no run was disturbed."""
     found = [(*record.disturbance, record.framework) for record in records if record.disturbance and record.disturbed]
     return "{2}: {1}".format(*max(found)) if found else None
 
 
 def cells_of(records: list[Record]) -> list[Cell]:
-    """One side's runs by setup and work. Runs that did not end ok count only where none of their setup did."""
+    """One side's runs by setup and work. Failed runs count only where no run of their setup ended ok."""
     by_key: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if record.status == "ok":
-            # Runs of other versions are no repeats of each other, though each may have its pair.
+            # Runs of different versions do not repeat each other, though each may have its pair.
             by_key[as_key([vars(record.setup), record.versions, work_of(record)])].append(record)
     bad = [(attempt_of(record), record) for record in records if record.status != "ok"]
     done = {attempt_of(runs[0]) for runs in by_key.values()}

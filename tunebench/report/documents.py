@@ -1,8 +1,8 @@
-"""The documents that are generated: docs/results.md and README's table from results/measured/, docs/flags.md.
+"""Generates docs/results.md and README's table from results/measured/, and docs/flags.md from the parser.
 
     python3 summarize.py --docs
 
-results/measured/DATE-MACHINE/SUITE/ holds records as `summarize.py --keep` has copied them.
+results/measured/DATE-MACHINE/SUITE/ holds records that `summarize.py --keep` copied there.
 """
 
 import argparse
@@ -27,7 +27,7 @@ README_COLUMNS = ("Model", "Method", "Num GPUs", "Batch Size", "Paddle Setup", "
 
 
 def documents() -> dict[Path, str]:
-    """The content of each generated document, by its path."""
+    """Each generated document's path and content."""
     measured = series()
     return {
         ROOT / "docs" / "results.md": results_page(measured),
@@ -37,7 +37,7 @@ def documents() -> dict[Path, str]:
 
 
 def series() -> list[Series]:
-    """Each measured series, the newest first: its folder's name, its suite, its records. Raises `BadInput`."""
+    """The measured series, the newest first. Raises `BadInput` where a record is broken."""
     found = []
     for machine in sorted(MEASURED.glob("*/"), reverse=True):
         for suite in sorted(machine.glob("*/")):
@@ -49,7 +49,7 @@ def series() -> list[Series]:
 
 
 def results_page(measured: list[Series]) -> str:
-    """docs/results.md: every table of every measured series, with the command that measured it."""
+    """docs/results.md: all tables of all measured series, with the commands that measured them."""
     parts = [
         "# Measured results\n",
         "`python3 summarize.py --docs` writes this page from the records in `results/measured/`. Each series was "
@@ -89,7 +89,7 @@ def readme(measured: list[Series]) -> str:
 
 
 def readme_table(measured: list[Series]) -> str:
-    """Some rows of the newest series of the default suite: the first of each model family, method and setup."""
+    """Some rows of the newest series of the default suite, with their caveat."""
     for machine, suite, records in measured:
         if suite == README_SUITE:
             rows = _some([row for row in join(records) if row.compared == LIKE_FOR_LIKE])
@@ -99,7 +99,7 @@ def readme_table(measured: list[Series]) -> str:
 
 
 def _some(rows: list[Row]) -> list[Row]:
-    """The first row of each model, method and setup, at most README_ROWS, those of one process first."""
+    """The first row of each family, method and setup: at most README_ROWS, rows of one process first."""
     first: dict[tuple[str, str, str | None], Row] = {}
     for row in sorted(rows, key=lambda row: row.num_gpus):
         first.setdefault((row.family, row.method, row.paddle_setup), row)

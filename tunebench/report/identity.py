@@ -1,4 +1,4 @@
-"""What tells runs apart: model, setup, work, and where each stands in tables."""
+"""The keys that tell runs apart (model, setup, work), and sort keys for tables."""
 
 import json
 from pathlib import Path
@@ -12,12 +12,12 @@ METHODS = {"lora": "LoRA", "full": "Finetune"}
 
 
 def setup_of(record: Record) -> str:
-    """How a run was split and computed, in the words of the published record."""
+    """The words for a run's setup, as in the published record."""
     return ", ".join([*split_of(record), f"{record.setup.dtype} {record.setup.amp or ''}".strip()])
 
 
 def model_of(record: Record) -> tuple[str, str]:
-    """Family and name; of a run whose checkpoint was never read, by its flags."""
+    """The model's family and name. Its flags give them where the run did not read a checkpoint."""
     if record.model is not None:
         return record.model.family, record.model.name
     name = flags_of(record).get("--model", "unknown")
@@ -25,30 +25,30 @@ def model_of(record: Record) -> tuple[str, str]:
 
 
 def rank_of(model: str) -> tuple[int, str]:
-    """Where a model stands in tables: presets in their order, then others by name."""
+    """A sort key for models in tables: presets in their order, then others by name."""
     presets = list(PRESETS)
     return presets.index(model) if model in presets else len(presets), model
 
 
 def group_of(record: Record) -> tuple[Any, ...]:
-    """What rows and comparisons stand together by: family, model, method, GPUs and batch size."""
+    """The key of a group of rows: family, model, method, GPUs and batch size."""
     return (*model_of(record), record.method, record.devices, record.setup.bsz)
 
 
 def place_of(group: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Where a group stands in tables."""
+    """A sort key for groups in tables."""
     return group[0], rank_of(group[1]), list(METHODS).index(group[2]), group[3:]
 
 
 def attempt_of(record: Record) -> tuple[Any, ...]:
-    """What was tried: the setup, the commit and the command but for what changes from round to round."""
+    """The key of an attempt: the setup, the commit, and the command without what changes from round to round."""
     out = out_of(record)
     words = (w for w in record.argv if w not in ("--out", out, f"--out={out}") and not w.startswith("--plan-seed"))
     return setup_of(record), record.git.revision, *words
 
 
 def split_of(record: Record) -> list[str]:
-    """The same but for the precision."""
+    """The words of a setup but for the precision."""
     setup = record.setup
     replicas = record.devices // setup.mp
     parts = [f"MP {setup.mp}"] * (setup.mp > 1) + [f"ZeRO {setup.zero}"] * (setup.zero > 0)
@@ -65,10 +65,10 @@ def split_of(record: Record) -> list[str]:
 
 
 def work_of(record: Record) -> dict[str, Any]:
-    """What must be equal for two runs to have done the same work on the same machine."""
+    """The fields that are equal for runs of the same work on the same machine."""
     plan, model, steps, hardware = record.plan, record.model, record.steps, record.hardware
     return {
-        # Rounds have batches of their own, drawn from the same samples.
+        # Each round has its own batches of the same samples.
         "plan.drawn_from" if plan and plan.drawn_from else "plan.sha256": plan and (plan.drawn_from or plan.sha256),
         "model.parameters": model and model.parameters,
         "model.trainable_parameters": model and model.trainable_parameters,
@@ -87,7 +87,7 @@ def work_of(record: Record) -> dict[str, Any]:
 
 
 def differences(paddle: Record, torch: Record) -> list[str]:
-    """Why two runs did not do the same work: each differing field with both values; empty when they did."""
+    """The fields in which two runs' work differs, with both values. Empty where it is the same."""
     ours, theirs = work_of(paddle), work_of(torch)
     fields = dict.fromkeys((*ours, *theirs))
     return [
@@ -98,7 +98,7 @@ def differences(paddle: Record, torch: Record) -> list[str]:
 
 
 def as_key(value: Any) -> str:
-    """A value as text, equal for equal values."""
+    """A text that is equal for equal values."""
     return json.dumps(value, sort_keys=True, default=str)
 
 

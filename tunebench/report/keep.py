@@ -1,4 +1,4 @@
-"""Copies records into the repository, without what belongs to the machine that they were made on."""
+"""Copies records into the repository, without what could identify their machine's user."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from tunebench.report.load import record_files
 
 
 def keep(folder: Path, target: Path) -> int:
-    """Copies the records of a results folder to `target` under the same names; how many.
+    """Copies the records of a results folder to `target` under the same names. Returns their number.
 
     Raises `BadInput` where a record is broken, or where its flags or its environment name a folder.
     """
@@ -24,9 +24,9 @@ def keep(folder: Path, target: Path) -> int:
 
 
 def portable(record: Record, file: Path) -> dict[str, Any]:
-    """A record's content without the log, its --out `file`, the path of its own in the results folder.
+    """A record's content without the log and with `file` as its --out: its path within the results folder.
 
-    Raises `BadInput` where its flags or its environment name a folder, which may be a person's.
+    Raises `BadInput` where its flags or its environment name a folder, since that may name a person.
     """
     content = json.loads(record.model_dump_json(by_alias=True))
     content["argv"] = [f"--out={file}" if word.startswith("--out=") else word for word in record.argv]

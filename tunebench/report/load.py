@@ -12,12 +12,12 @@ KEPT_APART = ("measured", "published")  # folders of records that are searched o
 
 
 def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
-    """The records of files and folders, and what was broken.
+    """The records of files and folders by start time, and a line for each broken file.
 
-    Folders are searched through, but for hidden ones and those named `measured` or `published`.
+    It searches folders, but for hidden ones and those named `measured` or `published`. Raises `BadInput`.
     """
     records, broken = [], []
-    gc.disable()  # it would look through all that was read so far again and again, and records hold no cycles
+    gc.disable()  # the collector would scan all records so far again and again, and they hold no cycles
     try:
         for file in itertools.chain.from_iterable(record_files(path) for path in paths):
             try:
@@ -30,7 +30,10 @@ def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
 
 
 def record_files(path: Path) -> list[Path]:
-    """The record file that `path` is, or those in the folder; the folder of results need not be there yet."""
+    """The file `path`, or the record files of the folder `path`. Raises `BadInput`.
+
+    The results folder may be missing: the first record makes it.
+    """
     try:
         if path.is_file():
             return [path]

@@ -1,4 +1,4 @@
-"""How reports are written: Markdown tables, figures, and the line that says what they were measured on."""
+"""Writes the parts of reports: Markdown tables, rates, and the line that says what was measured on which machine."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,14 +11,14 @@ VERSIONS_SHOWN = [name for framework in FRAMEWORKS.values() for name in framewor
 
 
 def figure(rate: float | None, status: str | None) -> str:
-    """A rate as tables print it, or what became of the run; N/A where there was none."""
+    """The text of a rate in tables. Without a rate, the run's status; without a run, N/A."""
     if rate is not None:
         return f"{rate:.2f}"
     return {"oom": "OOM", None: NOT_AVAILABLE}.get(status, str(status))
 
 
 def markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
-    """A Markdown table, its columns aligned."""
+    """A Markdown table with aligned columns."""
     table = [list(columns), *lines]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
@@ -27,7 +27,7 @@ def markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
 
 
 def measured_on(records: list[Record]) -> str:
-    """The caveat above a table: machine, versions, steps and runs, read from its records."""
+    """The caveat above a table: machines, versions, steps and revisions of its records."""
     done = [record for record in records if record.status == "ok"]
     if not done:
         return "No run ended ok."

@@ -19,6 +19,7 @@ def print_tables(paths: list[Path]) -> None:
 
 
 def combined(records: list[Record], parity: bool = False) -> str:
-    """All tables of these records as Markdown."""
+    """All tables of these records as Markdown. Peers have their own."""
     ours = [record for record in records if record.peer is None]
-    return "\n\n".join(filter(None, [render(join(ours), "md", ours, parity), render_peers(records)]))
+    pairs = [render(join(ours), "md", ours, parity)] if ours else []
+    return "\n\n".join(filter(None, [*pairs, render_peers(records)]))

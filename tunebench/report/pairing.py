@@ -1,4 +1,4 @@
-"""Pairs the runs of both sides: the rows of the tables, and each side against itself."""
+"""Pairs the runs of both sides into the rows of tables, and the A/A runs of one side."""
 
 import itertools
 import math
@@ -17,23 +17,23 @@ from tunebench.report.rounds import APART, RUNS_APART, Near, Rounds, beside, in_
 from tunebench.report.stats import Noise, pooled_noise, spread
 
 LIKE_FOR_LIKE, BEST_OF_EACH = "like for like", "best of each"
-SIDES = ("paddle", "torch")  # what a row has: the speedup is the first ÷ the second - 1
+SIDES = ("paddle", "torch")  # the sides of a row; the speedup is the first ÷ the second - 1
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a table. Rates in effective tokens/s of the whole job; `speedup` is Paddle ÷ Torch − 1.
+    """One row of a table. Rates are in effective tokens/s of the whole job. `speedup` is Paddle ÷ Torch − 1.
 
-    `num_gpus` is the number of processes where there are no GPUs. A side that did not end ok has its status; a pair
-    that cannot be compared has no speedup, `refusal` in its place and the fields that differ in `note`.
-    Rates and speedup are those of the complete `rounds` where there are some; `dropped` is how many more there were.
-    A side's `spread` is the standard deviation of its runs' log rates, None with a single run. `round_noise` is that of
-    the rounds' log ratios, and `noise` what a difference of so many rounds is worth by this machine's A/A runs.
-    `interval` is the 95% interval of the speedup, None with a single round. A side's `disturbance` is the largest share
-    of a core or a GPU that others took in one of its runs.
-    `compared` says whether both sides have the same setup or each its fastest one; None for a side alone.
-    `parity` is the largest relative difference of the two loss curves at any step, `parity_first` that of the first
-    step, and `parity_norm` that of the gradient norms.
+    - `num_gpus`: processes, where there are no GPUs.
+    - `…_status`: how a side ended. `…_spread`: the standard deviation of its runs' log rates, None with one run.
+      `…_disturbance`: the largest share of a core or a GPU that others took during one of its runs.
+    - `refusal`: why a pair has no speedup, in a few words. `note` has the differing fields and other remarks.
+    - `rounds`: the complete rounds. Rates and speedup come from these where there are some. `dropped`: the others.
+    - `interval`: the 95% interval of the speedup, None with one round. `round_noise`: the standard deviation of the
+      rounds' log ratios. `noise`: what a difference of this many rounds is worth by the machine's A/A runs.
+    - `compared`: whether both sides have the same setup, or each its fastest one; None for a single side.
+    - `parity`, `parity_first`, `parity_norm`: the largest relative difference of the loss curves at any step, of the
+      first loss, and of the gradient norms.
     """
 
     family: str
@@ -70,9 +70,9 @@ class Row:
 
 @dataclass(frozen=True)
 class SelfComparison:
-    """A side against itself (A/A): `difference` is b ÷ a − 1, with its 95% interval; 0 but for noise.
+    """A side against itself (A/A). `difference` is b ÷ a − 1 with its 95% interval. Only noise moves it from 0.
 
-    `log_ratios` are the complete rounds', `dropped` is how many more there were.
+    `log_ratios` has a value for each complete round. `dropped` counts the other rounds.
     """
 
     family: str
@@ -91,7 +91,7 @@ class SelfComparison:
 
 
 class Apart(NamedTuple):
-    """How far apart the curves of two sides are, as `Row` has it."""
+    """The fields of `Row` that say how far apart the curves of two sides are."""
 
     parity: float | None = None
     parity_first: float | None = None
@@ -99,7 +99,7 @@ class Apart(NamedTuple):
 
 
 def join(records: list[Record]) -> list[Row]:
-    """The rows: like for like first, then the best of each side, then what is left of either. A/A runs are left out."""
+    """The rows: like for like first, then the best of each side, then the remaining runs. It leaves out A/A runs."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for record in records:
         if record.aa is None and record.peer is None and record.framework in SIDES:
@@ -115,7 +115,9 @@ def join(records: list[Record]) -> list[Row]:
         for (compared, paddle, torch), sides, heading in zip(pairs, members, headings, strict=True):
             row = _row(group, compared, paddle, torch, told_apart=counts[heading] > 1, near=near)
             noise = noises.get(sides[0].first.hardware.machine)
-            if compared == BEST_OF_EACH:  # A/A runs, which are beside each other, do not tell what such rows are worth
+            if (
+                compared == BEST_OF_EACH
+            ):  # A/A runs are next to each other; these sides are not, so their noise is unknown
                 lines = [row.note, *(runner_up(cell, cells[cell.first.framework], near) for cell in sides)]
                 row = replace(row, note="; ".join(filter(None, lines)) or None)
             elif noise and row.rounds:
@@ -125,7 +127,7 @@ def join(records: list[Record]) -> list[Row]:
 
 
 def against_itself(records: list[Record]) -> list[SelfComparison]:
-    """Each side's A/A comparisons; work of which either half is missing is left out."""
+    """The A/A comparisons of each side that have both halves."""
     groups: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for record in records:
         if record.aa is not None:
@@ -159,7 +161,7 @@ def against_itself(records: list[Record]) -> list[SelfComparison]:
 
 
 def noise_by_machine(comparisons: list[SelfComparison]) -> dict[str, Noise]:
-    """The noise of each machine, from the comparisons of a side with itself that nothing disturbed."""
+    """Each machine's noise, from its undisturbed A/A comparisons."""
     rows: dict[str, list[list[float]]] = defaultdict(list)
     for each in comparisons:
         if not each.disturbed:
@@ -169,10 +171,10 @@ def noise_by_machine(comparisons: list[SelfComparison]) -> dict[str, Noise]:
 
 
 def _pairs(paddle: list[Cell], torch: list[Cell], near: Near) -> list[tuple[str | None, Cell | None, Cell | None]]:
-    """Which cells make a row, and what kind: like for like, the best of each on the same work, then the rest.
+    """The cells of each row with the kind of row: like for like, the best of each on the same work, then the rest.
 
-    Of the rest, a cell is shown alone, or beside the other side's of the same setup or one that differs in precision.
-    Of a side whose runs were all disturbed a disturbed one is the best.
+    A cell of the rest stands alone, or beside the other side's cell of the same setup or of another precision. Where
+    others disturbed all runs of a side, a disturbed cell counts as its best.
     """
     ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
     pairs: list[tuple[str | None, Cell | None, Cell | None]] = []
@@ -185,7 +187,7 @@ def _pairs(paddle: list[Cell], torch: list[Cell], near: Near) -> list[tuple[str 
             like.append((a, waiting.popleft()))
     for a in sorted((cell for cell in ours if cell.rate), key=lambda cell: cell.wholly_disturbed):
         if a.work not in best:
-            # Fastest first, so the first two of the same work are its best; after them those that were disturbed.
+            # Cells are sorted by rate, so that the first ones of the same work are the best. Disturbed ones come last.
             calm = sorted(same_work[a.work], key=lambda cell: cell.wholly_disturbed)
             b = next((b for b in calm if _is_one_training(a, b, near)), None)
             if b:
@@ -202,7 +204,7 @@ def _pairs(paddle: list[Cell], torch: list[Cell], near: Near) -> list[tuple[str 
 
 
 def _by(cells: list[Cell], *fields: str) -> dict[Any, deque[Cell]]:
-    """The cells by one or more of their fields, in their order."""
+    """The cells by the values of `fields`. Each queue keeps their order."""
     found: dict[Any, deque[Cell]] = defaultdict(deque)
     for cell in cells:
         found[operator.attrgetter(*fields)(cell)].append(cell)
@@ -210,7 +212,7 @@ def _by(cells: list[Cell], *fields: str) -> dict[Any, deque[Cell]]:
 
 
 def _take(waiting: deque[Cell], shown: set[int]) -> Cell | None:
-    """The first that is not shown, which it then is."""
+    """Takes the first cell that is not in `shown` and adds it there; None where all are."""
     while waiting:
         cell = waiting.popleft()
         if id(cell) not in shown:
@@ -220,7 +222,7 @@ def _take(waiting: deque[Cell], shown: set[int]) -> Cell | None:
 
 
 def _order(record: Record) -> tuple[int, ...]:
-    """Tensor parallelism first, then the most sharded, as the published record has it."""
+    """A sort key for setups: tensor parallelism first, then the most sharded, as in the published record."""
     return -record.setup.mp, -record.setup.zero, record.setup.accumulation
 
 
@@ -273,7 +275,7 @@ def _row(
 
 
 def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str | None]:
-    """Why two cells of the same work have no speedup, in a few words and in full."""
+    """Why two cells of the same work have no speedup, in a few words and in full. None where they have one."""
     sides = zip(*rounds.pairs, strict=True) if rounds.pairs else [cell.records for cell in (paddle, torch)]
     disturbed = "; ".join(filter(None, map(disturbed_by, sides)))
     if not rounds.pairs and not disturbed:
@@ -293,7 +295,7 @@ def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str
 
 
 def _apart(rounds: Rounds) -> Apart:
-    """The largest relative differences of the two sides of any round."""
+    """The largest relative differences between the two sides of any round."""
     if not rounds.pairs:
         return Apart()
     curves = [[relative(curve, *pair) for curve in ("loss", "grad_norm")] for pair in rounds.pairs]
@@ -310,7 +312,7 @@ def _is_one_training(a: Cell, b: Cell, near: Near) -> bool:
 
 
 def _side(framework: str, cell: Cell | None, rates: list[float]) -> dict[str, Any]:
-    """What a row says of one side; `rates` are those of the complete rounds."""
+    """The fields of a row for one side. `rates` are those of the complete rounds."""
     rates = rates or (cell.rates if cell else [])
     taken = [record.disturbance[0] for record in (cell.records if cell else []) if record.disturbance]
     return {

@@ -1,4 +1,4 @@
-"""Whether two runs are one training: the models that they built, and their curves."""
+"""Checks that two runs are the same training: by the models that they built and by their curves."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,15 +7,15 @@ from tunebench.record import Record
 
 
 class Tolerance(NamedTuple):
-    """Largest relative differences of two curves, at any step, that still count as the same training."""
+    """The largest relative differences of two curves that still count as the same training, at any step."""
 
-    first_loss: float  # of step 1, where only the start and the tokens count
+    first_loss: float  # of step 1, which depends on the start weights and the tokens only
     loss: float
-    gradient: float  # of the gradient norms, which show faults that a loss hides
+    gradient: float  # of the gradient norms, which show faults that the loss hides
 
 
-# Float32: at least 47 times what docs/models.md has as measured. Low precision: what its rounding alone may do, as
-# tests/scripts/test_precision.py allows torch against its own float32.
+# Float32: at least 47 times the differences in docs/models.md. Low precision: what rounding alone may do, as
+# tests/scripts/test_precision.py allows between torch in low precision and torch in float32.
 TOLERANCES = {
     "fp32": Tolerance(1e-5, 1e-4, 1e-4),
     "bf16": Tolerance(1e-3, 1e-2, 5e-2),
@@ -29,7 +29,7 @@ def parity(paddle: Record, torch: Record) -> float:
 
 
 def disagreement(paddle: Record, torch: Record) -> str | None:
-    """Why two runs are not one training: field, step and both values of the model or a curve; None when they are."""
+    """Why two runs are not the same training: the field or curve, the step and both values. None where they are."""
     if built := _contradiction(paddle, torch):
         return f"model.built{built}"
     ours, theirs = _skipped(paddle), _skipped(torch)
@@ -45,7 +45,7 @@ def disagreement(paddle: Record, torch: Record) -> str | None:
 
 
 def _contradiction(paddle: Record, torch: Record) -> str | None:
-    """What the models that two runs built differ in; older records do not say what was built."""
+    """The field in which two runs' models differ. Older records do not hold the model that was built."""
     ours, theirs = (record.model.built if record.model else None for record in (paddle, torch))
     if ours is None or theirs is None:
         return None if ours is theirs else ": known of one side alone"
@@ -59,7 +59,7 @@ def _skipped(record: Record) -> list[int]:
 
 
 def _limited(paddle: Record, torch: Record) -> Iterator[tuple[str, list[float], float]]:
-    """Each curve, its relative differences by step, and what is allowed of them."""
+    """Each curve's name, its relative differences by step, and the largest allowed one."""
     tolerance = TOLERANCES[paddle.setup.dtype]
     loss = relative("loss", paddle, torch)
     yield "loss", loss[:1], tolerance.first_loss
@@ -68,6 +68,6 @@ def _limited(paddle: Record, torch: Record) -> Iterator[tuple[str, list[float], 
 
 
 def relative(curve: str, paddle: Record, torch: Record) -> list[float]:
-    """The relative differences of a curve at each step; 0 at steps that a side skipped."""
+    """The relative difference of a curve at each step; 0 at steps that one side skipped."""
     steps = zip(getattr(paddle.steps, curve), getattr(torch.steps, curve), strict=True)
     return [0.0 if a is None or b is None else abs(a - b) / max(abs(b), 1e-12) for a, b in steps]

@@ -1,4 +1,4 @@
-"""The table of peers: what users would pick instead, beside this project's scripts on the same samples."""
+"""The tables of peers: other trainers beside this project's scripts, on the same samples."""
 
 import math
 import statistics
@@ -23,7 +23,7 @@ CAVEAT = (
 
 
 def render_peers(records: list[Record]) -> str:
-    """A table for each framework, model and method that a peer ran; empty where none did."""
+    """A table for each framework, model and method of a peer; empty without peers."""
     parts = []
     near = in_one_series(records)
     for (framework, _, model, method), members in sorted(_groups(records), key=lambda group: _place(group[0])):
@@ -41,7 +41,7 @@ def render_peers(records: list[Record]) -> str:
 
 
 def _groups(records: list[Record]) -> Iterator[tuple[tuple[str, str, str, str], list[Record]]]:
-    """The runs of peers, with those of this project on the same samples, weights, machine and commit."""
+    """The runs of peers, together with the scripts' runs of the same model, samples, machine and commit."""
     groups: dict[tuple, list[Record]] = defaultdict(list)
     for record in records:
         if record.aa is None:

@@ -1,4 +1,4 @@
-"""The published record as data: its runs, its tables computed from them, and runs of one's own beside it."""
+"""The published record: its runs as data, its tables computed from them, and own runs beside it."""
 
 import csv
 import io
@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
@@ -18,48 +18,24 @@ from tunebench.record import Record, first_fault
 from tunebench.record import Strict as Part
 from tunebench.report.identity import METHODS, model_of, rank_of, setup_of
 from tunebench.report.load import load_records, record_files
-from tunebench.report.markdown import NOT_AVAILABLE, figure, markdown
+from tunebench.report.markdown import NOT_AVAILABLE, figure
 from tunebench.report.pairing import BEST_OF_EACH, LIKE_FOR_LIKE, Row, join
-from tunebench.report.tables import SETUP_COLUMNS, verdict
+from tunebench.report.tables import Column, verdict
+from tunebench.report.tables import table as as_markdown
 
 FOLDER = ROOT / "results" / "published"
 FAMILIES = {"bloom": "Bloom", "llama": "Llama", "chatglm": "ChatGLM"}
 WORK = {"full": "fine-tuning", "lora": "LoRA"}
-COLUMNS = (
-    "Model",
-    "Method",
-    "Num GPUs",
-    "Batch Size",
-    "Paddle Setup",
-    "Paddle Effective Tokens/s",
-    "Torch Setup",
-    "Torch Effective Tokens/s",
-    "Speedup",
-)
-AGAINST_COLUMNS = (
-    "Model",
-    "Method",
-    "Num GPUs",
-    "Batch Size",
-    "Setup",
-    "Framework",
-    "Published Effective Tokens/s",
-    "Here Setup",
-    "Here Effective Tokens/s",
-    "Here ÷ Published",
-    "Published Speedup",
-    "Here Speedup",
-)
 
 
 class Strict(Part):
-    """A part of a published record; unknown fields and values of another type are errors."""
+    """A part of a published record. Unknown fields and values of another type are errors."""
 
     model_config = ConfigDict(strict=True)
 
 
 class Source(Strict):
-    """Where a figure stands: `commit` is a revision of the document that has it. `added_later`: the first had not."""
+    """The source of a figure: a document and a revision that has it. `added_later`: the first revision lacks it."""
 
     document: str
     commit: str
@@ -67,14 +43,14 @@ class Source(Strict):
 
 
 class Names(Strict):
-    """What a table calls a run's model and its setup, which is empty where nothing was split or recomputed."""
+    """The names of a run's model and setup in a table. `setup` is empty where nothing was split or recomputed."""
 
     model: str
     setup: str
 
 
 class Setup(Strict):
-    """How a run was split. `mp` 1 and `zero` 0: not at all."""
+    """How a run was split. `mp` 1 and `zero` 0 mean that it was not."""
 
     zero: int = Field(ge=0, le=3)
     mp: PositiveInt
@@ -83,10 +59,10 @@ class Setup(Strict):
 
 
 class PublishedRecord(Strict):
-    """One published run. Its figure is in effective tokens/s of the whole job, None where it ran out of memory.
+    """One published run. Its rate is in effective tokens/s of the whole job, None where it ran out of memory.
 
-    `model` is a preset's name where there is one, `names` what the kinds of table that show the run call it; `bsz` is
-    the global batch size in samples. What can be computed, as speedups, is not stored.
+    `model` is the preset's name where there is one. `names` has the names of model and setup in each kind of table that
+    shows the run. `bsz` is the global batch size in samples. Computed values, such as speedups, are not stored.
     """
 
     model_config = ConfigDict(populate_by_name=True, serialize_by_alias=True)
@@ -116,53 +92,53 @@ class PublishedRecord(Strict):
 
     @property
     def work(self) -> tuple[Any, ...]:
-        """What a row of a headline table stands for."""
+        """The key of a row in a headline table."""
         return self.model, self.method, self.num_gpus, self.bsz
 
     @property
     def like(self) -> tuple[Any, ...]:
-        """What two runs have in common that are like for like."""
+        """A key that is equal for runs which are like for like."""
         return *self.work, *_split(self.setup)
 
     @property
     def result(self) -> str:
-        """The figure as tables print it."""
+        """The text of its rate in tables."""
         return figure(self.effective_tokens_per_second, self.reason)
 
     def named(self, kind: Literal["headline", "multi_gpu"]) -> Names:
-        """What tables of a kind call it, or the other kind where the run was in none of these."""
+        """Its names in tables of a kind. Where no such table shows the run, those of the other kind."""
         return self.names.get(kind) or next(iter(self.names.values()))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A row of a published table: the run of either side, None where there was none."""
+    """A row of a published table: each side's run, None where there was none."""
 
     paddle: PublishedRecord | None
     torch: PublishedRecord | None
 
     @property
     def either(self) -> PublishedRecord:
-        """Either run, for what they have in common."""
+        """One of the runs, for what both have in common."""
         run = self.paddle or self.torch
         assert run is not None
         return run
 
     def model(self, kind: Literal["headline", "multi_gpu"]) -> str:
-        """What tables of a kind call the model; the fastest run may have been in none of these."""
+        """The model's name in tables of a kind. A run that no such table shows has the other kind's."""
         runs = [run for run in (self.paddle, self.torch) if run]
         return next((run for run in runs if kind in run.names), runs[0]).named(kind).model
 
     @property
     def speedup(self) -> float | None:
-        """Paddle ÷ Torch − 1; None unless both have a figure."""
+        """Paddle ÷ Torch − 1; None unless both have a rate."""
         rates = [run and run.effective_tokens_per_second for run in (self.paddle, self.torch)]
         return rates[0] / rates[1] - 1 if rates[0] and rates[1] else None
 
 
 @dataclass(frozen=True)
 class Table:
-    """A published table. A headline table sets the best of each side's setups side by side, the other like for like."""
+    """A published table. Headline tables compare each side's best setup. Multi-GPU tables compare like for like."""
 
     name: str
     heading: str
@@ -170,26 +146,38 @@ class Table:
     pairs: list[Pair]
 
     def is_best(self, pair: Pair) -> bool:
-        """Whether a pair's Paddle run is the fastest one of its model and batch size: these were printed bold."""
+        """Whether a pair's Paddle run is the fastest of its model and batch size. These were printed bold."""
         rate = pair.paddle and pair.paddle.effective_tokens_per_second
         group = [other.paddle for other in self.pairs if other.either.work == pair.either.work]
         rates = [run.effective_tokens_per_second for run in group if run and run.effective_tokens_per_second]
         return self.kind == "multi_gpu" and rate is not None and rate == max(rates)
 
     def setup(self, side: PublishedRecord | None) -> str | None:
-        """How a side was split, in the table's words; of the headline tables, none tells the accumulation."""
+        """A side's setup in the table's words. Headline tables leave out the accumulation."""
         if side is None:
             return None
         steps, words = side.setup.accumulation, side.named(self.kind).setup
         return f"({side.bsz // steps}*{steps}) {words}" if steps > 1 and self.kind == "multi_gpu" else words
 
 
+class Printed(NamedTuple):
+    """A row of a published table, with its table."""
+
+    table: Table
+    pair: Pair
+
+    @property
+    def run(self) -> PublishedRecord:
+        """One of the pair's runs, for what both have in common."""
+        return self.pair.either
+
+
 @dataclass(frozen=True)
 class Against:
-    """A published run beside one of the same model, method, GPUs, batch size, setup and framework here.
+    """A published run beside an own run of the same model, method, GPUs, batch size, setup and framework.
 
-    Figures in effective tokens/s of the whole job, `ratio` is here ÷ published; None where there is no such figure.
-    Speedups (Paddle ÷ Torch − 1) are those of both sides like for like; `here_interval` is the 95% interval.
+    Rates are in effective tokens/s of the whole job. `ratio` is here ÷ published. Both are None where a rate is
+    missing. Speedups (Paddle ÷ Torch − 1) are like for like. `here_interval` is the 95% interval.
     """
 
     model: str
@@ -211,10 +199,47 @@ class Against:
     here_refusal: str | None = None
 
 
-def load(paths: list[Path]) -> tuple[list[Record], list[PublishedRecord], list[str]]:
-    """The records of files and folders, those of published runs apart, and what was broken.
+HEADLINE_COLUMNS = [
+    Column("Model", lambda row: row.pair.model(row.table.kind)),
+    Column("Method", lambda row: METHODS[row.run.method]),
+    Column("Num GPUs", lambda row: str(row.run.num_gpus)),
+    Column("Batch Size", lambda row: str(row.run.bsz)),
+    Column("Paddle Setup", lambda row: row.table.setup(row.pair.paddle) or ""),
+    Column("Paddle Effective Tokens/s", lambda row: _result(row.pair.paddle)),
+    Column("Torch Setup", lambda row: row.table.setup(row.pair.torch) or ""),
+    Column("Torch Effective Tokens/s", lambda row: _result(row.pair.torch)),
+    Column("Speedup", lambda row: _percent(row.pair.speedup)),
+]
+MULTI_GPU_COLUMNS = [
+    HEADLINE_COLUMNS[0],
+    Column("Setup", lambda row: f"bsz {row.run.bsz} {row.table.setup(row.run)}"),
+    Column("Paddle Effective Tokens/s", lambda row: _bold(_result(row.pair.paddle), row.table.is_best(row.pair))),
+    Column("Torch Effective Tokens/s", lambda row: _result(row.pair.torch)),
+    Column("Speedup", lambda row: _percent(row.pair.speedup, sign="-")),
+]
+AGAINST_COLUMNS = [
+    Column("Model", lambda row: row.model),
+    Column("Method", lambda row: METHODS[row.method]),
+    Column("Num GPUs", lambda row: str(row.num_gpus)),
+    Column("Batch Size", lambda row: str(row.batch_size)),
+    Column("Setup", lambda row: row.setup),
+    Column("Framework", lambda row: row.framework),
+    Column(
+        "Published Effective Tokens/s",
+        lambda row: figure(row.published_effective_tokens_per_second, row.published_status),
+    ),
+    Column("Here Setup", lambda row: row.here_setup or NOT_AVAILABLE),
+    Column("Here Effective Tokens/s", lambda row: figure(row.here_effective_tokens_per_second, row.here_status)),
+    Column("Here ÷ Published", lambda row: NOT_AVAILABLE if row.ratio is None else f"{row.ratio:.2f}"),
+    Column("Published Speedup", lambda row: _percent(row.published_speedup)),
+    Column("Here Speedup", lambda row: _here_speedup(row)),
+]
 
-    Folders are searched as `load_records` does, so that `published` ones are left out unless they are named.
+
+def load(paths: list[Path]) -> tuple[list[Record], list[PublishedRecord], list[str]]:
+    """The own records and the published records of files and folders, and a line for each broken file.
+
+    It searches folders as `load_records` does, so that it leaves out `published` folders unless they are named.
     """
     published: dict[tuple[Any, str], PublishedRecord] = {}
     files, broken = [], []
@@ -233,7 +258,7 @@ def load(paths: list[Path]) -> tuple[list[Record], list[PublishedRecord], list[s
 
 
 def tables(published: Iterable[PublishedRecord]) -> list[Table]:
-    """The tables in the order of their publication, rows as they were: by method, model, batch size and setup."""
+    """The tables in the order of their publication. Rows are sorted by method, model, batch size and setup."""
     found = []
     for later, members in _grouped(published, lambda run: run.source.added_later):
         for family, runs in _grouped(members, lambda run: list(FAMILIES).index(run.family)):
@@ -256,7 +281,7 @@ def tables(published: Iterable[PublishedRecord]) -> list[Table]:
 
 
 def against(records: list[Record], published: Iterable[PublishedRecord]) -> list[Against]:
-    """Every published run beside each of its counterparts here; one without any has a row without them."""
+    """Each published run beside each own run like it. A run without any has a row of its own."""
     here = _sides(records)
     found = []
     for _, runs in _grouped(published, lambda run: (_place(run), run.method != "lora", _order(run.setup))):
@@ -295,17 +320,17 @@ def against(records: list[Record], published: Iterable[PublishedRecord]) -> list
 
 
 def render_published(published: list[PublishedRecord], form: str) -> str:
-    """The published tables as `md`, or their rows, those of every table under the same names, as `csv` or `json`."""
-    printed = tables(published)
+    """The published tables as `md`, or their rows as `csv` or `json`, with the same columns for all tables."""
+    printed = [(table, [Printed(table, pair) for pair in table.pairs]) for table in tables(published)]
+    every = [row for _, rows in printed for row in rows]
     if form == "json":
-        return json.dumps([_fields(table, pair) for table in printed for pair in table.pairs], indent=1)
+        return json.dumps([_fields(row.table, row.pair) for row in every], indent=1)
     if form == "csv":
-        lines = [[table.name, *_headline_texts(table, pair)] for table in printed for pair in table.pairs]
-        return _csv(("Table", *COLUMNS), lines)
+        return _csv([Column("Table", lambda row: row.table.name), *HEADLINE_COLUMNS], every)
     parts = []
-    for table in printed:
-        columns, texts = (COLUMNS, _headline_texts) if table.kind == "headline" else (SETUP_COLUMNS, _multi_gpu_texts)
-        parts.append(f"### {table.heading}\n\n{markdown(columns, [texts(table, pair) for pair in table.pairs])}")
+    for table, rows in printed:
+        columns = HEADLINE_COLUMNS if table.kind == "headline" else MULTI_GPU_COLUMNS
+        parts.append(f"### {table.heading}\n\n{as_markdown(columns, rows)}")
     sources = {f"{run.source.document} at {run.source.commit[:10]}" for run in published}
     parts.append(
         f"Published, not measured here ({'; '.join(sorted(sources))}), on {_hardware(published)}; speedups computed "
@@ -317,12 +342,12 @@ def render_published(published: list[PublishedRecord], form: str) -> str:
 
 
 def render_against(records: list[Record], published: list[PublishedRecord], form: str) -> str:
-    """What stands beside the published record as a `md` table with its caveat, or its rows as `csv` or `json`."""
+    """The comparison with the published record: a `md` table with its caveat, or its rows as `csv` or `json`."""
     rows = against(records, published)
     if form == "json":
         return json.dumps([{"table": "against published", **asdict(row)} for row in rows], indent=1)
     if form == "csv":
-        return _csv(AGAINST_COLUMNS, map(_against_texts, rows))
+        return _csv(AGAINST_COLUMNS, rows)
     heading = "### Against the published record\n\n"
     if not any(row.here_status for row in rows):
         return (
@@ -331,7 +356,7 @@ def render_against(records: list[Record], published: list[PublishedRecord], form
         )
     return (
         f"{heading}{_ran_on(records, published)} Published on {_hardware(published)} ({_precision(published)}).\n\n"
-        f"{markdown(AGAINST_COLUMNS, map(_against_texts, rows))}\n\n"
+        f"{as_markdown(AGAINST_COLUMNS, rows)}\n\n"
         "Here ÷ Published compares machines and years of software as much as frameworks, and not the same work: "
         "precision differs (see Here Setup), the published timing has warm-up and start-up inside, and its padding and "
         "LoRA layers are others. Speedups are like for like on both sides. N/A: no such run. The suite a100x4 runs "
@@ -340,14 +365,14 @@ def render_against(records: list[Record], published: list[PublishedRecord], form
 
 
 def combine(parts: list[str], form: str) -> str:
-    """Several renderings in one form as one: lists of rows are joined, tables stand one after the other."""
+    """Joins several renderings of one form: JSON lists become one list, tables follow each other."""
     if form == "json":
         return json.dumps([row for part in parts for row in json.loads(part)], indent=1)
     return "\n\n".join(parts)
 
 
 def _read(file: Path) -> PublishedRecord | None:
-    """A published run's record; None for any other file, good or not. Raises `BadInput` with the first fault."""
+    """A published run's record; None for any other file. Raises `BadInput` with the first fault."""
     try:
         text = file.read_bytes()
         content = json.loads(text) if b"published" in text else None
@@ -370,17 +395,17 @@ def _place(run: PublishedRecord) -> tuple[Any, ...]:
 
 
 def _split(setup: Any) -> tuple[Any, ...]:
-    """What two setups have in common that are like for like; of a published one or of a record here."""
+    """A key that is equal for setups which are like for like, of published and of own runs."""
     return setup.zero, setup.mp, setup.recompute, setup.accumulation
 
 
 def _order(setup: Setup) -> tuple[Any, ...]:
-    """Tensor parallelism first, then the most sharded."""
+    """A sort key for setups: tensor parallelism first, then the most sharded."""
     return -setup.mp, -setup.zero, setup.recompute, setup.accumulation
 
 
 def _pair(runs: list[PublishedRecord], fastest: bool = False) -> Pair:
-    """The runs of both sides, the fastest ones where there are several."""
+    """The first run of each side; with `fastest`, the fastest one."""
     ranked = sorted(runs, key=lambda run: -(run.effective_tokens_per_second or 0.0)) if fastest else runs
     paddle, torch = (next((r for r in ranked if r.framework == side), None) for side in ("paddle", "torch"))
     return Pair(paddle, torch)
@@ -395,7 +420,7 @@ def _tried_several(runs: list[PublishedRecord]) -> bool:
 
 
 def _sides(records: list[Record]) -> dict[tuple[Any, ...], list[Row]]:
-    """The rows here by what they may be set beside and framework, each side's figure once, like for like first."""
+    """The own rows by (`like`, framework). Each side's rate is there once, from a like-for-like row if there is one."""
     likes = {(*_like(record)[:4], setup_of(record)): _like(record) for record in records}
     rows = sorted(join(records), key=lambda row: row.compared == BEST_OF_EACH)
     found, seen = defaultdict(list), set()
@@ -409,7 +434,7 @@ def _sides(records: list[Record]) -> dict[tuple[Any, ...], list[Row]]:
 
 
 def _like(record: Record) -> tuple[Any, ...]:
-    """`PublishedRecord.like` of a record here."""
+    """The key `PublishedRecord.like` of an own record."""
     return model_of(record)[1], record.method, record.devices, record.setup.bsz, *_split(record.setup)
 
 
@@ -424,32 +449,16 @@ def _result(run: PublishedRecord | None) -> str:
     return run.result if run else NOT_AVAILABLE
 
 
+def _bold(text: str, bold: bool) -> str:
+    return f"**{text}**" if bold else text
+
+
 def _percent(speedup: float | None, sign: str = "+") -> str:
     return NOT_AVAILABLE if speedup is None else f"{speedup:{sign}.0%}"
 
 
-def _headline_texts(table: Table, pair: Pair) -> list[str]:
-    run = pair.either
-    sides = [text for side in (pair.paddle, pair.torch) for text in (table.setup(side) or "", _result(side))]
-    return [
-        pair.model(table.kind),
-        METHODS[run.method],
-        str(run.num_gpus),
-        str(run.bsz),
-        *sides,
-        _percent(pair.speedup),
-    ]
-
-
-def _multi_gpu_texts(table: Table, pair: Pair) -> list[str]:
-    paddle = f"**{_result(pair.paddle)}**" if table.is_best(pair) else _result(pair.paddle)
-    run = pair.either
-    setup = f"bsz {run.bsz} {table.setup(run)}"
-    return [pair.model(table.kind), setup, paddle, _result(pair.torch), _percent(pair.speedup, sign="-")]
-
-
 def _fields(table: Table, pair: Pair) -> dict[str, Any]:
-    """A row as the tables of ordinary records name it."""
+    """A row with the field names of `Row`."""
     run = pair.either
     fields: dict[str, Any] = {
         "table": f"published {table.name}",
@@ -467,24 +476,10 @@ def _fields(table: Table, pair: Pair) -> dict[str, Any]:
     return fields | {"speedup": pair.speedup, "compared": compared, "best": table.is_best(pair)}
 
 
-def _against_texts(row: Against) -> list[str]:
-    speedup = row.here_refusal or NOT_AVAILABLE
-    if row.here_speedup is not None:
-        speedup = verdict(row.here_speedup, row.here_interval, row.here_noise)
-    return [
-        row.model,
-        METHODS[row.method],
-        str(row.num_gpus),
-        str(row.batch_size),
-        row.setup,
-        row.framework,
-        figure(row.published_effective_tokens_per_second, row.published_status),
-        row.here_setup or NOT_AVAILABLE,
-        figure(row.here_effective_tokens_per_second, row.here_status),
-        NOT_AVAILABLE if row.ratio is None else f"{row.ratio:.2f}",
-        _percent(row.published_speedup),
-        speedup,
-    ]
+def _here_speedup(row: Against) -> str:
+    if row.here_speedup is None:
+        return row.here_refusal or NOT_AVAILABLE
+    return verdict(row.here_speedup, row.here_interval, row.here_noise)
 
 
 def _hardware(published: list[PublishedRecord]) -> str:
@@ -492,19 +487,19 @@ def _hardware(published: list[PublishedRecord]) -> str:
 
 
 def _precision(published: list[PublishedRecord]) -> str:
-    """What each side computed in."""
+    """The precision of each side."""
     words = sorted({(run.framework, run.precision) for run in published})
     return "; ".join(f"{framework}: {precision}" for framework, precision in words)
 
 
 def _ran_on(records: list[Record], published: list[PublishedRecord]) -> str:
-    """What the records here that have a published counterpart ran on, and the data that they trained on."""
+    """The machines and data of the own records that have a published counterpart."""
     likes = {run.like for run in published}
     compared = [record for record in records if record.aa is None and _like(record) in likes]
     machines = set()
     for record in compared:
         device, cpu = record.hardware.device, f"{record.hardware.cpu} with {record.hardware.cores} cores"
-        if device is not None:  # or it ended before it knew
+        if device is not None:  # None where the run ended before it knew
             machines.add(f"no GPU, {cpu}" if device == "cpu" else f"one {device} per process, {cpu}")
     data = {record.plan.data for record in compared if record.plan}
     return (
@@ -512,7 +507,9 @@ def _ran_on(records: list[Record], published: list[PublishedRecord]) -> str:
     )
 
 
-def _csv(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
+def _csv(columns: Sequence[Column], rows: Iterable[Any]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([columns, *lines])
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(column.title for column in columns)
+    writer.writerows([column.text(row) for column in columns] for row in rows)
     return text.getvalue().rstrip("\n")

@@ -1,4 +1,4 @@
-"""What a reader must know of a row beside its figures: the sentences of its note."""
+"""The remarks in a row's note: what a reader must know beside the figures."""
 
 import math
 import statistics
@@ -9,11 +9,11 @@ from tunebench.report.cells import Cell
 from tunebench.report.rounds import Near, Rounds, out_of, pair_rounds, round_of
 from tunebench.report.stats import drift_between, drift_in_words, drift_of, is_across_zero, outlying
 
-LEAST_SECONDS = 5.0  # timed, so that ticks of 10 ms tell 1% of a core
+LEAST_SECONDS = 5.0  # timed seconds that a share of 1% of a core needs: the kernel counts in ticks of 10 ms
 
 
 def remarks_of_rounds(rounds: Rounds) -> list[str]:
-    """What a reader must know of the rounds of a pair."""
+    """The remarks on the rounds of a pair."""
     remarks = []
     if rounds.pairs and rounds.dropped:
         remarks.append(
@@ -29,7 +29,7 @@ def remarks_of_rounds(rounds: Rounds) -> list[str]:
 
 
 def runner_up(best: Cell, cells: list[Cell], near: Near) -> str | None:
-    """The next setup of the same framework on the same work, and whether the rounds tell it from the best."""
+    """A remark on the framework's second fastest setup of the same work: whether it ties with the best one."""
     others = [cell for cell in cells if cell is not best and cell.rate and cell.work == best.work]
     others = [cell for cell in others if cell.setup != best.setup and not cell.disturbed]
     if not others:
@@ -46,7 +46,7 @@ def runner_up(best: Cell, cells: list[Cell], near: Near) -> str | None:
 
 
 def remarks_of_side(cell: Cell) -> list[str]:
-    """What a reader must know of one side: how it ended, and what is odd about its runs."""
+    """The remarks on one side: how it ended and what is odd about its runs."""
     first, runs = cell.first, len(cell.records)
     if not cell.rate:
         return [f"{first.status}: {first.reason}"]
@@ -74,7 +74,7 @@ def remarks_of_side(cell: Cell) -> list[str]:
 
 
 def on_what(record: Record) -> str:
-    """What tells rows with the same headings apart."""
+    """The text that tells rows with the same headings apart."""
     assert record.plan is not None
     assert record.steps is not None
     plan, timed = record.plan, len(record.steps.seconds) - record.timed_from

@@ -1,4 +1,4 @@
-"""Which runs of two sides are a round, and so may be divided: side by side in time, and on the same batches."""
+"""Finds the rounds of two sides: runs next to each other in time and on the same batches. Only these may be divided."""
 
 import datetime
 import itertools
@@ -10,14 +10,15 @@ from typing import NamedTuple
 from tunebench.record import Record
 from tunebench.report.stats import log_ratios, ratio_interval
 
-APART, RUNS_APART = 120.0, 3  # seconds, or so many runs, between the starts of the two sides of a round, at most
-PAUSE = 600.0  # seconds without a run that end a series of measurement
+# The starts of a round's sides are at most this many seconds apart, or this many times the longer run.
+APART, RUNS_APART = 120.0, 3
+PAUSE = 600.0  # a pause of this many seconds ends a series of measurement
 
 Near = Callable[[Record, Record], bool]
 
 
 class Rounds(NamedTuple):
-    """The complete rounds of two sides, and how many others were dropped."""
+    """The complete rounds of two sides, and the number of dropped ones."""
 
     pairs: list[tuple[Record, Record]]
     dropped: int
@@ -30,19 +31,19 @@ class Rounds(NamedTuple):
 
     @property
     def log_ratios(self) -> list[float]:
-        """The logarithm of the first side's rate ÷ the second's, by round."""
+        """log(first side's rate ÷ second side's rate) of each round."""
         return log_ratios(*self.rates)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% interval of the first side ÷ the second - 1; None with fewer than two rounds."""
+        """The 95% interval of first side ÷ second side - 1; None with fewer than two rounds."""
         return ratio_interval(*self.rates)
 
 
 def pair_rounds(ours: Sequence[Record], theirs: Sequence[Record], near: Near) -> Rounds:
-    """The rounds of two sides' runs that ended ok: of the same number, the same batches and `near` each other.
+    """The rounds of two sides' runs that ended ok. Both runs have the same number and batches and are `near`.
 
-    Runs without a number, and those of a number that has several, are paired in the order of their starts.
+    Runs without a number, and several runs of one number, are paired in the order of their starts.
     """
     by_number: dict[int, tuple[list[Record], list[Record]]] = {}
     for side, members in enumerate((ours, theirs)):
@@ -65,7 +66,7 @@ def pair_rounds(ours: Sequence[Record], theirs: Sequence[Record], near: Near) ->
 
 
 def beside(a: Record, b: Record) -> bool:
-    """Whether two runs started so close to each other that the machine's drift between them does not count."""
+    """Whether two runs started so close to each other that the machine's drift between them is negligible."""
     return abs(_start(a) - _start(b)) <= max(APART, RUNS_APART * max(_seconds(a), _seconds(b)))
 
 
@@ -75,12 +76,12 @@ def minutes_apart(a: Record, b: Record) -> float:
 
 
 def started_lately(record: Record) -> bool:
-    """Whether a run that starts now would still be beside this one."""
+    """Whether a run that starts now would be `beside` this one."""
     return time.time() - _start(record) <= max(APART, RUNS_APART * _seconds(record))
 
 
 def in_one_series(records: Iterable[Record]) -> Near:
-    """Whether two runs are of one series of measurement: without a longer pause among all of the machine's runs."""
+    """A function that says whether two runs belong to one series: no long pause of the machine lies between them."""
     series: dict[tuple[str, str, str], int] = {}
     number = itertools.count()
     by_machine = sorted(records, key=lambda record: (record.hardware.machine, record.started_at))
@@ -95,23 +96,23 @@ def in_one_series(records: Iterable[Record]) -> Near:
 
 
 def turn(record: Record) -> tuple[int, str]:
-    """The round of a run, and when it started: a round may have been run again."""
+    """A sort key: the round of a run, then its start, since a round may have run again."""
     return round_of(record), record.started_at
 
 
 def round_of(record: Record) -> int:
-    """The round that a suite gave a run, by its file's name; 0 where none did."""
+    """The number of a run's round, from its record's file name; 0 where the name has none."""
     number = re.search(r"-r(\d+)\.json$", out_of(record))
     return int(number[1]) if number else 0
 
 
 def out_of(record: Record) -> str:
-    """Which file it was, by its flags, which need not name one."""
+    """The record's file by the flag --out; without that flag, its start time."""
     return flags_of(record).get("--out", record.started_at)
 
 
 def flags_of(record: Record) -> dict[str, str]:
-    """The value of each flag that was given one (of a bare flag, the word after it)."""
+    """The value of each flag on the command line. For a bare flag that is the next word."""
     words = list(itertools.chain.from_iterable(word.split("=", 1) for word in record.argv))
     return {flag: value for flag, value in itertools.pairwise(words) if flag.startswith("--")}
 
@@ -124,7 +125,7 @@ def _start(record: Record) -> float:
 
 
 def _seconds(record: Record) -> float:
-    """How long a run took, as far as its record says."""
+    """The seconds of a run's set-up and steps, as far as its record has them."""
     return (record.setup_seconds or 0.0) + sum(record.steps.seconds if record.steps else [])
 
 

@@ -1,4 +1,4 @@
-"""What repeated measurements say: the interval of a ratio, the spread of a side, rounds that stand apart, drift."""
+"""Statistics of repeated measurements: intervals of ratios, spread, noise, outlying rounds, drift."""
 
 import math
 import statistics
@@ -9,18 +9,18 @@ from scipy import special
 
 from tunebench.record import Record
 
-# As hyperfine has it: ten standard deviations, estimated by the median absolute deviation (which is 0.6745 of one).
+# hyperfine's rule: ten standard deviations, where the median absolute deviation is 0.6745 standard deviations.
 OUTLYING = 14.826
-FEWEST = 4  # of three normal rounds one would stand apart in 11 of 100 cases, of four in 2 (simulated)
-SAME = 0.03  # differences whose interval lies within ± this are called the same
-MOST_FREEDOM = 6  # of pooled noise: rows differ in it, so that their number says less than it seems
-DRIFT, DRIFT_P = 0.05, 0.01  # smaller drifts, and those that chance explains, are not reported
+FEWEST = 4  # simulated: among three normal rounds one stands apart in 11% of cases, among four in 2%
+SAME = 0.03  # a difference counts as none where its interval lies within ± this
+MOST_FREEDOM = 6  # limit of pooled noise's degrees of freedom: rows differ in their noise, so more would claim too much
+DRIFT, DRIFT_P = 0.05, 0.01  # smaller drifts are not reported, nor are those that chance explains
 
 
 def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
-    """The 95% interval of ours ÷ theirs - 1, by Student's t of the rounds' log ratios; None with fewer than two rounds.
+    """The 95% interval of ours ÷ theirs - 1, by Student's t of the rounds' log ratios.
 
-    The k-th of both are a round.
+    `ours[k]` and `theirs[k]` are a round's rates. None with fewer than two rounds.
     """
     if len(ours) < 2:
         return None
@@ -31,24 +31,24 @@ def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
 
 
 def log_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """The logarithm of ours ÷ theirs of each round."""
+    """log(ours ÷ theirs) of each round."""
     return [math.log(a) - math.log(b) for a, b in zip(ours, theirs, strict=True)]
 
 
 class Noise(NamedTuple):
-    """How much comparisons of a side with itself scatter: the pooled standard deviation of their log ratios within a
-    row, and its degrees of freedom."""
+    """The scatter of A/A comparisons: the pooled standard deviation of log ratios within rows, and its degrees of
+    freedom."""
 
     deviation: float
     freedom: int
 
     def worth(self, rounds: int) -> float:
-        """What a difference of so many rounds is worth, as a share: it is ± this in 95 of 100 cases without one."""
+        """The share within which 95% of measured differences lie where there is no true one, for so many rounds."""
         return _expm1(_t95(min(MOST_FREEDOM, self.freedom)) * self.deviation / math.sqrt(rounds))
 
 
 def pooled_noise(rows: Sequence[Sequence[float]]) -> Noise | None:
-    """The noise of rows of log ratios, a number for each round; None where no row has two."""
+    """The noise of rows that have a log ratio for each round; None where no row has two rounds."""
     freedom = sum(len(row) - 1 for row in rows if row)
     if freedom < 1:
         return None
@@ -57,7 +57,7 @@ def pooled_noise(rows: Sequence[Sequence[float]]) -> Noise | None:
 
 
 def is_across_zero(interval: tuple[float, float]) -> bool:
-    """Whether the interval of a difference has 0 in it."""
+    """Whether the interval of a difference contains 0."""
     return interval[0] <= 0 <= interval[1]
 
 
@@ -67,14 +67,15 @@ def is_within(interval: tuple[float, float], limit: float = SAME) -> bool:
 
 
 def spread(rates: Sequence[float]) -> float | None:
-    """The standard deviation of the rates' logarithms, which is their relative one; None with fewer than two."""
+    """The standard deviation of the rates' logarithms, a relative spread; None with fewer than two rates."""
     return statistics.stdev(map(math.log, rates)) if len(rates) > 1 else None
 
 
 def outlying(rates: Sequence[float]) -> list[int]:
-    """Which rates stand apart, by index: whose logarithm is over 14.826 times as far from the median as the median one.
+    """The indices of the rates that stand apart from the others.
 
-    Empty with fewer than four, which do not tell.
+    The logarithm of such a rate is over OUTLYING times as far from the median as the median distance. Fewer than FEWEST
+    rates give none.
     """
     if len(rates) < FEWEST:
         return []
@@ -82,15 +83,18 @@ def outlying(rates: Sequence[float]) -> list[int]:
     middle = statistics.median(logs)
     distances = [abs(log - middle) for log in logs]
     typical = statistics.median(distances)
-    return [i for i, distance in enumerate(distances) if distance > max(OUTLYING * typical, 1e-9)]  # or is rounding
+    return [
+        i for i, distance in enumerate(distances) if distance > max(OUTLYING * typical, 1e-9)
+    ]  # smaller is rounding
 
 
 def drift(runs: Sequence[Sequence[float]]) -> float | None:
-    """How much longer a step took in the second half of the steps than in the first, as a share; from runs alike.
+    """The share by which steps took longer in the second half of the steps than in the first.
 
-    `runs` has each run's seconds of steps whose second half has the batches of the first again, in the same order (of
-    an odd number the middle one is left out). Each batch gives the log ratio of its two steps, the mean of the runs.
-    None where they are less than 5% apart, or where chance explains it (paired t-test, p ≥ 0.01).
+    `runs` has the seconds of each run's steps, for runs of one setup. The second half of the steps has the batches of
+    the first half in the same order. The middle step of an odd number is left out. Each batch gives the log ratio of
+    its two steps, as the mean over the runs. None where the halves are less than DRIFT apart, or where chance explains
+    it (paired t-test, p ≥ DRIFT_P).
     """
     half = len(runs[0]) // 2
     if half < 2:
@@ -105,14 +109,14 @@ def drift(runs: Sequence[Sequence[float]]) -> float | None:
 
 
 def drift_of(records: Sequence[Record]) -> float | None:
-    """The drift of the timed steps of runs of the same setup; None where batches do not come twice."""
+    """The drift of the timed steps of runs of one setup; None where their halves do not have the same batches."""
     if not all(map(has_paired_halves, records)):
         return None
     return drift([record.steps.seconds[record.timed_from :] for record in records if record.steps])
 
 
 def drift_between(rounds: Sequence[tuple[Record, Record]]) -> float | None:
-    """How much the ratio of two sides' step times changed from the first half of the timed steps to the second."""
+    """The share by which the ratio of two sides' step times changed between the halves of the timed steps, or None."""
     if not rounds or not all(has_paired_halves(record) for pair in rounds for record in pair):
         return None
     timed = ([record.steps.seconds[record.timed_from :] for record in pair if record.steps] for pair in rounds)
@@ -120,7 +124,7 @@ def drift_between(rounds: Sequence[tuple[Record, Record]]) -> float | None:
 
 
 def has_paired_halves(record: Record) -> bool:
-    """Whether the second half of the timed steps has the batches of the first, by their counts of tokens."""
+    """Whether both halves of the timed steps have the same batches, by their counts of tokens."""
     if record.steps is None:
         return False
     steps, half = record.steps, (len(record.steps.seconds) - record.timed_from) // 2
@@ -129,7 +133,7 @@ def has_paired_halves(record: Record) -> bool:
 
 
 def drift_in_words(change: float) -> str:
-    """What it may be, and what to do next."""
+    """A sentence on a drift: its likely cause, and what to do."""
     what, advice = "was not warm", "raise --warmup-steps"
     if change > 0:
         what, advice = "slowed down", "see what else runs here, and the clocks"
@@ -141,4 +145,4 @@ def _t95(freedom: int) -> float:
 
 
 def _expm1(value: float) -> float:
-    return math.expm1(min(value, 700.0))  # more has no float
+    return math.expm1(min(value, 700.0))  # exp of more overflows a float

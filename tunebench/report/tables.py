@@ -1,4 +1,4 @@
-"""Shows joined records: tables as Markdown, CSV or JSON, what they were measured on, and what a difference is worth."""
+"""Writes rows as Markdown, CSV or JSON, with what they were measured on and what a difference is worth."""
 
 import csv
 import io
@@ -20,7 +20,7 @@ SETUP_COLUMNS = ("Model", "Setup", "Paddle Effective Tokens/s", "Torch Effective
 
 
 class Column(NamedTuple):
-    """A column of a table: its title, and its text for a row."""
+    """A column of a table: its title, and the function that gives its text for a row."""
 
     title: str
     text: Callable[[Any], str]
@@ -60,10 +60,10 @@ def table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
 
 
 def render(rows: list[Row], form: str, records: list[Record], parity: bool = False) -> str:
-    """The rows as `md` (a table per model family, what it was measured on above it), `csv` or `json`.
+    """The rows as `md`, `csv` or `json`. Markdown has a table for each model family, with its machine above it.
 
-    `parity` adds a column to the first two: the largest relative differences of the pair's first losses, losses and
-    gradient norms.
+    `parity` adds a column to `md` and `csv`: the largest relative differences of first losses, losses and gradient
+    norms.
     """
     if form == "json":
         return json.dumps([asdict(row) for row in rows], indent=1)
@@ -75,7 +75,7 @@ def render(rows: list[Row], form: str, records: list[Record], parity: bool = Fal
         writer.writerows((row.family, *(column.text(row) for column in columns), row.note or "") for row in rows)
         return text.getvalue().rstrip("\n")
     parts = []
-    kinds = sorted(rows, key=lambda row: row.tuned)  # a table of the tuned ones, last
+    kinds = sorted(rows, key=lambda row: row.tuned)  # tuned rows have their own tables, which come last
     for (tuned, family), group in itertools.groupby(kinds, key=lambda row: (row.tuned, row.family)):
         members = list(group)
         parts.append(f"### {FAMILIES[family].title if family in FAMILIES else family}{TUNED * tuned}\n")
@@ -89,7 +89,7 @@ def render(rows: list[Row], form: str, records: list[Record], parity: bool = Fal
 
 
 def _caption(rows: list[Row]) -> str:
-    """What the figures above it mean, and how often they miss."""
+    """The caption of all tables: what the figures mean, and how often intervals miss."""
     known = sum(row.interval is not None for row in rows)
     lines = ["Speedup = Paddle ÷ Torch - 1. Effective tokens/s leave padding out; warm-up and start-up are not timed."]
     if known:
@@ -107,7 +107,7 @@ def _caption(rows: list[Row]) -> str:
 
 
 def _noise(records: list[Record]) -> list[str]:
-    """What a difference is worth, by machine: the comparisons of a side with itself and their pooled noise."""
+    """The A/A comparisons, and each machine's pooled noise."""
     comparisons = against_itself(records)
     if not comparisons:
         return ["Noise: not measured; `bash run_all.sh --aa` runs each side against itself.\n"]
@@ -135,7 +135,7 @@ def _noise(records: list[Record]) -> list[str]:
 
 
 def _setup_tables(rows: list[Row]) -> list[str]:
-    """For several processes: each setup like for like, the fastest figure of each model and batch size in bold."""
+    """The tables of runs with several processes, by setup. The fastest rate of a model and batch size is bold."""
     split = [row for row in rows if row.num_gpus > 1 and row.compared != BEST_OF_EACH]
     parts = []
     for (method, devices), members in _grouped(split, lambda row: (row.method, row.num_gpus)):
@@ -144,7 +144,7 @@ def _setup_tables(rows: list[Row]) -> list[str]:
             best = max((rate for row in setups if not row.refusal for rate in _rates(row) if rate), default=None)
             for row in setups:
                 words = (row.paddle_setup or row.torch_setup or "").split(", ")
-                words.sort(key=lambda part: "*" not in part)  # how it is accumulated stands beside the batch size
+                words.sort(key=lambda part: "*" not in part)  # the accumulation stands beside the batch size
                 setup = " ".join(f"({part})" if "*" in part else part for part in words)
                 texts = [f"**{t}**" if r and r == best else t for t, r in zip(_figures(row), _rates(row), strict=True)]
                 lines.append([row.model, f"bsz {row.batch_size} {setup}", *texts, _verdict(row)])
@@ -169,7 +169,7 @@ def _rates(row: Row) -> tuple[float | None, float | None]:
 
 
 def _figures(row: Row) -> tuple[str, str]:
-    """Both sides' rates, or what became of them."""
+    """The texts of both sides' rates."""
     paddle, torch = _rates(row)
     return figure(paddle, row.paddle_status), figure(torch, row.torch_status)
 
@@ -181,8 +181,11 @@ def _verdict(row: Row) -> str:
 
 
 def verdict(difference: float, interval: tuple[float, float] | None, noise: float | None = None) -> str:
-    """What a difference says: itself where its interval leaves 0 out, that it is small, or that the sides are not told
-    apart. Of one round, the difference and what it is worth by the machine's A/A noise, where that is known."""
+    """The verdict on a difference.
+
+    The difference itself where its interval excludes 0. Otherwise `within ±3%` or `not told apart`. One round has no
+    interval: the difference, with the machine's A/A noise where that is known.
+    """
     if interval is None:
         worth = f" ± {noise:.{0 if noise >= 0.02 else 1}%} (one round, A/A noise)" if noise else " (one round)"
         return _percent(difference) + worth

@@ -1,4 +1,4 @@
-"""Takes the time of a run's steps, and what others took of the machine meanwhile."""
+"""Measures the time of a run's steps, and what others took of the machine meanwhile."""
 
 import contextlib
 import functools
@@ -19,10 +19,10 @@ from tunebench.world import World
 
 
 class Meter:
-    """The curves of a run in the making.
+    """The measurements of a running run.
 
-    `seconds`, `losses` and `grad_norms` have a value for each finished step. Losses and norms are the framework's
-    scalars until the last step is done, since to read one would make the device wait. `say` prints a line.
+    `seconds`, `losses` and `grad_norms` have a value for each finished step. Losses and norms stay the framework's
+    scalars until the last step is done: reading one would make the device wait. `say` prints a line.
     """
 
     def __init__(self, flags: Flags, plan: Plan, world: World, say: Callable[[str], None]) -> None:
@@ -31,12 +31,12 @@ class Meter:
         self.losses: list[Any] = []
         self.grad_norms: list[Any] = []
         self.conditions: Conditions | None = None
-        self._before: conditions.Reading | None = None  # of the timed steps
+        self._before: conditions.Reading | None = None  # taken before the timed steps
         self._synchronize: Callable[[], None] = lambda: None
         self._clock = 0.0
 
     def start(self, synchronize: Callable[[], None]) -> None:
-        """Starts the clock of the first step; `synchronize` waits until the device has done all that it was given."""
+        """Starts the clock of the first step. `synchronize` waits until the device has done all queued work."""
         self._synchronize = synchronize
         synchronize()
         if not self.flags.warmup_steps:
@@ -44,7 +44,7 @@ class Meter:
         self._clock = time.perf_counter()
 
     def end_step(self, loss: Any, grad_norm: Any) -> None:
-        """Stops the clock of this step and starts the next one's, so that no time falls between two steps."""
+        """Ends a step. The next step's clock starts at the same moment, so that no time falls between two steps."""
         done = len(self.seconds) + 1
         if done in (self.flags.warmup_steps, self.plan.steps):
             self._synchronize()
@@ -78,7 +78,7 @@ class Meter:
         )
 
     def _look_before(self) -> None:
-        """Reads the machine before the timed steps, on one process: the others wait for it at their next exchange."""
+        """Reads the machine before the timed steps, on rank 0. The others wait for it at their next exchange."""
         if not self.world.rank:
             with self._said_alone():
                 self._before = conditions.read(self._roots)
@@ -90,7 +90,7 @@ class Meter:
 
     @contextlib.contextmanager
     def _said_alone(self) -> Iterator[None]:
-        """Prints a line where the machine's conditions cannot be read: the run is worth more."""
+        """Prints a warning where the machine's conditions cannot be read. The run goes on."""
         try:
             yield
         except Exception as error:
@@ -98,7 +98,7 @@ class Meter:
 
     @functools.cached_property
     def _roots(self) -> set[int]:
-        """The processes that all of this run's on this node descend from."""
+        """The processes from which all processes of this run on this node descend."""
         if RUN_SUPERVISOR in os.environ:
             return {int(os.environ[RUN_SUPERVISOR])}
         return conditions.roots_of_run(sys.argv[0], self.world.nproc) if self.world.size > 1 else {os.getpid()}

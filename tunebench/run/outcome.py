@@ -1,6 +1,6 @@
-"""What a run's processes tell each other: the files in the run's own folder, and the variables that name it.
+"""The files and variables by which a run's processes tell each other how the run went.
 
-Workers leave a file each where they fail. Their supervisor reads these files when the launcher has ended.
+A worker that fails leaves a file in the run's own folder. The supervisor reads these files after the launcher ended.
 """
 
 import json
@@ -12,7 +12,8 @@ from typing import NamedTuple
 from tunebench.files import write_atomically
 from tunebench.record import Steps
 
-# What a supervisor tells its workers: their folder, the record's file, who must be alive, and which GPUs are hidden.
+# The variables that a supervisor sets for its workers: the run's folder, the record's path, the supervisor's process
+# id, and the user's CUDA_VISIBLE_DEVICES where it hides all GPUs.
 RUN_FOLDER, RUN_RECORD, RUN_SUPERVISOR = "TUNEBENCH_RUN_FOLDER", "TUNEBENCH_RUN_RECORD", "TUNEBENCH_RUN_SUPERVISOR"
 HIDDEN_DEVICES = "TUNEBENCH_HIDDEN_DEVICES"
 DONE, FAILURE, EXIT = "done", "failure-", "exit-"
@@ -20,7 +21,7 @@ TIMEOUT_EXIT = 124  # as timeout(1) has it
 
 
 class Failure(NamedTuple):
-    """How a worker said that it ended; `steps` are the finished ones of the whole run, where it knows them."""
+    """How a worker ended, in its own words. `steps` are the whole run's finished steps, where the worker knows them."""
 
     rank: int
     status: str
@@ -29,24 +30,24 @@ class Failure(NamedTuple):
     steps: dict[str, list[float]] | None
 
     def told(self) -> tuple[str, str, list[str], Steps | None]:
-        """Status, reason, log and steps as the record has them."""
+        """Status, reason, log and steps for the record."""
         steps = None if self.steps is None else Steps.model_validate(self.steps)
         return self.status, f"rank {self.rank}: {self.reason}", self.log, steps
 
 
 def folder_of_run() -> Path | None:
-    """The folder of the run whose worker this process is; None where nobody watches it."""
+    """The folder of this worker's run; None where the process has no supervisor."""
     return Path(os.environ[RUN_FOLDER]) if RUN_FOLDER in os.environ else None
 
 
 def leave_failure(folder: Path, rank: int, status: str, reason: str, log: Sequence[str], steps: Steps | None) -> None:
-    """Tells the supervisor how a worker ended. Raises `BadInput` where that cannot be written."""
+    """Tells the supervisor how a worker ended. Raises `BadInput` where the file cannot be written."""
     failure = Failure(rank, status, reason, list(log), steps.model_dump() if steps else None)
     write_atomically(folder / f"{FAILURE}{rank}", json.dumps(failure._asdict()).encode())
 
 
 def leave_exit(folder: Path, rank: str, code: int) -> None:
-    """Tells the supervisor a worker's exit code, which launchers tell unreliably. Raises `BadInput` as above."""
+    """Tells the supervisor a worker's exit code, since launchers do not report it reliably. Raises `BadInput`."""
     write_atomically(folder / f"{EXIT}{rank}", str(code).encode())
 
 
@@ -61,17 +62,17 @@ def is_done(folder: Path) -> bool:
 
 
 def has_failed(folder: Path) -> bool:
-    """Whether a worker has told of its end."""
+    """Whether a worker has reported that it failed."""
     return any(folder.glob(f"{EXIT}*")) or any(folder.glob(f"{FAILURE}*"))
 
 
 def failures(folder: Path) -> list[Failure]:
-    """What the workers that failed have told, the earliest first."""
+    """The reports of the workers that failed, the earliest first."""
     return [Failure(**json.loads(file.read_text())) for file in _oldest_first(folder.glob(f"{FAILURE}*"))]
 
 
 def exits(folder: Path) -> list[tuple[str, int]]:
-    """Rank and exit code of the workers that ended badly, the earliest first; a signal's code is negative."""
+    """Rank and exit code of the workers that failed, the earliest first. A signal's code is negative."""
     files = _oldest_first(folder.glob(f"{EXIT}*"))
     return [(file.name.removeprefix(EXIT), int(file.read_text())) for file in files]
 

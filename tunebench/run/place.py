@@ -1,4 +1,4 @@
-"""Which place a launcher, Slurm or this project has given this process among the workers of a run."""
+"""Reads which place among a run's workers this process was given: by a launcher, by Slurm or by this project."""
 
 import os
 from collections.abc import Mapping
@@ -9,10 +9,10 @@ from tunebench.world import LOOPBACK, World, device_of, is_slurm_task, world_of_
 
 
 def read_world(framework: str, environment: Mapping[str, str] = os.environ, on_terminal: bool = False) -> World | None:
-    """The place that torchrun, Paddle's launcher or Slurm gave this process; None where none of them started it.
+    """The place that the framework's launcher or Slurm gave this process; None where neither started it.
 
-    `on_terminal`: somebody types here. srun gives a terminal to an interactive shell, whose other tasks start nothing.
-    Raises `BadInput` where the variables contradict each other, or are those of another framework's launcher.
+    `on_terminal` says that stdin is a terminal, as in an interactive shell of srun: the other tasks of that shell would
+    start nothing. Raises `BadInput` where the variables contradict each other or belong to another framework.
     """
     own, others = FRAMEWORKS[framework], (other for name, other in FRAMEWORKS.items() if name != framework)
     other = next((other for other in others if other.rank_variable in environment), None)
@@ -48,9 +48,9 @@ def read_world(framework: str, environment: Mapping[str, str] = os.environ, on_t
 
 
 def export_place(world: World, framework: str) -> None:
-    """Sets what the framework itself reads, where Slurm and no launcher has started this process.
+    """Sets the variables that the framework reads, where Slurm started this process without a launcher.
 
-    For one node it also sets gloo's network device, which otherwise is the one that the host's name stands for.
+    On a single node it also sets gloo's network device. By default gloo takes the device of the host's name.
     """
     if world.nnodes == 1 and (device := device_of(LOOPBACK)):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", device)

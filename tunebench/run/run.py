@@ -1,4 +1,4 @@
-"""One run of a script: measures its steps and leaves one record, unless a signal ends it."""
+"""One run of a script. It measures the steps and leaves one record, unless a signal ends it."""
 
 import contextlib
 import datetime
@@ -29,7 +29,7 @@ from tunebench.world import World, share_threads
 
 
 class Job(NamedTuple):
-    """What a run is about to do: everything that can be wrong with it has been checked."""
+    """A checked run before its start: flags, checkpoint, plan and this process's place."""
 
     flags: Flags
     checkpoint: Checkpoint
@@ -38,21 +38,21 @@ class Job(NamedTuple):
 
 
 class Run:
-    """The record of a run in the making.
+    """A running run, and what its record will hold.
 
-    The script calls `describe` once the model stands, `start` before its loop and `end_step` at the end of each step.
-    The device is synchronised when `start` is called, where the timed steps start, and where they end.
+    The script calls `describe` after it built the model, `start` before its loop and `end_step` at the end of each
+    step. The device is synchronised in `start`, before the first timed step and after the last.
     """
 
     def __init__(self, framework: str, method: str, job: Job) -> None:
         self.framework, self.method = framework, method
         self.flags, self.checkpoint, self.plan, self.world = job
         self.argv = [Path(sys.argv[0]).name, *sys.argv[1:]]
-        # Set where this process is a worker of a run that is watched.
+        # None where this process has no supervisor.
         self.folder = folder_of_run()
         given = os.environ.get(RUN_RECORD) if self.folder else None
         self.out = Path(given) if given else self.flags.out or new_record_path(framework, method, self.flags)
-        # What is known before anything runs, so that the record of a run that fails early has it too.
+        # The fields that are known before anything runs. The record of a run that fails early has them too.
         self.about = describe_run(framework, method, self.flags, self.argv)
         self.model = Model(
             name=self.flags.model_name,
@@ -67,13 +67,13 @@ class Run:
         self.watchdog.daemon = True
         self.setup_seconds: float | None = None
         self.meter = Meter(self.flags, self.plan, self.world, self.say)
-        self.losses_are_whole = self.flags.replicas == 1  # or each process knows only those of its share
+        self.losses_are_whole = self.flags.replicas == 1  # with more replicas a process knows its share's losses
         self.written = False
 
     def describe(self, device: str, parameters: int, trainable: int, built: Built) -> None:
-        """Keeps the device, the framework's counts and what it built. RuntimeError where the config contradicts these.
+        """Keeps the device, the framework's parameter counts and the model that it built.
 
-        `device` is `cpu` or the accelerator's name, as the framework has it.
+        `device` is `cpu` or the accelerator's name. Raises RuntimeError where the config contradicts the model.
         """
         adapters = trainable if self.method == "lora" else 0
         if parameters - adapters != self.checkpoint.parameters:
@@ -88,7 +88,7 @@ class Run:
         self.about["hardware"] = self.about["hardware"].model_copy(update={"device": device})
 
     def check_kernels(self, weights: set[str], matmuls: set[str], attention: set[str]) -> None:
-        """Keeps what the first forward pass ran; RuntimeError if it is not what the flags ask for."""
+        """Keeps the kernels of the first forward pass. Raises RuntimeError where they are not those of the flags."""
         seen = Kernels(weights=sorted(weights), matmuls=sorted(matmuls), attention=sorted(attention))
         self.about["kernels"] = seen
         flags = self.flags
@@ -107,19 +107,19 @@ class Run:
             )
 
     def start(self, synchronize: Callable[[], None]) -> None:
-        """Starts the clock of the first step; `synchronize` waits until the device has done all that it was given."""
+        """Starts the clock of the first step. `synchronize` waits until the device has done all queued work."""
         self.meter.start(synchronize)
         self.setup_seconds = time.time() - _started()
         self.say(f"start-up took {self.setup_seconds:.1f} s")
 
     def end_step(self, loss: Any, grad_norm: Any) -> None:
-        """Ends a step. `loss` and `grad_norm` are the framework's scalars, which are read after the last step."""
+        """Ends a step. `loss` and `grad_norm` are the framework's scalars. They are read after the last step."""
         self.meter.end_step(loss, grad_norm)
 
     def finish(self, losses: list[float], peak_memory_bytes: list[int], matmul_flops: list[int]) -> None:
-        """Writes the record of a run whose steps are all done; FloatingPointError on a loss that is not finite.
+        """Writes the record of a run that finished its steps. Raises FloatingPointError where a loss is not finite.
 
-        `losses` are those of whole global batches, the others have a value for each rank.
+        `losses` has a value for each step's global batch. The other lists have a value for each rank.
         """
         self.meter.losses, self.losses_are_whole = list(losses), True
         steps = self.meter.steps()
@@ -150,7 +150,7 @@ class Run:
             self.say(f"warning: the run {drift_in_words(change)} (--warmup-steps is {self.flags.warmup_steps})")
 
     def say(self, line: str) -> None:
-        """Prints a line, once for all processes."""
+        """Prints a line on rank 0."""
         if not self.world.rank:
             print(line, flush=True)
 
@@ -163,7 +163,7 @@ class Run:
         peak_memory_bytes: Sequence[int] = (),
         matmul_flops: Sequence[int] = (),
     ) -> Record:
-        """The record as far as it is known."""
+        """The record with all that is known so far."""
         return Record(
             status=status,
             reason=reason,
@@ -179,7 +179,7 @@ class Run:
         )
 
     def fail(self, status: str, reason: str, log: Sequence[str] = (), steps: Steps | None = None) -> None:
-        """Writes a record that says why there is no result, or tells whoever watches this worker."""
+        """Writes a record that says why there is no result. A worker reports to its supervisor instead."""
         if self.folder:
             try:
                 leave_failure(self.folder, self.world.rank, status, reason, log, steps)
@@ -199,7 +199,7 @@ class Run:
 
 
 def as_workers_have_it(hardware: Hardware, nproc: int) -> Hardware:
-    """The hardware with the threads that each of `nproc` workers gets, whoever asks."""
+    """The hardware with the threads that each of `nproc` workers gets."""
     shared = share_threads(nproc)
     if not shared:
         return hardware
@@ -208,7 +208,7 @@ def as_workers_have_it(hardware: Hardware, nproc: int) -> Hardware:
 
 
 def describe_run(framework: str, method: str, flags: Flags, argv: list[str]) -> dict[str, Any]:
-    """The part of a record that is known before anything runs."""
+    """The fields of a record that are known before anything runs."""
     return {
         "schema": 1,
         "started_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -247,13 +247,13 @@ def describe_run(framework: str, method: str, flags: Flags, argv: list[str]) -> 
 
 @contextlib.contextmanager
 def recorded(framework: str, method: str, job: Job) -> Iterator[Run]:
-    """Gives the script its `Run` and sees to it that every end but Ctrl-C leaves a record.
+    """Gives the script its `Run`. Every end of the body but Ctrl-C leaves a record.
 
-    An allocation failure or any other error ends with exit code 1, --timeout with 124. Where a launcher of the user's
-    own has started several processes, only rank 0 writes: what ends another one is on that one's stderr.
+    An allocation failure or another error ends the process with exit code 1, --timeout with 124. Where the user's own
+    launcher started several processes, only rank 0 writes a record. The others print their error on stderr.
     """
     run = Run(framework, method, job)
-    if run.folder is None:  # or who watches this worker sees to both
+    if run.folder is None:  # a supervisor handles signals and --timeout for its workers
         signal.signal(signal.SIGINT, signal.default_int_handler)
         run.watchdog.start()
     try:
@@ -264,7 +264,7 @@ def recorded(framework: str, method: str, job: Job) -> Iterator[Run]:
             f"{run.argv[0]}: interrupted, {'record written' if run.written else 'no record written'}", file=sys.stderr
         )
         sys.exit(130)
-    except BrokenPipeError:  # who read this is gone
+    except BrokenPipeError:  # the reader of stdout is gone
         forget_stdout()
         _leave(run, 130)
         sys.exit(130)
@@ -273,11 +273,11 @@ def recorded(framework: str, method: str, job: Job) -> Iterator[Run]:
     finally:
         run.watchdog.cancel()
         if run.folder is None:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is cleared away now may end at once
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # from here on Ctrl-C may end the process at once
 
 
 def new_record_path(trainer: str, method: str, flags: Flags) -> Path:
-    """Where the record of a run without --out goes: a new file for each run. `trainer` is a framework or a peer."""
+    """The path of a new record in results/runs/, for a run without --out. `trainer` is a framework or a peer."""
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     model = os.fsencode(flags.model_name)[:100].decode(errors="ignore")  # a file's name has room for 255 bytes
     return results_folder() / "runs" / f"{trainer}-{method}-{model}-bsz{flags.bsz}-{now}-{os.getpid()}.json"
@@ -289,11 +289,11 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
         _leave(run, 1)
         sys.exit(1)
     text = str(error).strip() or type(error).__name__
-    # torch raises OutOfMemoryError or a RuntimeError that says so, Paddle MemoryError or the same in words.
+    # torch raises OutOfMemoryError, or a RuntimeError with these words. Paddle raises MemoryError or uses these words.
     out_of_memory = isinstance(error, MemoryError) or any(
         sign in text.lower() for sign in ("out of memory", "can't allocate memory", "resourceexhausted")
     )
-    # A record that could not be written, a loss that is no number, no room for what is printed.
+    # Errors that need no traceback: memory, an unwritable record, a loss that is not finite, a full disk.
     expected = out_of_memory or isinstance(error, BadInput | FloatingPointError)
     expected |= isinstance(error, OSError) and error.errno in NO_ROOM
     log = traceback.format_exc().splitlines()
@@ -310,9 +310,9 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
 
 
 def _leave(run: Run, code: int) -> None:
-    """Ends one of several processes at once: torch's gloo groups can deadlock when the interpreter clears them away.
+    """Ends one of several processes without the interpreter's clean-up, in which torch's gloo groups can deadlock.
 
-    (Their destructor waits for a thread that waits for the interpreter's lock, which the destructor's caller holds.)
+    A group's destructor waits for a thread. That thread waits for the interpreter's lock, which the caller holds.
     """
     if run.world.size > 1:
         sys.stdout.flush()
@@ -321,13 +321,13 @@ def _leave(run: Run, code: int) -> None:
 
 
 def _started() -> float:
-    """When the run was started, in seconds since the epoch: when its supervisor was, where it has one."""
+    """The start of the run in seconds since the epoch. Where the run has a supervisor, that process's start."""
     supervisor = os.environ.get(RUN_SUPERVISOR)
     return psutil.Process(int(supervisor) if supervisor else None).create_time()
 
 
 def _end_at_timeout(run: Run) -> NoReturn:
-    """Runs in the watchdog's thread, so it ends a main thread that hangs in native code too."""
+    """Ends the run at --timeout. It runs in another thread, so it also ends a main thread that hangs in native code."""
     where = f"after step {len(run.meter.seconds)}" if run.meter.seconds else "before the first step ended"
     try:
         run.fail("timeout", f"not done within --timeout {run.flags.timeout:g} s, {where}")

@@ -1,4 +1,4 @@
-"""Starts a run: reads its command line, makes what is missing, and starts its workers where it has several."""
+"""Starts a run: reads the command line, makes missing files, and starts the workers of a run with several processes."""
 
 import contextlib
 import os
@@ -24,11 +24,11 @@ from tunebench.world import ALONE, share_threads
 
 
 def start_run(framework: str, method: str) -> Job:
-    """The job of this process: flags, checkpoint and plan, all checked, and its place among the workers.
+    """The job of this process: checked flags, checkpoint and plan, and its place among the workers.
 
-    It imports no framework, so that bad input is refused at once, with one line and exit code 2. Where the run has
-    several processes and no launcher has started this one, this process becomes their supervisor. It then starts them,
-    and exits with the run's exit code when they have ended.
+    This function imports no framework, so that it refuses bad input at once, with one line and exit code 2. Where the
+    run has several processes and no launcher started this one, this process supervises them: it starts them and exits
+    with the run's exit code after they ended.
     """
     program = Path(sys.argv[0]).name
     with one_line_refusals(program):
@@ -63,7 +63,7 @@ def start_run(framework: str, method: str) -> Job:
 
 
 def check_tensor_parallel(flags: Flags, checkpoint: Checkpoint) -> None:
-    """Raises `BadInput` where no framework can cut the model up as --mp asks for: both need whole heads."""
+    """Raises `BadInput` where --mp does not divide the model's heads. Both frameworks need whole heads."""
     needed = {name: width for name, width in checkpoint.widths.items() if "heads" in name}
     for name, width in needed.items():
         if width % flags.mp:
@@ -73,7 +73,7 @@ def check_tensor_parallel(flags: Flags, checkpoint: Checkpoint) -> None:
 
 
 def prepare_compiler(framework: str, flags: Flags) -> None:
-    """Gives torch's compiler its folder. Raises `BadInput` where it lacks what it builds its code with."""
+    """Names the cache folder of torch's compiler. Raises `BadInput` where g++ or Python's headers are missing."""
     if framework != "torch" or not flags.compile:
         return
     compiler = os.environ.get("CXX", "g++")

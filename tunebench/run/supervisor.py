@@ -1,4 +1,4 @@
-"""Starts a run's workers with the framework's own launcher, and sees to it that the run ends and leaves a record."""
+"""Starts a run's workers by the framework's own launcher, and makes sure that the run ends and leaves a record."""
 
 import contextlib
 import json
@@ -35,19 +35,19 @@ from tunebench.run.outcome import (
 from tunebench.run.run import Run
 from tunebench.world import device_of, own_address, share_threads
 
-LOOK = 0.1  # seconds between two looks at what the launcher prints
-PATIENCE = 8.0  # seconds that a launcher has to end the others after a worker failed
+LOOK = 0.1  # seconds between two reads of what the launcher prints
+PATIENCE = 8.0  # seconds that the launcher has to end the other workers after one failed
 ASK = 3.0  # seconds from SIGTERM to SIGKILL
-# What an earlier launch would tell the next one: Paddle's launcher takes each of its flags from the environment too.
+# Variables of an earlier launch, which would change this one: Paddle's launcher also reads its flags from variables.
 INHERITED = re.compile(
     r"(PADDLE|POD|TORCHELASTIC)_|FLAGS_selected_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$"
 )
 
 
 def run_workers(run: Run) -> int:
-    """Runs all workers of this node to their end; the exit code of the run. Node 0 leaves the record, or says why not.
+    """Runs all workers of this node to their end and returns the run's exit code. Node 0 leaves the record.
 
-    0: ok, 1: failed or out of memory, 124: over --timeout, 130 and 143: interrupted, without a record.
+    Exit codes: 0 ok, 1 failed or out of memory, 124 over --timeout, 130 and 143 interrupted without a record.
     """
     flags = run.flags
     with _own_folder() as folder, _interruptible():
@@ -67,7 +67,7 @@ def run_workers(run: Run) -> int:
             print(f"{run.argv[0]}: interrupted, no record written", file=sys.stderr)
             return 130 if isinstance(interruption, KeyboardInterrupt) else 143
         finally:
-            _ignore_interruptions()  # it ends now in any case
+            _ignore_interruptions()  # the run ends now; a second signal must not stop the clean-up
             if process is not None:
                 processes.end(process, ASK)
         if is_done(folder) or (process.returncode == 0 and flags.node_rank):
@@ -84,10 +84,10 @@ def _environment(run: Run, folder: Path) -> dict[str, str]:
     environment |= share_threads(run.flags.nproc)
     address = run.flags.master and own_address(run.flags.master.rpartition(":")[0])
     if address and (device := device_of(address)):
-        # gloo would take the network device that the host's name stands for.
+        # By default gloo takes the network device of the host's name.
         environment.setdefault("GLOO_SOCKET_IFNAME", device)
     if "CUDA_VISIBLE_DEVICES" in environment and not visible_accelerators():
-        # Paddle's launcher takes the variable itself for a GPU, even where it is empty. The workers get it back.
+        # Paddle's launcher counts an empty CUDA_VISIBLE_DEVICES as a GPU. The workers get the variable back.
         environment[HIDDEN_DEVICES] = environment.pop("CUDA_VISIBLE_DEVICES")
     own = {RUN_FOLDER: str(folder), RUN_RECORD: str(run.out), RUN_SUPERVISOR: str(os.getpid())}
     own[RUN_ENVIRONMENT] = json.dumps(read_environment())
@@ -95,7 +95,7 @@ def _environment(run: Run, folder: Path) -> dict[str, str]:
 
 
 def _watch(process: subprocess.Popen, folder: Path, printed: deque[str], deadline: float) -> bool:
-    """Passes on what the launcher prints until it ends, or is late after a worker failed; False at the deadline."""
+    """Passes on what the launcher prints, until it ends, or PATIENCE after a worker failed. False at `deadline`."""
     assert process.stdout is not None
     os.set_blocking(process.stdout.fileno(), False)
     unread, failed_at = b"", None
@@ -126,12 +126,12 @@ def _pass_on(stream: IO[bytes], unread: bytes, printed: deque[str]) -> bytes:
 def _what_failed(
     process: subprocess.Popen, folder: Path, printed: list[str], oom_kills: int
 ) -> tuple[str, str, list[str], Steps | None]:
-    """Status, reason, log and steps of a run without a record: what failed first, not what failed because of it."""
+    """Status, reason, log and steps of a run without a record. The reason is the first failure, not a consequence."""
     told = failures(folder)
     for failure in told:
         if failure.status == "oom":
             return failure.told()
-    # SIGTERM is how a launcher ends the others.
+    # Launchers end the remaining workers by SIGTERM, so SIGTERM is no reason.
     for rank, code in exits(folder):
         number = -code
         if number > 0 and number != signal.SIGTERM:
@@ -157,7 +157,7 @@ def _end(run: Run, status: str, reason: str, log: list[str], steps: Steps | None
 
 @contextlib.contextmanager
 def _own_folder() -> Iterator[Path]:
-    """A new folder for what the workers report, removed afterwards."""
+    """A new folder for the workers' reports. It is removed afterwards."""
     with cannot_write(Path(tempfile.gettempdir()), "TMPDIR names another folder"):
         folder = tempfile.TemporaryDirectory(prefix="tunebench-")
     with folder as name:
@@ -166,7 +166,7 @@ def _own_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGINT and SIGTERM unwind the body, once: what clears up is not broken into."""
+    """The first SIGINT or SIGTERM unwinds the body. Later ones are ignored, so that the clean-up ends."""
 
     def interrupt(number: int, _: object) -> NoReturn:
         _ignore_interruptions()

@@ -1,6 +1,6 @@
-"""What a framework does not do of what the flags ask for. Such a run is a result too: `unsupported`, with the reason.
+"""Says where a framework does not support a run. Such a run is a result: the status `unsupported` with the reason.
 
-The versions in the reasons are those that are installed.
+The reasons name the installed versions.
 """
 
 from importlib import metadata
@@ -12,7 +12,7 @@ from tunebench.frameworks import FRAMEWORKS
 from tunebench.hardware import visible_accelerators
 from tunebench.models.checkpoint import Checkpoint
 
-NAMES = {  # by distribution, as sentences have them; Paddle's is one of two
+NAMES = {  # how sentences name a distribution; paddlepaddle-gpu goes by paddlepaddle's name
     "torch": "torch",
     "transformers": "transformers",
     "peft": "peft",
@@ -20,12 +20,12 @@ NAMES = {  # by distribution, as sentences have them; Paddle's is one of two
     "paddlepaddle": "Paddle",
     "paddlenlp": "PaddleNLP",
 }
-PADDLE_MOST_TABLES = 32 * 2**30  # bytes: those of a model of 8 billion parameters with a million positions
+PADDLE_MOST_TABLES = 32 * 2**30  # bytes: a model of 8 billion parameters with a million positions needs this much
 PADDLE_LARGEST_EPSILON = 1e-3  # paddle/phi/infermeta/ternary.cc, LayerNormInferMeta
 
 
 def named(distribution: str) -> str:
-    """A library with its version, such as `peft 0.21.2`; the name alone where it is not installed here."""
+    """A library with its version, such as `peft 0.21.2`. The name alone where it is not installed here."""
     for name in (distribution, f"{distribution}-gpu"):
         try:
             return f"{NAMES[distribution]} {metadata.version(name)}"
@@ -35,7 +35,7 @@ def named(distribution: str) -> str:
 
 
 def not_offered(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
-    """Why the framework does not do what is asked for; None where it does."""
+    """Why the framework does not support the run; None where it does."""
     families = FRAMEWORKS[framework].families
     if families is not None and checkpoint.config["model_type"] not in families:
         return f"{FRAMEWORKS[framework].title} has no {checkpoint.family.title} here, but {', '.join(families)}"
@@ -53,7 +53,7 @@ def _torch_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | Non
     if built.alibi and flags.padding_free and flags.attention == "eager":
         return f"{named('transformers')} has no positions in Bloom's eager attention to tell samples apart by"
     if visible_accelerators():
-        # The flash kernels take grouped queries; of the fused kernels for float32 none does.
+        # torch's flash kernels take grouped queries, but no float32. Its fused float32 kernels take no grouped queries.
         if flags.attention == "sdpa" and flags.dtype == "fp32" and built.key_value_heads != built.heads:
             return f"{named('torch')} has no fused attention in float32 on GPUs for grouped queries"
     elif flags.zero and flags.weights_dtype == "float16" and not multiplies_float16():
@@ -66,7 +66,7 @@ def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | No
     if lacking := paddle_lacks(config):
         return lacking
     for name, width in checkpoint.widths.items():
-        if width % flags.mp:  # transformers takes a last slice that is shorter
+        if width % flags.mp:  # transformers allows a shorter last slice
             return (
                 f"{named('paddlepaddle')} slices into equal parts, and --mp {flags.mp} does not divide {width} ({name})"
             )
@@ -94,12 +94,12 @@ def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | No
 
 
 def multiplies_float16() -> bool:
-    """Whether the processor does, by AVX512-FP16, with which it was tried; DeepSpeed asks oneDNN."""
+    """Whether the processor has AVX512-FP16. DeepSpeed asks oneDNN, whose answer was compared on such a processor."""
     return has_instructions({"avx512_fp16"})
 
 
 def paddle_lacks(config: dict[str, Any]) -> str | None:
-    """What of a normalised config PaddleNLP's model of the family does not compute; None where it does all."""
+    """Why PaddleNLP's model does not compute what a normalised config says; None where it does."""
     family = config["model_type"]
     if family == "bloom":
         if config["layer_norm_epsilon"] > PADDLE_LARGEST_EPSILON:
@@ -127,7 +127,7 @@ def paddle_lacks(config: dict[str, Any]) -> str | None:
 
 
 def paddle_table_bytes(config: dict[str, Any]) -> int:
-    """Bytes of PaddleNLP's float32 cosines and sines of all positions, which Llama and Qwen2 keep in each layer."""
+    """Bytes of PaddleNLP's float32 cosines and sines of all positions. Llama and Qwen2 keep them in each layer."""
     scaling = config["rope_scaling"] or {}
     positions = config["max_position_embeddings"]
     if scaling.get("rope_type") == "linear":

@@ -1,8 +1,8 @@
-"""Stands between a launcher and one worker: starts it and keeps how it ended, which launchers tell unreliably.
+"""Runs between the launcher and one worker. It starts the worker and keeps its exit code, which launchers misreport.
 
     python tunebench/run/worker.py SCRIPT [ARG ...]
 
-Ends with the worker's exit code; the worker ends with this process, and this process with the launcher.
+It exits with the worker's exit code. The worker ends with this process, and this process with the launcher.
 """
 
 import os
@@ -22,9 +22,9 @@ def main() -> int:
     """Runs the worker to its end."""
     processes.die_with_parent()
     launcher = psutil.Process(os.getppid())
-    if launcher.ppid() != int(os.environ[RUN_SUPERVISOR]):  # the launcher ended before the line above took effect
+    if launcher.ppid() != int(os.environ[RUN_SUPERVISOR]):  # the launcher ended before die_with_parent took effect
         return 1
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the supervisor's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor handles Ctrl-C
     hidden = os.environ.pop(HIDDEN_DEVICES, None)
     if hidden is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = hidden

@@ -1,4 +1,4 @@
-"""What a suite is: its TOML file, and the runs that follow from it, all checked before any starts."""
+"""A suite: its TOML file and the runs that follow from it. All runs are checked before the first one starts."""
 
 import contextlib
 import fnmatch
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
 
-from tunebench.bootstrap import ROOT
+from tunebench.bootstrap import ROOT, python_of
 from tunebench.errors import BadInput
 from tunebench.flags import Flags, arguments_of, parse_flags, path_of
 from tunebench.frameworks import FRAMEWORKS
@@ -21,7 +21,7 @@ from tunebench.record import FrameworkName, Strict
 from tunebench.report.load import KEPT_APART
 
 METHODS: dict[str, str] = {"finetune_lora.py": "lora", "finetune_full.py": "full"}
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of suites and pairs: they name folders
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # suites, pairs and contestants name folders and files
 
 
 def _check_flags(flags: dict[str, Any]) -> dict[str, Any]:
@@ -50,15 +50,19 @@ def _check_names(tables: list[Any]) -> list[Any]:
 FlagTable = Annotated[dict[str, Any], AfterValidator(_check_flags)]
 
 
-class Pair(Strict):
-    """The same script on each side. A table of a framework's name has flags of that side, which override `flags`."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, FlagTable]
+class Group(Strict):
+    """Runs of one script that belong together. `flags` are those of all of them."""
 
     name: str = Field(pattern=NAME)
     script: Literal["finetune_lora.py", "finetune_full.py"]
     flags: FlagTable = Field(default_factory=dict)
+
+
+class Pair(Group):
+    """The same script on each side. A table named as a framework has that side's flags. They override `flags`."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, FlagTable]
 
     @model_validator(mode="before")
     @classmethod
@@ -70,20 +74,16 @@ class Pair(Strict):
 
     @property
     def own_flags(self) -> dict[str, dict[str, Any]]:
-        """The flags of one side only, by framework."""
+        """The flags of single sides, by framework."""
         return self.__pydantic_extra__
 
 
-class Contest(Strict):
-    """A script that every contestant runs, or a peer in its place."""
-
-    name: str = Field(pattern=NAME)
-    script: Literal["finetune_lora.py", "finetune_full.py"]
-    flags: FlagTable = Field(default_factory=dict)
+class Contest(Group):
+    """A script that every contestant runs. A peer trains in its place."""
 
 
 class Contestant(Strict):
-    """A peer, by its name in `tunebench.peers`; or a framework's script, with flags of its own."""
+    """A peer by its name in `tunebench.peers`, or a framework's script with flags of its own."""
 
     peer: str | None = None
     name: str = Field(pattern=NAME)
@@ -105,12 +105,12 @@ class Contestant(Strict):
 class Suite(Strict):
     """A suite file: pairs, or contests and contestants.
 
-    Flags are named as on the command line, without dashes; true stands for a bare flag, false for its opposite.
+    Flags have their names of the command line without leading dashes. True gives the bare flag, false its opposite.
     """
 
     title: str
-    repeats: int = Field(default=1, gt=0)  # rounds, unless --repeats says otherwise
-    minutes: float | None = Field(default=None, gt=0)  # that one round took on two cores
+    repeats: int = Field(default=1, gt=0)  # rounds; --repeats overrides it
+    minutes: float | None = Field(default=None, gt=0)  # what one round took on two cores
     defaults: FlagTable = Field(default_factory=dict)
     pair: Annotated[list[Pair], AfterValidator(_check_names)] = Field(default_factory=list)
     contest: Annotated[list[Contest], AfterValidator(_check_names)] = Field(default_factory=list)
@@ -124,7 +124,7 @@ class Suite(Strict):
 
     @property
     def entries(self) -> list["Entry"]:
-        """What one round runs, in the order of an odd one."""
+        """The runs of one round, in the order of odd rounds."""
         found: list[Entry] = []
         for pair in self.pair:
             for side in FRAMEWORKS:
@@ -137,7 +137,7 @@ class Suite(Strict):
 
 
 class Entry(NamedTuple):
-    """A side of a pair, or a contestant in a contest: its script, or the `peer` in its place, and its flags."""
+    """A side of a pair or a contestant of a contest: its script, or the `peer` in its place, and its flags."""
 
     kind: Literal["pair", "contest"]
     group: str  # the name of the pair or the contest
@@ -149,25 +149,25 @@ class Entry(NamedTuple):
 
     @property
     def name(self) -> str:
-        """How --only and messages call it."""
+        """Its name in --only and in messages."""
         return f"{self.group}/{self.member}"
 
     @property
     def method(self) -> str:
-        """What it trains: full or lora."""
+        """The method of the script: full or lora."""
         return METHODS[self.script]
 
     @property
     def environment(self) -> str:
-        """The environment in .venv/ that it trains in."""
+        """The name of its environment in .venv/."""
         return PEERS[self.peer].environment if self.peer else self.framework
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a suite, its flags checked. `argv` is as its record will have it, --out last.
+    """One run of a suite, with checked flags. `argv` is what its record will hold, with --out last.
 
-    `side` is a or b where a run is compared with itself.
+    `side` is a or b in a comparison of a run with itself, else None.
     """
 
     entry: Entry
@@ -181,25 +181,28 @@ class Planned:
 
     @property
     def name(self) -> str:
-        """How messages call it."""
+        """Its name in messages."""
         return f"{self.entry.name}{f' {self.side}' if self.side else ''} r{self.round}"
 
     @property
     def measured_with(self) -> tuple[int, str, str]:
-        """Equal for the runs that are measured again together: the sides of a round. A contestant is measured alone."""
+        """A key that is equal for runs which are repeated together: a round's two sides. Contestants repeat alone."""
         sides = self.entry.kind == "pair" and not self.side
         return self.round, self.entry.group, "" if sides else self.entry.member
 
     @property
     def command(self) -> list[str]:
-        """What is executed: the script, by the Python of its environment."""
+        """The command line: the script and the Python of its environment."""
         framework, peer = self.entry.framework, self.entry.peer
-        python = ROOT / ".venv" / ("torch" if peer else framework) / "bin" / "python"
-        return [str(python), str(ROOT / ("peers" if peer else framework) / self.argv[0]), *self.argv[1:]]
+        return [
+            str(python_of("torch" if peer else framework)),
+            str(ROOT / ("peers" if peer else framework) / self.argv[0]),
+            *self.argv[1:],
+        ]
 
 
 def find_suite(name: str) -> Path:
-    """The file of a suite: suites/NAME.toml, or `name` itself where it is a path."""
+    """The file of a suite: suites/NAME.toml, or `name` itself where it ends in .toml. Raises `BadInput`."""
     suites = ROOT / "suites"
     path = path_of("suite", name).resolve() if name.endswith(".toml") else suites / f"{name}.toml"
     if not path.is_file():
@@ -211,7 +214,7 @@ def find_suite(name: str) -> Path:
 
 
 def read_suite(path: Path) -> Suite:
-    """Reads a suite file. Raises `BadInput` with the file and the first thing wrong in it."""
+    """Reads a suite file. Raises `BadInput` with the file and its first fault."""
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
         return Suite.model_validate(content)
@@ -233,11 +236,11 @@ def read_suite(path: Path) -> Suite:
 def plan_runs(
     path: Path, suite: Suite, folder: Path, repeats: int, only: str | None, aa: bool = False
 ) -> list[Planned]:
-    """The runs in order, all flags checked: in even rounds all runs are in reverse, Torch first and the last pair first
-    (ABBA), so that a machine that gets slower or faster favours none.
+    """All runs in order, with checked flags. Raises `BadInput`.
 
-    With `aa` each side goes against itself in the same way: a first in odd rounds, b in even ones. Each round has
-    batches of its own, the same for all sides.
+    Even rounds reverse the order of all runs (ABBA), so that a machine which gets slower or faster favours no side.
+    With `aa` each side runs against itself: a first in odd rounds, b first in even ones. Each round has its own
+    batches, which are the same for all sides.
     """
     if aa and suite.contest:
         raise BadInput(f"--aa: {path} has contestants, which have no sides; use a suite of pairs, or leave it out")
@@ -264,7 +267,7 @@ def plan_runs(
 
 
 def _parse(path: Path, entry: Entry) -> tuple[Flags, list[str]]:
-    """The flags as the script will read them, and as they are spelled on its command line. Raises `BadInput`.
+    """The checked flags of an entry, and their command-line arguments. Raises `BadInput`.
 
     Relative paths count from the suite file.
     """

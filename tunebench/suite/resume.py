@@ -1,4 +1,4 @@
-"""Which runs of a series are done: their records, of the same flags, commit and machine; others are set aside."""
+"""Finds the finished runs of a series: those with a record of the same flags, commit and machine. Others move away."""
 
 import datetime
 import functools
@@ -11,14 +11,14 @@ from tunebench.hardware import Hardware, read_hardware
 from tunebench.record import Git, Record, read_record
 from tunebench.run.run import as_workers_have_it
 
-FINAL = ("ok", "oom", "unsupported")  # what another try would not change
+FINAL = ("ok", "oom", "unsupported")  # statuses that another try would not change
 NOW = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
 def record_before(path: Path, argv: Sequence[str], nproc: int) -> tuple[Record | None, str]:
-    """The record of a run that is done, or why the one that is there does not do.
+    """The record of a finished run. Or None, with the reason why an existing record does not count.
 
-    `argv` is as the run's record will have it, --out last; `nproc` are its processes.
+    `argv` is what the run's record will hold, with --out last. `nproc` is its number of processes.
     """
     if not path.exists():
         return None, ""
@@ -26,7 +26,7 @@ def record_before(path: Path, argv: Sequence[str], nproc: int) -> tuple[Record |
         record = read_record(path)
     except BadInput:
         return None, "its record is broken"
-    if record.argv[:-1] != list(argv[:-1]):  # without --out: results may be moved
+    if record.argv[:-1] != list(argv[:-1]):  # without --out, since the results folder may have moved
         return None, "its flags changed"
     if record.status not in FINAL:
         return None, f"it ended as {record.status}"
@@ -41,7 +41,7 @@ def record_before(path: Path, argv: Sequence[str], nproc: int) -> tuple[Record |
 
 
 def set_aside(folder: Path, *paths: Path) -> Path:
-    """Moves what there is of `paths` out of a series' results in `folder`, and says where to."""
+    """Moves those of `paths` that exist out of the series' results in `folder`. Returns the new folder."""
     previous = folder.parent / ".previous" / f"{folder.name}-{NOW}"
     for path in filter(Path.exists, paths):
         target, number = previous / path.relative_to(folder), 1
@@ -55,5 +55,5 @@ def set_aside(folder: Path, *paths: Path) -> Path:
 
 @functools.cache
 def _here() -> tuple[Git, Hardware]:
-    """The commit and the machine, asked for once."""
+    """The commit and the machine, read once per process."""
     return read_git(), read_hardware()

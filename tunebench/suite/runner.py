@@ -1,6 +1,6 @@
-"""Runs a suite: each run in a process of its own, one after the other, leaving one record. It goes on where it stopped.
+"""Runs a suite for run_all.sh: one run after the other, each in its own process. Each leaves one record.
 
-run_all.sh calls it. A suite is a TOML file: flags for all runs, and pairs of runs, one run per framework.
+A second start continues where the first one stopped.
 """
 
 from tunebench import bootstrap
@@ -42,16 +42,19 @@ from tunebench.suite.resume import FINAL, record_before, set_aside
 
 PROGRAM = "run_all.sh"
 GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
-MOST_WAITING, LOOK_AROUND = 300.0, 1.0  # seconds to wait for a quiet machine, and of a look at it
-MARGIN = 10.0  # seconds that a run may take to note when it started
-TRIES_AGAIN = 2  # of a round that others disturbed
-LOOK, LINE = 0.25, 10.0  # seconds between two looks at a run, two lines about it; rare: the cores are the run's
+MOST_WAITING, LOOK_AROUND = 300.0, 1.0  # seconds: the longest wait for a quiet machine, and the length of one reading
+MARGIN = 10.0  # seconds from a run's start to the start time in its record, at most
+TRIES_AGAIN = 2  # how often a disturbed round runs again
+LOOK, LINE = (
+    0.25,
+    10.0,
+)  # seconds between two looks at a run, and between two lines: rare, since the run needs the cores
 
-stop_signals: list[int] = []  # the signals that asked this process to end
+stop_signals: list[int] = []  # the signals so far that asked this process to end
 
 
 def main() -> int:
-    """Runs what the command line asks for; the exit code: 0, 1 where a run failed, 130 when interrupted."""
+    """Runs the suite of the command line. Returns 0, or 1 where a run failed, or 130 after an interruption."""
     parser = Parser(prog=PROGRAM, description="Runs a suite and prints its tables.", allow_abbrev=False)
     add = parser.add_argument
     add("--suite", default="cpu", help="a name in suites/, or a .toml file (default: cpu)")
@@ -85,7 +88,7 @@ def main() -> int:
         check_environment(environment)
     with _locked(results_folder()):
         folder.mkdir(parents=True, exist_ok=True)
-        for run in runs:  # what is left of a record that was being written when its run was killed
+        for run in runs:  # a run that was killed while it wrote its record leaves a partial file
             for part in run.record.parent.glob(f".{run.record.name}.*"):
                 part.unlink()
         if options.fresh:
@@ -103,20 +106,24 @@ class Interrupted(Exception):
 
 @dataclass
 class Series:
-    """The runs of a suite, and how far they are. Unless `anyway`, each run waits for a quiet machine, and the runs of a
-    round of which others disturbed one are measured again."""
+    """The runs of a suite and their progress.
+
+    Unless `anyway` is set, each run waits for a quiet machine, and all runs of a disturbed round run again.
+    """
 
     runs: list[Planned]
     folder: Path
     anyway: bool
-    to_run: int  # how many in all, those that are measured again included
-    again: int  # how many of them are measured again
+    to_run: int  # runs in all, repeated ones included
+    again: int  # repeated runs among them
     took: list[float] = field(default_factory=list)  # seconds of each run so far
-    patience: float = MOST_WAITING  # seconds to wait for a quiet machine before a round
+    patience: float = MOST_WAITING  # the longest wait for a quiet machine before a round, in seconds
 
     def measure(self, todo: dict[int, str], records: dict[int, Record | None]) -> dict[int, str]:
-        """Runs `todo` of a round, by the runs' numbers with the reason where a record is there already, and puts what
-        they leave into `records`. Gives the runs that tell nothing all the same, with the reason. Raises `Interrupted`.
+        """Runs the runs `todo` of a round and puts their records into `records`. Raises `Interrupted`.
+
+        `todo` has the reason for each run's number where an existing record does not count, else an empty text. Returns
+        the runs whose records still tell nothing, with the reason.
         """
         for attempt in range(1 if self.anyway else 1 + TRIES_AGAIN):
             if attempt:
@@ -133,18 +140,18 @@ class Series:
             run = self.runs[i]
             title = f"[{i + 1}/{len(self.runs)}] {run.name}"
             if not self.anyway and not stop_signals:
-                # Of the time that may lie between the two sides of a round, what is left.
+                # The second side waits no longer than the two sides of a round may lie apart.
                 left = (
                     max(APART, RUNS_APART * self.took[-1]) - MARGIN - (time.monotonic() - began) if number else math.inf
                 )
                 quiet = wait_until_quiet(title, max(0.0, min(left, self.patience)))
-                if not number:  # where it waited in vain, it only looks from here on, until it is quiet
+                if not number:  # after a wait in vain, later rounds only look, until the machine is quiet
                     self.patience = MOST_WAITING if quiet else 0.0
             if not number:
                 began = time.monotonic()
             if stop_signals:
                 raise Interrupted
-            if why:  # what is there could pass for the record to come
+            if why:  # the existing record must not pass for the coming one
                 place = set_aside(self.folder, run.record, run.log)
                 print(f"{title}: again, since {why}; the old one moves to {place}/")
             record = _execute(run, title, self.took, self.to_run - len(self.took) - 1)
@@ -155,9 +162,9 @@ class Series:
 
 
 def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: bool) -> int:
-    """Runs what is not done, whatever became of the others, and prints the tables after each pair; the exit code.
+    """Runs all runs that are not done, and prints the tables after each pair. Returns the exit code.
 
-    `expected` are the seconds of one run, as far as they are known before.
+    A failed run does not stop the others. `expected` is the usual length of a run in seconds; None where not known.
     """
     from tunebench.report.page import print_tables
 
@@ -209,8 +216,10 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
 
 
 def wait_until_quiet(title: str, seconds: float) -> bool:
-    """Waits while others take a part of a core or of a GPU, for so long at most, and says for what; whether it became
-    quiet."""
+    """Waits while others use a core or a GPU, at most for `seconds`, and prints for what.
+
+    Returns whether the machine is quiet.
+    """
     deadline = time.monotonic() + seconds
     busy = said = _busy_with()
     if busy and seconds:
@@ -223,11 +232,11 @@ def wait_until_quiet(title: str, seconds: float) -> bool:
 
 
 def _busy_with() -> str:
-    """What others take of the machine just now, in words; empty where it is less than what disturbs a run."""
+    """What others take of the machine now, in words. Empty where it would not disturb a run."""
     try:
         first = conditions.read([os.getpid()])
         time.sleep(LOOK_AROUND)
-        used = conditions.gpu_use()  # by others: no run of this suite has started
+        used = conditions.gpu_use()  # others use it: no run of this suite is active now
         found = conditions.between(first, conditions.read([os.getpid()]))
     except (OSError, ValueError):  # a system without these counters
         return ""
@@ -238,8 +247,10 @@ def _busy_with() -> str:
 
 
 def _to_run_again(records: dict[int, Record | None]) -> dict[int, str]:
-    """Which runs of a round must be measured again, by number, with the reason: all of them where others disturbed one,
-    or where they ran at different times."""
+    """The runs of a round that must run again, by number, with the reason.
+
+    All of them must where others disturbed one of them, or where they ran at different times.
+    """
     done = {i: record for i, record in records.items() if record and record.status == "ok"}
     why = _fault_of_round(list(done.values()), complete=None not in records.values())
     return dict.fromkeys(done, why) if why else {}
@@ -258,7 +269,7 @@ def _fault_of_round(done: list[Record], complete: bool) -> str:
 
 
 def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record | None:
-    """Runs it to its end and gives the record that is there then; None where a signal to this process ended it."""
+    """Executes a run and returns its record. None where a signal to this process ended the run."""
     run.record.parent.mkdir(parents=True, exist_ok=True)
     oom_kills = processes.oom_kills()
     started_at, started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), time.monotonic()
@@ -283,7 +294,7 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
                 show(f"{title}: {_progress(steps, run.flags.warmup_steps, elapsed, took, rest)}", False)
             exit_code = process.returncode
         finally:
-            processes.end(process)  # also what it left running
+            processes.end(process)  # this also ends what the run left behind
     took.append(time.monotonic() - started)
     if exit_code is None and stop_signals:
         return None
@@ -293,7 +304,7 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
 
 
 def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills: int) -> Record:
-    """Writes the record of a run that ended without leaving one; `exit_code` None: it overran its time."""
+    """Writes the record of a run that left none. `exit_code` is None where the run overran its time."""
     log = run.log.read_text(encoding="utf-8", errors="replace").splitlines()
     status = "failed"
     if exit_code is None:
@@ -303,7 +314,7 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
         status, reason = processes.death_in_words(-exit_code, oom_kills)
     else:
         reason = f"exit code {exit_code}, last line: {log[-1] if log else 'none'}"
-    # This interpreter is that of one environment: the other's versions have to be asked for.
+    # This interpreter belongs to one environment. The run's own interpreter knows the versions in the other.
     ask = "import json; from tunebench.frameworks import FRAMEWORKS; "
     ask += f"print(json.dumps(FRAMEWORKS[{run.entry.framework!r}].versions()))"
     asked = subprocess.run([run.command[0], "-P", "-c", ask], capture_output=True, text=True, check=False)
@@ -316,7 +327,7 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
 
 
 def _progress(steps: list[Step], warmup: int, elapsed: float, took: list[float], rest: int) -> str:
-    """Where a run is, from its steps so far, and how long all runs will take."""
+    """The progress of a run from its steps so far, and the time until all runs are done."""
     if not steps:
         return f"starting, {_duration(elapsed)}"
     timed = steps[warmup:] or steps
@@ -333,7 +344,10 @@ def _progress(steps: list[Step], warmup: int, elapsed: float, took: list[float],
 
 @contextlib.contextmanager
 def _status_line() -> Iterator[Callable[[str, bool], None]]:
-    """On a terminal one line that is overwritten, elsewhere a line every now and then, or at once."""
+    """A function that shows progress: on a terminal in one line, elsewhere in a new line every LINE seconds.
+
+    Its second argument asks for the line at once.
+    """
     if sys.stdout.isatty():
         with Live(auto_refresh=False, transient=True) as live:
             yield lambda text, _: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
@@ -351,7 +365,7 @@ def _status_line() -> Iterator[Callable[[str, bool], None]]:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Holds the lock of all results, which no child inherits. Raises `BadInput` while another process has it."""
+    """Holds the lock of the results folder. Raises `BadInput` while another process has it. No child inherits it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+b", buffering=0) as lock:
         try:
@@ -386,5 +400,5 @@ if __name__ == "__main__":
             if error.filename is not None or error.errno not in (errno.EPIPE, errno.EIO):
                 where = error.filename or results_folder()
                 raise BadInput(f"{where}: {error.strerror}; the records before it are kept") from None
-            forget_stdout()  # who read this is gone
+            forget_stdout()  # the reader of stdout is gone
             sys.exit(130)
