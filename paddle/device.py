@@ -4,7 +4,7 @@ import paddle
 import parallel
 
 from tunebench.flags import Flags
-from tunebench.hardware import best_product, peak_resident_bytes
+from tunebench.hardware import best_product, peak_resident_bytes, reset_peak_resident_bytes
 
 
 def name() -> str:
@@ -12,25 +12,38 @@ def name() -> str:
     return paddle.device.cuda.get_device_name() if paddle.device.cuda.device_count() else "cpu"
 
 
-def synchronize() -> None:
-    """Waits until the device has done all that it was given, on every process."""
+def wait() -> None:
+    """Waits until this process's device has done all queued work."""
     if paddle.device.cuda.device_count():
         paddle.device.synchronize()
+
+
+def synchronize() -> None:
+    """Waits until the devices of all processes have done all queued work."""
+    wait()
     parallel.barrier()
 
 
+def reset_peak_memory() -> None:
+    """Lets the peak of memory count from now on: building a model may take more than training it."""
+    if paddle.device.cuda.device_count():
+        paddle.device.cuda.reset_max_memory_allocated()
+    reset_peak_resident_bytes()
+
+
 def peak_memory_bytes() -> int:
-    """The most memory held: by tensors on a GPU, by the whole process on a CPU."""
+    """The most memory held since `reset_peak_memory`: by tensors on a GPU, by the whole process on a CPU."""
     if paddle.device.cuda.device_count():
         return paddle.device.cuda.max_memory_allocated()
     return peak_resident_bytes()
 
 
 def matmul_flops(flags: Flags) -> int:
-    """Operations per second of the best of five products of square matrices, in the dtype of the run's products.
+    """Operations per second of the fastest products of square matrices, in the dtype of the run's products.
 
     On a CPU they are in float32: Paddle has no other matrix product there.
     """
-    size, dtype = (8192, flags.compute_dtype) if paddle.device.cuda.device_count() else (2048, "float32")
+    gpu = paddle.device.cuda.device_count() > 0
+    size, dtype, products = (8192, flags.compute_dtype, 20) if gpu else (2048, "float32", 1)
     a, b = (paddle.rand([size, size]).astype(dtype) for _ in range(2))
-    return best_product(a, b, synchronize)
+    return best_product(a, b, products, synchronize, wait)

@@ -19,6 +19,7 @@ from paddle.distributed.sharding import group_sharded_parallel
 from paddle.nn.clip import ClipGradBase, _squared_l2_norm
 
 from tunebench.flags import Flags
+from tunebench.hardware import check_gpus
 from tunebench.recipe import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
 from tunebench.world import World
 
@@ -97,6 +98,7 @@ class Group(NamedTuple):
 def join(flags: Flags, world: World) -> Group:
     """Takes this process's device and joins the other processes: with NCCL on GPUs, with gloo elsewhere."""
     gpu = paddle.device.cuda.device_count() > 0
+    check_gpus("paddle", gpu)
     device = f"gpu:{world.local_rank}" if gpu else "cpu"
     paddle.set_device(device)
     sharers, loss_scale = None, precision.loss_scale(flags)

@@ -108,7 +108,9 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
                     value = paddle.concat([found[part] for part in QKV])
                     del parts[name]
                 value = value.T if transpose else value
-                state[name].set_value(slices[name](value) if name in slices else value)
+                value = slices[name](value) if name in slices else value
+                # set_value copies bytes and strides where the places differ, so a transposed view would stay one.
+                state[name].set_value(value.contiguous())
                 left.discard(name)
     if left:
         raise RuntimeError(f"{checkpoint.folder}: no weight for {', '.join(sorted(left))}")

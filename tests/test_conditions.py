@@ -17,6 +17,18 @@ from tunebench.suite import runner as suite
 NAME = "burner"
 NAMED = f"import ctypes; ctypes.CDLL(None).prctl(15, b'{NAME}')\n"  # PR_SET_NAME
 BURN = NAMED + "while True: pass"
+# A part of a core is enough to disturb a run, and the run is faster beside it.
+BURN_SOME = (
+    NAMED
+    + """
+import time
+while True:
+    end = time.process_time() + 0.03
+    while time.process_time() < end:
+        pass
+    time.sleep(0.1)
+"""
+)
 WRITE = (
     NAMED
     + """
@@ -235,7 +247,7 @@ sys.exit(suite.main())
 @pytest.mark.frameworks
 def test_both_sides_of_a_disturbed_round_run_again_twice(burner, tmp_path):
     (tmp_path / "mini.toml").write_text(SUITE)
-    process = burner(BURN)
+    process = burner(BURN_SOME)
     command = [sys.executable, "-P", "-c", SHORT_WAIT, f"--suite={tmp_path / 'mini.toml'}"]
     env = os.environ | {"TUNEBENCH_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/", env=env, check=False)

@@ -59,12 +59,10 @@ def use_one_kernel(flags: Flags, model: torch.nn.Module) -> None:
     if flags.attention == "eager":
         return
     bloom = model.config.model_type == "bloom"
+    # cuDNN makes a plan for each new shape, which takes longer than the attention itself. Widths change in each step.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     # Despite their names these switches count on CPUs too. Where they leave no kernel that can run, torch raises.
-    for allow in (
-        torch.backends.cuda.enable_cudnn_sdp,
-        torch.backends.cuda.enable_mem_efficient_sdp,
-        torch.backends.cuda.enable_math_sdp,
-    ):
+    for allow in (torch.backends.cuda.enable_mem_efficient_sdp, torch.backends.cuda.enable_math_sdp):
         allow(bloom or flags.attention != "flash")
     if bloom:
         # torch's flash kernels for GPUs take no additive bias. torch chooses among the kernels that do.

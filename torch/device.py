@@ -4,7 +4,7 @@ import parallel
 import torch
 
 from tunebench.flags import Flags
-from tunebench.hardware import best_product, peak_resident_bytes
+from tunebench.hardware import best_product, peak_resident_bytes, reset_peak_resident_bytes
 
 
 def name() -> str:
@@ -12,26 +12,38 @@ def name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
-def synchronize() -> None:
-    """Waits until the device has done all that it was given, on every process."""
+def wait() -> None:
+    """Waits until this process's device has done all queued work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def synchronize() -> None:
+    """Waits until the devices of all processes have done all queued work."""
+    wait()
     parallel.barrier()
 
 
+def reset_peak_memory() -> None:
+    """Lets the peak of memory count from now on: building a model may take more than training it."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    reset_peak_resident_bytes()
+
+
 def peak_memory_bytes() -> int:
-    """The most memory held: by tensors on a GPU, by the whole process on a CPU."""
+    """The most memory held since `reset_peak_memory`: by tensors on a GPU, by the whole process on a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes()
 
 
 def matmul_flops(flags: Flags) -> int:
-    """Operations per second of the best of five products of square matrices, in the dtype of the run's products.
+    """Operations per second of the fastest products of square matrices, in the dtype of the run's products.
 
     On a CPU they are in float32: torch has no fast products in low precision on every CPU.
     """
     gpu = torch.cuda.is_available()
-    size, dtype = (8192, getattr(torch, flags.compute_dtype)) if gpu else (2048, torch.float32)
+    size, dtype, products = (8192, getattr(torch, flags.compute_dtype), 20) if gpu else (2048, torch.float32, 1)
     a, b = (torch.rand(size, size, dtype=dtype, device="cuda" if gpu else "cpu") for _ in range(2))
-    return best_product(a, b, synchronize)
+    return best_product(a, b, products, synchronize, wait)

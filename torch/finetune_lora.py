@@ -107,6 +107,7 @@ def main(run: Run) -> None:
     run.describe(device.name(), *parameters, built.read(model))
     kernels_seen.watch(model, run.check_kernels)
     model, optimizer = wrap(flags, model, trainable, group)
+    device.reset_peak_memory()
 
     run.start(device.synchronize)
     for step in range(plan.steps):

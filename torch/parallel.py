@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tunebench.flags import Flags
+from tunebench.hardware import check_gpus, gpu_indices
 from tunebench.models.checkpoint import Checkpoint
 from tunebench.recipe import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
 from tunebench.world import World
@@ -67,6 +68,7 @@ class Group(NamedTuple):
 def join(flags: Flags, world: World) -> Group:
     """Takes this process's device and joins the other processes: with NCCL on GPUs, with gloo elsewhere."""
     gpu = torch.cuda.is_available()
+    check_gpus("torch", gpu)
     device = torch.device("cuda", world.local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
@@ -322,7 +324,11 @@ def import_deepspeed() -> Any:
 
     It neither looks for its own kernels nor compiles them. None is used here: the optimizer is torch's.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    gpu = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
+    if gpu and "CUDA_VISIBLE_DEVICES" in os.environ:
+        # DeepSpeed understands indices alone. CUDA itself has read the variable when `join` took the device.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_indices()))
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}

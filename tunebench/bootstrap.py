@@ -129,6 +129,8 @@ def maths_settings() -> dict:
     - MKL_DEBUG_CPU_TYPE: on AMD processors Paddle's MKL takes a slow path unless this names another. 5 is AVX2's path,
       7 is AVX-512's. torch's newer MKL ignores it.
     - NVIDIA_TF32_OVERRIDE=0 keeps fp32 at fp32 on GPUs. By default Paddle multiplies in TF32 and torch does not.
+    - CUDA_DEVICE_ORDER: by default CUDA counts the fastest GPU first, and NVML by the bus. The record describes NVML's.
+    - PYTORCH_ALLOC_CONF: widths change in each step. Without expandable segments torch's cache of GPU memory fragments.
     """
     chosen = _threads_of("OMP_NUM_THREADS")
     threads = chosen or str(_usable_cores())
@@ -137,6 +139,8 @@ def maths_settings() -> dict:
         settings[THREADS_LEFT_TO_US] = threads
     else:
         _threads_of(THREADS_LEFT_TO_US)
+    for name, value in (("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), ("PYTORCH_ALLOC_CONF", "expandable_segments:True")):
+        settings[name] = os.environ.get(name) or value
     if "AuthenticAMD" in cpuinfo("vendor_id"):
         settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "7" if has_instructions(AVX512) else "5")
     return settings

@@ -109,16 +109,27 @@ class Hardware(BaseModel):
         return fields
 
 
-def best_product(a: Any, b: Any, synchronize: Callable[[], None] = lambda: None) -> int:
-    """Operations per second of the best of five products of two square matrices, either framework's."""
+def best_product(
+    a: Any,
+    b: Any,
+    products: int = 1,
+    synchronize: Callable[[], None] = lambda: None,
+    wait: Callable[[], None] = lambda: None,
+) -> int:
+    """Operations per second of the product of two square matrices of either framework: the best of five timings.
+
+    Each timing has `products` products, so that waiting for the device does not count. `synchronize` waits for all
+    processes, which compute at the same time; `wait` waits for this process's device.
+    """
     seconds = []
     for _ in range(6):  # the first one warms up
         synchronize()
         start = time.perf_counter()
-        a @ b
-        synchronize()
+        for _ in range(products):
+            a @ b
+        wait()
         seconds.append(time.perf_counter() - start)
-    return int(2 * len(a) ** 3 / min(seconds[1:]))
+    return int(2 * len(a) ** 3 * products / min(seconds[1:]))
 
 
 def read_hardware() -> Hardware:
@@ -171,6 +182,12 @@ def peak_resident_bytes() -> int:
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
+def reset_peak_resident_bytes() -> None:
+    """Lets `peak_resident_bytes` count from now on, by clear_refs of proc(5). Some sandboxes do not have it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def keep_freed_memory() -> None:
     """Makes glibc keep freed memory in one heap.
 
@@ -189,6 +206,19 @@ def visible_accelerators() -> list[str]:
     """The names of the NVIDIA GPUs that this process may use; empty without a driver."""
     with visible_gpus() as gpus:
         return list(map(_name, gpus))
+
+
+def check_gpus(framework: str, found: bool) -> None:
+    """Raises `BadInput` where there are GPUs and the framework found none: it would train on the CPU instead."""
+    names = visible_accelerators()
+    if names and not found:
+        with visible_gpus():
+            driver, cuda = ask(pynvml.nvmlSystemGetDriverVersion), ask(pynvml.nvmlSystemGetCudaDriverVersion)
+        newest = f", which supports CUDA up to {cuda // 1000}.{cuda % 1000 // 10}" if cuda else ""
+        raise BadInput(
+            f"{framework} finds none of the {len(names)} GPU(s) here ({names[0]}); use a build of {framework} for the "
+            f"driver {driver or 'that is installed'}{newest}, or hide the GPUs: CUDA_VISIBLE_DEVICES="
+        )
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
@@ -221,25 +251,35 @@ def visible_gpus() -> Iterator[list[Any]]:
         yield []
         return
     try:
-        handles = (ask(pynvml.nvmlDeviceGetHandleByIndex, i) for i in range(ask(pynvml.nvmlDeviceGetCount) or 0))
-        yield _chosen([handle for handle in handles if handle is not None])
+        count = ask(pynvml.nvmlDeviceGetCount) or 0
+        yield _chosen([ask(pynvml.nvmlDeviceGetHandleByIndex, i) for i in range(count)])
     finally:
         pynvml.nvmlShutdown()
 
 
 def _chosen(gpus: list[Any]) -> list[Any]:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return gpus
-    visible: list[Any] = []
-    for entry in map(str.strip, chosen.split(",")):  # an index, or the start of a UUID
-        fits = (
-            gpu
-            for i, gpu in enumerate(gpus)
-            if entry and (entry == str(i) or (ask(pynvml.nvmlDeviceGetUUID, gpu) or "").startswith(entry))
-        )
-        visible.extend(itertools.islice(fits, 1))
-    return visible
+    """The GPUs that CUDA_VISIBLE_DEVICES names, in its order. Like CUDA, it stops at the first name that is none."""
+    entries = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if entries is None:
+        return [gpu for gpu in gpus if gpu is not None]
+    found = (_find(entry.strip(), gpus) for entry in entries.split(","))
+    return list(itertools.takewhile(lambda gpu: gpu is not None, found))
+
+
+def _find(entry: str, gpus: list[Any]) -> Any:
+    """The GPU of an index, of the start of a UUID, or of a MIG slice's UUID; None where there is none."""
+    if entry.isdecimal():
+        return gpus[int(entry)] if int(entry) < len(gpus) else None
+    if entry.startswith("MIG"):
+        return ask(pynvml.nvmlDeviceGetHandleByUUID, entry)
+    return next((gpu for gpu in gpus if entry and (ask(pynvml.nvmlDeviceGetUUID, gpu) or "").startswith(entry)), None)
+
+
+def gpu_indices() -> list[int]:
+    """NVML's index of each visible GPU, and of a MIG slice's GPU."""
+    with visible_gpus() as gpus:
+        whole = (ask(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, gpu) or gpu for gpu in gpus)
+        return [ask(pynvml.nvmlDeviceGetIndex, gpu) for gpu in whole]
 
 
 def _name(gpu: Any) -> str:

@@ -5,12 +5,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import FRAMEWORKS, ROOT, assert_one_curve, assert_one_model, train
+from conftest import FRAMEWORKS, ROOT, assert_one_curve, assert_one_model, run_program, train
 from safetensors.numpy import load_file
 
 from tunebench.models.checkpoint import find_checkpoint, open_checkpoint
 from tunebench.models.presets import PRESETS
 from tunebench.models.random_weights import write_random
+from tunebench.record import read_record
 
 
 def test_chatglm2_and_back(monkeypatch, tmp_path):
@@ -37,6 +38,24 @@ def test_chatglm2_and_back(monkeypatch, tmp_path):
     assert len(checkpoint.files) > 10
     assert back.keys() == stored.keys()
     assert all(np.array_equal(back[name], stored[name]) for name in stored)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(
+    ("family", "method", "setup"),
+    [
+        ("llama", "lora", []),
+        ("llama", "full", ["--mp=2"]),
+        ("bloom", "full", ["--mp=4"]),
+        ("chatglm2", "full", ["--mp=2"]),
+    ],
+    ids=lambda part: "".join(part),
+)
+def test_weights_are_whole_where_paddle_copies_them_as_to_a_gpu(alone, short, tmp_path, family, method, setup):
+    """A strided weight would be a slice of something else there."""
+    flags = [f"--model={family}-tiny", *short, *setup, "--out", tmp_path / "r.json"]
+    run_program("tests/built_lazily.py", *flags, check=True, env={"TUNEBENCH_PROBE": f"paddle/finetune_{method}.py"})
+    assert_one_curve(read_record(tmp_path / "r.json"), alone("paddle", family, method))
 
 
 SAVE = """

@@ -133,19 +133,22 @@ def built(tmp_path_factory):
 
     def results(framework):
         if framework not in made:
-            cases = {}
+            cases, names = {}, {}  # two suites may have the same run
             for suite in GPUS:
                 try:
                     members = [run for run in runs(suite) if run.entry.framework == framework]
                 except BadInput:  # which the tests of this suite say
                     continue
-                cases |= {f"{suite}/{run.entry.group}": [run.entry.method, *run.argv[1:-1]] for run in members}
-            (folder / "cases").write_text(json.dumps(cases))
+                for run in members:
+                    case = run.entry.method, *run.argv[1:-1]
+                    names[f"{suite}/{run.entry.group}"] = cases.setdefault(case, str(len(cases)))
+            (folder / "cases").write_text(json.dumps({number: case for case, number in cases.items()}))
             python = ROOT / ".venv" / framework / "bin" / "python"
             command = [python, "-P", ROOT / "tests" / "full_size.py", framework, folder / "cases", folder / framework]
             done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/", check=False)
             assert done.returncode == 0, done.stderr
-            made[framework] = json.loads((folder / framework).read_text())
+            found = json.loads((folder / framework).read_text())
+            made[framework] = {name: found[number] for name, number in names.items()}
         return made[framework]
 
     return results

@@ -27,6 +27,16 @@ from tunebench.run.meter import Meter
 from tunebench.run.outcome import RUN_RECORD, RUN_SUPERVISOR, TIMEOUT_EXIT, folder_of_run, leave_done, leave_failure
 from tunebench.world import World, share_threads
 
+# How errors say that memory ran out: torch, CUDA, NCCL and Paddle; torch on CPUs; cuBLAS and cuDNN; the system. Last
+# Paddle's class of such errors: of a GPU's memory its text has a better line.
+OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "status_alloc_failed",
+    "cannot allocate memory",
+    "resourceexhausted",
+)
+
 
 class Job(NamedTuple):
     """A checked run before its start: flags, checkpoint, plan and this process's place."""
@@ -289,10 +299,8 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
         _leave(run, 1)
         sys.exit(1)
     text = str(error).strip() or type(error).__name__
-    # torch raises OutOfMemoryError, or a RuntimeError with these words. Paddle raises MemoryError or uses these words.
-    out_of_memory = isinstance(error, MemoryError) or any(
-        sign in text.lower() for sign in ("out of memory", "can't allocate memory", "resourceexhausted")
-    )
+    memory_fault = find_memory_fault(text)
+    out_of_memory = isinstance(error, MemoryError) or memory_fault is not None
     # Errors that need no traceback: memory, an unwritable record, a loss that is not finite, a full disk.
     expected = out_of_memory or isinstance(error, BadInput | FloatingPointError)
     expected |= isinstance(error, OSError) and error.errno in NO_ROOM
@@ -303,10 +311,17 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
     if run.losses_are_whole:
         with contextlib.suppress(Exception):  # after a device error the losses may not be readable
             steps = run.meter.steps()
-    reason = text.splitlines()[0] if expected else f"{type(error).__name__}: {text.splitlines()[0]}"
+    first = memory_fault or text.splitlines()[0]
+    reason = first if expected else f"{type(error).__name__}: {first}"
     run.fail("oom" if out_of_memory else "failed", reason, log, steps)
     _leave(run, 1)
     sys.exit(1)
+
+
+def find_memory_fault(text: str) -> str | None:
+    """The line of an error's text that says that memory ran out; None where no line does."""
+    lines = text.splitlines()
+    return next((line.strip() for sign in OUT_OF_MEMORY for line in lines if sign in line.lower()), None)
 
 
 def _leave(run: Run, code: int) -> None:

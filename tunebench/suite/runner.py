@@ -117,7 +117,9 @@ class Series:
     to_run: int  # runs in all, repeated ones included
     again: int  # repeated runs among them
     took: list[float] = field(default_factory=list)  # seconds of each run so far
-    patience: float = MOST_WAITING  # the longest wait for a quiet machine before a round, in seconds
+    patience: float = field(
+        default_factory=lambda: MOST_WAITING
+    )  # the longest wait for a quiet machine before a round, in seconds
 
     def measure(self, todo: dict[int, str], records: dict[int, Record | None]) -> dict[int, str]:
         """Runs the runs `todo` of a round and puts their records into `records`. Raises `Interrupted`.

@@ -1,0 +1,144 @@
+"""GPUs that are pretended: NVIDIA's library answers as on machines with some. No framework is pretended."""
+
+from typing import NamedTuple
+
+import pynvml
+import pytest
+from conftest import FRAMEWORKS, train_altered
+
+from tunebench import hardware
+from tunebench.run.run import find_memory_fault
+
+
+class Gpu(NamedTuple):
+    """A GPU, or a slice of one (`parent` is its index)."""
+
+    index: int
+    uuid: str
+    parent: int | None = None
+
+
+GPUS = [Gpu(0, "GPU-aaaa-0"), Gpu(1, "GPU-bbbb-1"), Gpu(2, "GPU-cccc-2")]
+SLICES = [Gpu(0, "MIG-1111", parent=1), Gpu(1, "MIG-2222", parent=1)]
+
+
+def find_parent(gpu: Gpu) -> Gpu:
+    if gpu.parent is None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_INVALID_ARGUMENT)
+    return GPUS[gpu.parent]
+
+
+def find_by_uuid(uuid: str) -> Gpu:
+    found = [gpu for gpu in (*GPUS, *SLICES) if gpu.uuid == uuid]
+    if not found:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
+    return found[0]
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine with three GPUs, of which the second one has two slices."""
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlDeviceGetCount": lambda: len(GPUS),
+        "nvmlDeviceGetHandleByIndex": lambda i: GPUS[i],
+        "nvmlDeviceGetHandleByUUID": find_by_uuid,
+        "nvmlDeviceGetUUID": lambda gpu: gpu.uuid,
+        "nvmlDeviceGetName": lambda gpu: f"name of {gpu.uuid}",
+        "nvmlDeviceGetIndex": lambda gpu: gpu.index,
+        "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": find_parent,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+
+
+@pytest.mark.parametrize(
+    ("variable", "names", "indices"),
+    [
+        (None, ["GPU-aaaa-0", "GPU-bbbb-1", "GPU-cccc-2"], [0, 1, 2]),
+        ("2,0", ["GPU-cccc-2", "GPU-aaaa-0"], [2, 0]),
+        ("GPU-bbbb", ["GPU-bbbb-1"], [1]),
+        ("GPU-cccc-2, 1", ["GPU-cccc-2", "GPU-bbbb-1"], [2, 1]),
+        ("MIG-2222", ["MIG-2222"], [1]),
+        ("MIG-3333", [], []),
+        ("", [], []),
+        ("-1", [], []),
+        ("0,7,1", ["GPU-aaaa-0"], [0]),  # as CUDA: up to the first that is none
+    ],
+)
+def test_the_visible_gpus_are_those_of_cuda(gpus, monkeypatch, variable, names, indices):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
+    assert hardware.visible_accelerators() == [f"name of {name}" for name in names]
+    assert hardware.gpu_indices() == indices
+
+
+def test_a_lost_gpu_keeps_the_numbers_of_the_others(gpus, monkeypatch):
+    def find(i):
+        if i == 1:
+            raise pynvml.NVMLError(pynvml.NVML_ERROR_GPU_IS_LOST)
+        return GPUS[i]
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", find)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
+    assert hardware.gpu_indices() == [2]
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_framework_that_finds_no_gpu_does_not_train_on_the_cpu(tmp_path, framework):
+    code = "import tunebench.hardware as h; h.visible_accelerators = lambda: ['NVIDIA A100']"
+    flags = ["--model=llama-tiny", "--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"]
+    record = train_altered(code, framework, "full", tmp_path / "r.json", *flags)
+    assert record.status == "failed"
+    assert record.reason.startswith(f"{framework} finds none of the 1 GPU(s) here (NVIDIA A100); use a build of ")
+    assert record.reason.endswith("or hide the GPUs: CUDA_VISIBLE_DEVICES=")
+
+
+PADDLE = """
+
+--------------------------------------
+C++ Traceback (most recent call last):
+--------------------------------------
+0   phi::GPUContext::Alloc
+
+----------------------
+Error Message Summary:
+----------------------
+ResourceExhaustedError:
+
+Out of memory error on GPU 0. Cannot allocate 1.531250GB memory on GPU 0, 79.1GB memory has been allocated.
+
+Please check whether there is any other process using GPU 0.
+  (at ../paddle/phi/core/memory/allocation/cuda_allocator.cc:84)
+"""
+NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.28
+ncclUnhandledCudaError: Call to CUDA function failed.
+Last error:
+Failed to CUDA calloc 4194304 bytes: Cuda failure 2 'out of memory'"""
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation", "CUDA out of memory. Tried to allocate"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "CUDA error: CUBLAS_STATUS_ALL"),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", "cuDNN error"),
+        (PADDLE, "Out of memory error on GPU 0. Cannot allocate 1.531250GB"),
+        ("(External) CUBLAS error(3). CUBLAS_STATUS_ALLOC_FAILED", "(External) CUBLAS error(3)."),
+        (NCCL, "Failed to CUDA calloc 4194304 bytes"),
+        ("[Errno 12] Cannot allocate memory", "[Errno 12]"),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes.", "DefaultCPUAllocator"),
+        ("(ResourceExhausted) Fail to alloc memory of 8 size, error code is 12.", "(ResourceExhausted) Fail"),
+    ],
+    ids=range(9),
+)
+def test_the_line_that_says_that_memory_ran_out(text, line):
+    assert find_memory_fault(text).startswith(line)
+
+
+def test_other_errors_are_no_lack_of_memory():
+    for text in ("CUDA error: an illegal memory access was encountered", "CUBLAS_STATUS_NOT_INITIALIZED", "", "memory"):
+        assert find_memory_fault(text) is None
