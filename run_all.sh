@@ -3,7 +3,7 @@
 #
 #   bash run_all.sh [--cpu] [--suite NAME] [--only GLOB] [--repeats N] [--aa] [--fresh] [--anyway] [--dry-run]
 #
-# --cpu          set up CPU builds on any machine (see setup.sh)
+# --cpu          set up CPU builds on any machine (see setup.sh); hide its GPUs too: CUDA_VISIBLE_DEVICES= (empty)
 # --suite NAME   which of suites/NAME.toml, or a .toml file of your own (default: cpu; quick: a few minutes, intervals)
 #                peers: other trainers beside the scripts
 # --only GLOB    only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle' or '*lora*'; CONTEST/CONTESTANT of peers

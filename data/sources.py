@@ -138,7 +138,7 @@ def _columns(name: str, found: list[str], left_out: set[str]) -> list[str]:
 
 
 def _from_hub(name: str, left_out: set[str]) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a hub data set, from its cache, or from a folder of that name in the working directory."""
+    """Yields the rows of a data set: from the hub, from its cache, or from a folder of that name where this runs."""
     import datasets
 
     try:

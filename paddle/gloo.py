@@ -48,9 +48,8 @@ def separate_stores(timeout: float) -> None:
         key = f"store of group {group_id}"
         if rank == 0:
             host = os.environ["PADDLE_CURRENT_ENDPOINT"].rpartition(":")[0]
-            with (
-                socket.socket() as reserved
-            ):  # bound, not listening: the system gives its port to no one else meanwhile
+            # Bound, but not listening: meanwhile the system gives its port to no other process.
+            with socket.socket() as reserved:
                 reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 reserved.bind(("", 0))
                 port = reserved.getsockname()[1]

@@ -26,9 +26,8 @@ class Watch(transformers.TrainerCallback):
         _also(transformers.Trainer, "_clip_grad_norm", meter.grad_norms.append)
 
     def on_train_begin(self, *_: Any, train_dataloader: torch.utils.data.DataLoader, **__: Any) -> None:
-        loader = getattr(
-            train_dataloader, "base_dataloader", train_dataloader
-        )  # accelerate's loader wraps the real one
+        # accelerate's loader wraps the real one.
+        loader = getattr(train_dataloader, "base_dataloader", train_dataloader)
         collate = loader.collate_fn
 
         def counted(samples: list[dict[str, Any]]) -> dict[str, Any]:

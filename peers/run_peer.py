@@ -97,9 +97,8 @@ def run_peer(name: str, method: str, flags: Flags, checkpoint: Checkpoint, plan:
         before = conditions.read([os.getpid()])
         script = ROOT / "peers" / peer.script
         said, ended = execute([str(python_of(peer.environment)), "-P", str(script), str(job)], flags.timeout)
-        around = conditions.between(
-            before, conditions.read([os.getpid()])
-        )  # includes start-up, unlike the scripts' conditions
+        # This includes start-up, unlike the scripts' conditions.
+        around = conditions.between(before, conditions.read([os.getpid()]))
         found = json.loads(measured.read_text()) if measured.exists() else None
     steps = None
     if found:

@@ -64,6 +64,7 @@ def gpus(monkeypatch):
         ("MIG-3333", [], []),
         ("", [], []),
         ("-1", [], []),
+        ("0,0", [], []),
         ("0,7,1", ["GPU-aaaa-0"], [0]),  # as CUDA: up to the first that is none
     ],
 )
@@ -114,6 +115,7 @@ Out of memory error on GPU 0. Cannot allocate 1.531250GB memory on GPU 0, 79.1GB
 Please check whether there is any other process using GPU 0.
   (at ../paddle/phi/core/memory/allocation/cuda_allocator.cc:84)
 """
+TLS = "libgomp.so.1: cannot allocate memory in static TLS block"
 NCCL = """NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, unhandled cuda error, NCCL version 2.28
 ncclUnhandledCudaError: Call to CUDA function failed.
 Last error:
@@ -140,5 +142,11 @@ def test_the_line_that_says_that_memory_ran_out(text, line):
 
 
 def test_other_errors_are_no_lack_of_memory():
-    for text in ("CUDA error: an illegal memory access was encountered", "CUBLAS_STATUS_NOT_INITIALIZED", "", "memory"):
+    for text in (
+        "CUDA error: an illegal memory access was encountered",
+        "CUBLAS_STATUS_NOT_INITIALIZED",
+        "",
+        "memory",
+        TLS,
+    ):
         assert find_memory_fault(text) is None

@@ -50,6 +50,17 @@ def test_which_of_mkls_kernels_the_processor_gets(monkeypatch, vendor, flags, ow
     assert bootstrap.maths_settings().get("MKL_DEBUG_CPU_TYPE") == path
 
 
+def test_the_users_settings_for_gpus_stay(monkeypatch):
+    names = ("CUDA_DEVICE_ORDER", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    assert [bootstrap.maths_settings().get(name) for name in names] == ["PCI_BUS_ID", "expandable_segments:True", None]
+    monkeypatch.setenv("CUDA_DEVICE_ORDER", "FASTEST_FIRST")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    settings = bootstrap.maths_settings()
+    assert (settings["CUDA_DEVICE_ORDER"], settings.get("PYTORCH_ALLOC_CONF")) == ("FASTEST_FIRST", None)
+
+
 # Files that everything may import, and that import no folder of tunebench.
 GROUND = (
     *("bootstrap", "checkout", "conditions", "errors", "files", "frameworks", "hardware", "processes", "progress"),

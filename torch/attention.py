@@ -55,7 +55,7 @@ def implementation(flags: Flags, checkpoint: Checkpoint) -> str:
 
 
 def use_one_kernel(flags: Flags, model: torch.nn.Module) -> None:
-    """Makes a model's attention one kernel: the one that torch chooses, or the flash kernel and no other."""
+    """Makes a model's attention one kernel: the one that torch chooses, cuDNN's left out, or the flash kernel alone."""
     if flags.attention == "eager":
         return
     bloom = model.config.model_type == "bloom"

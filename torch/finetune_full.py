@@ -20,9 +20,8 @@ from tunebench.run.run import Run, recorded
 from tunebench.run.start import start_run
 
 FRAMEWORK, METHOD = "torch", "full"
-JOB = start_run(
-    FRAMEWORK, METHOD
-)  # flags, checkpoint, batch plan; before the slow imports it refuses or starts workers
+# Flags, checkpoint and batch plan. It refuses bad input, and starts the workers of several, before the slow imports.
+JOB = start_run(FRAMEWORK, METHOD)
 
 import attention
 import built

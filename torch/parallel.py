@@ -326,9 +326,10 @@ def import_deepspeed() -> Any:
     """
     gpu = torch.cuda.is_available()
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if gpu else "cpu")
-    if gpu and "CUDA_VISIBLE_DEVICES" in os.environ:
+    indices = gpu_indices() if gpu and "CUDA_VISIBLE_DEVICES" in os.environ else []
+    if indices and None not in indices:
         # DeepSpeed understands indices alone. CUDA itself has read the variable when `join` took the device.
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpu_indices()))
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, indices))
     import deepspeed
 
     deepspeed.ops.__compatible_ops__ = {}

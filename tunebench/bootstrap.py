@@ -120,7 +120,7 @@ def stamp(name: str) -> str:
 
 
 def maths_settings() -> dict:
-    """The environment variables that give both frameworks the same threads and the same kernels.
+    """The environment variables for equal threads and kernels on both sides, GPUs' order, and torch's GPU memory.
 
     The libraries read them when they load.
 
@@ -139,7 +139,10 @@ def maths_settings() -> dict:
         settings[THREADS_LEFT_TO_US] = threads
     else:
         _threads_of(THREADS_LEFT_TO_US)
-    for name, value in (("CUDA_DEVICE_ORDER", "PCI_BUS_ID"), ("PYTORCH_ALLOC_CONF", "expandable_segments:True")):
+    defaults = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    if not os.environ.get("PYTORCH_CUDA_ALLOC_CONF"):  # the older name; torch would take options from both
+        defaults["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    for name, value in defaults.items():
         settings[name] = os.environ.get(name) or value
     if "AuthenticAMD" in cpuinfo("vendor_id"):
         settings["MKL_DEBUG_CPU_TYPE"] = os.environ.get("MKL_DEBUG_CPU_TYPE", "7" if has_instructions(AVX512) else "5")

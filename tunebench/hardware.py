@@ -258,12 +258,16 @@ def visible_gpus() -> Iterator[list[Any]]:
 
 
 def _chosen(gpus: list[Any]) -> list[Any]:
-    """The GPUs that CUDA_VISIBLE_DEVICES names, in its order. Like CUDA, it stops at the first name that is none."""
+    """The GPUs that CUDA_VISIBLE_DEVICES names, in its order.
+
+    Like CUDA, it stops at the first name that is none, and gives no GPU where one is named twice.
+    """
     entries = os.environ.get("CUDA_VISIBLE_DEVICES")
     if entries is None:
         return [gpu for gpu in gpus if gpu is not None]
     found = (_find(entry.strip(), gpus) for entry in entries.split(","))
-    return list(itertools.takewhile(lambda gpu: gpu is not None, found))
+    chosen = list(itertools.takewhile(lambda gpu: gpu is not None, found))
+    return chosen if len({ask(pynvml.nvmlDeviceGetUUID, gpu) for gpu in chosen}) == len(chosen) else []
 
 
 def _find(entry: str, gpus: list[Any]) -> Any:
@@ -275,8 +279,8 @@ def _find(entry: str, gpus: list[Any]) -> Any:
     return next((gpu for gpu in gpus if entry and (ask(pynvml.nvmlDeviceGetUUID, gpu) or "").startswith(entry)), None)
 
 
-def gpu_indices() -> list[int]:
-    """NVML's index of each visible GPU, and of a MIG slice's GPU."""
+def gpu_indices() -> list[int | None]:
+    """NVML's index of each visible GPU, of a MIG slice that of its GPU; None where NVML does not tell."""
     with visible_gpus() as gpus:
         whole = (ask(pynvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle, gpu) or gpu for gpu in gpus)
         return [ask(pynvml.nvmlDeviceGetIndex, gpu) for gpu in whole]

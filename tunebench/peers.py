@@ -52,7 +52,7 @@ def check_environment(name: str) -> None:
 
 
 def check_peer_flags(given: Collection[str], paired_halves: bool) -> None:
-    """Raises `BadInput` where one of the `given` flags is none that peers follow."""
+    """Raises `BadInput` where a flag was given that no peer follows, and where the plan has paired halves."""
     for name in sorted(set(given) - PEER_FLAGS):
         raise BadInput(f"--{name.replace('_', '-')}: peers do not follow it; leave it out")
     if paired_halves:

@@ -314,6 +314,7 @@ class Record(Strict):
     steps: Steps | None
     timed_from: Amount
     setup_seconds: Seconds | None
+    # Of each process, from the first step on. Of peers and of older records, from the process's start.
     peak_memory_bytes: list[Amount]
     conditions: Conditions | None = None  # None in older records and in runs that did not end ok
     matmul_flops: list[Amount] = []  # operations per second of the framework's matrix product, for each process

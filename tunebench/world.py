@@ -55,7 +55,7 @@ def own_address(master: str) -> str:
 def share_threads(nproc: int) -> dict[str, str]:
     """The variables that give one of `nproc` workers its share of the cores as threads of the maths libraries.
 
-    Empty where the user set the threads, and where Slurm has bound this task to a part of the job's cores already.
+    Empty for one worker, where the user set the threads, and where Slurm has bound this task to a part of the cores.
     """
     cores = re.match("[0-9]{1,9}$", os.environ.get("SLURM_CPUS_ON_NODE", ""))
     bound = cores is not None and len(os.sched_getaffinity(0)) < int(cores[0])

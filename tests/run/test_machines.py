@@ -322,6 +322,7 @@ def test_one_node_needs_no_name_and_records_what_the_user_had(data, tmp_path, fr
     given = {"ATEN_CPU_CAPABILITY": "avx2", "NCCL_DEBUG": "WARN"}
     threads = str(max(1, bootstrap._usable_cores() // 2))
     given |= {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "NVIDIA_TF32_OVERRIDE": "0"}
+    given |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     found = record.hardware.environment
     assert given.items() <= found.items()
     # Nothing that a launcher or a framework has set.

@@ -363,9 +363,8 @@ def rotary_frequencies(config: dict[str, Any]) -> list[float]:
     if scaling["rope_type"] == "linear":
         return (plain / scaling["factor"]).tolist()
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = (
-        scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
-    )  # in the length that the model was trained for
+    # Turns within the length that the model was trained for.
+    turns = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return (plain * (kept + (1 - kept) / scaling["factor"])).tolist()
 

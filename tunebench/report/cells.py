@@ -66,7 +66,7 @@ def disturbed_by(records: Iterable[Record]) -> str | None:
 
 
 def cells_of(records: list[Record]) -> list[Cell]:
-    """One side's runs by setup and work. Failed runs count only where no run of their setup ended ok."""
+    """One side's runs by setup and work. A run that did not end ok counts only where no run of its attempt did."""
     by_key: dict[str, list[Record]] = defaultdict(list)
     for record in records:
         if record.status == "ok":

@@ -115,9 +115,8 @@ def join(records: list[Record]) -> list[Row]:
         for (compared, paddle, torch), sides, heading in zip(pairs, members, headings, strict=True):
             row = _row(group, compared, paddle, torch, told_apart=counts[heading] > 1, near=near)
             noise = noises.get(sides[0].first.hardware.machine)
-            if (
-                compared == BEST_OF_EACH
-            ):  # A/A runs are next to each other; these sides are not, so their noise is unknown
+            # A/A runs are next to each other. The sides of a row "best of each" are not, so their noise is unknown.
+            if compared == BEST_OF_EACH:
                 lines = [row.note, *(runner_up(cell, cells[cell.first.framework], near) for cell in sides)]
                 row = replace(row, note="; ".join(filter(None, lines)) or None)
             elif noise and row.rounds:

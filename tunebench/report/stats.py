@@ -83,9 +83,8 @@ def outlying(rates: Sequence[float]) -> list[int]:
     middle = statistics.median(logs)
     distances = [abs(log - middle) for log in logs]
     typical = statistics.median(distances)
-    return [
-        i for i, distance in enumerate(distances) if distance > max(OUTLYING * typical, 1e-9)
-    ]  # smaller is rounding
+    limit = max(OUTLYING * typical, 1e-9)  # smaller distances are rounding
+    return [i for i, distance in enumerate(distances) if distance > limit]
 
 
 def drift(runs: Sequence[Sequence[float]]) -> float | None:

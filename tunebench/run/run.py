@@ -27,8 +27,8 @@ from tunebench.run.meter import Meter
 from tunebench.run.outcome import RUN_RECORD, RUN_SUPERVISOR, TIMEOUT_EXIT, folder_of_run, leave_done, leave_failure
 from tunebench.world import World, share_threads
 
-# How errors say that memory ran out: torch, CUDA, NCCL and Paddle; torch on CPUs; cuBLAS and cuDNN; the system. Last
-# Paddle's class of such errors: of a GPU's memory its text has a better line.
+# Words by which errors say that memory ran out, in the order of search. They are those of torch, CUDA, NCCL and Paddle;
+# of torch on CPUs; of cuBLAS and cuDNN; and of the system. Paddle's error class comes last: another line says more.
 OUT_OF_MEMORY = (
     "out of memory",
     "can't allocate memory",
@@ -257,7 +257,7 @@ def describe_run(framework: str, method: str, flags: Flags, argv: list[str]) -> 
 
 @contextlib.contextmanager
 def recorded(framework: str, method: str, job: Job) -> Iterator[Run]:
-    """Gives the script its `Run`. Every end of the body but Ctrl-C leaves a record.
+    """Gives the script its `Run`. Every end of the body leaves a record, but Ctrl-C and a closed stdout.
 
     An allocation failure or another error ends the process with exit code 1, --timeout with 124. Where the user's own
     launcher started several processes, only rank 0 writes a record. The others print their error on stderr.
@@ -320,7 +320,8 @@ def _end_with(run: Run, error: Exception) -> NoReturn:
 
 def find_memory_fault(text: str) -> str | None:
     """The line of an error's text that says that memory ran out; None where no line does."""
-    lines = text.splitlines()
+    # glibc says "cannot allocate memory in static TLS block" of a library that is loaded too late. Memory is not short.
+    lines = [line for line in text.splitlines() if "static tls block" not in line.lower()]
     return next((line.strip() for sign in OUT_OF_MEMORY for line in lines if sign in line.lower()), None)
 
 

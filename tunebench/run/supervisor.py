@@ -87,7 +87,8 @@ def _environment(run: Run, folder: Path) -> dict[str, str]:
         # By default gloo takes the network device of the host's name.
         environment.setdefault("GLOO_SOCKET_IFNAME", device)
     if "CUDA_VISIBLE_DEVICES" in environment and not visible_accelerators():
-        # Paddle's launcher counts an empty CUDA_VISIBLE_DEVICES as a GPU. The workers get the variable back.
+        # Paddle's launcher counts the entries of CUDA_VISIBLE_DEVICES as GPUs, also where they name none. The workers
+        # get the variable back.
         environment[HIDDEN_DEVICES] = environment.pop("CUDA_VISIBLE_DEVICES")
     own = {RUN_FOLDER: str(folder), RUN_RECORD: str(run.out), RUN_SUPERVISOR: str(os.getpid())}
     own[RUN_ENVIRONMENT] = json.dumps(read_environment())

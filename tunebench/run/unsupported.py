@@ -94,7 +94,7 @@ def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | No
 
 
 def multiplies_float16() -> bool:
-    """Whether the processor has AVX512-FP16. DeepSpeed asks oneDNN, whose answer was compared on such a processor."""
+    """Whether the processor has AVX512-FP16, with which float16 was tried. DeepSpeed itself asks oneDNN."""
     return has_instructions({"avx512_fp16"})
 
 

@@ -79,7 +79,7 @@ class Pair(Group):
 
 
 class Contest(Group):
-    """A script that every contestant runs. A peer trains in its place."""
+    """A script that every contestant runs, unless it is a peer: then the peer trains instead."""
 
 
 class Contestant(Strict):

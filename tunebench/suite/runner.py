@@ -45,10 +45,8 @@ GRACE = 30.0  # seconds that a run has after its --timeout to leave its own reco
 MOST_WAITING, LOOK_AROUND = 300.0, 1.0  # seconds: the longest wait for a quiet machine, and the length of one reading
 MARGIN = 10.0  # seconds from a run's start to the start time in its record, at most
 TRIES_AGAIN = 2  # how often a disturbed round runs again
-LOOK, LINE = (
-    0.25,
-    10.0,
-)  # seconds between two looks at a run, and between two lines: rare, since the run needs the cores
+# Seconds between two looks at a run, and between two lines about it. Looks are rare, since the run needs the cores.
+LOOK, LINE = 0.25, 10.0
 
 stop_signals: list[int] = []  # the signals so far that asked this process to end
 
@@ -117,9 +115,8 @@ class Series:
     to_run: int  # runs in all, repeated ones included
     again: int  # repeated runs among them
     took: list[float] = field(default_factory=list)  # seconds of each run so far
-    patience: float = field(
-        default_factory=lambda: MOST_WAITING
-    )  # the longest wait for a quiet machine before a round, in seconds
+    # The longest wait for a quiet machine before a round, in seconds. It is read late, since tests change it.
+    patience: float = field(default_factory=lambda: MOST_WAITING)
 
     def measure(self, todo: dict[int, str], records: dict[int, Record | None]) -> dict[int, str]:
         """Runs the runs `todo` of a round and puts their records into `records`. Raises `Interrupted`.
@@ -218,7 +215,7 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
 
 
 def wait_until_quiet(title: str, seconds: float) -> bool:
-    """Waits while others use a core or a GPU, at most for `seconds`, and prints for what.
+    """Waits while others take DISTURBED of a core or a GPU or more, at most for `seconds`, and prints for what.
 
     Returns whether the machine is quiet.
     """
