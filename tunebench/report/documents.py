@@ -57,7 +57,10 @@ def results_page(measured: list[Series]) -> str:
     ]
     for machine, suite, records in measured:
         again = f"python3 summarize.py results/measured/{machine}/{suite}"
-        parts += [f"## {suite}, {machine}\n", f"Measured by `bash run_all.sh --suite {suite}`. `{again}` prints it.\n"]
+        commands = f"`bash run_all.sh --suite {suite}`"
+        if any(record.aa for record in records):
+            commands += f" and `bash run_all.sh --suite {suite} --aa`"
+        parts += [f"## {suite}, {machine}\n", f"Measured by {commands}. `{again}` prints it.\n"]
         parts.append(re.sub(r"(?m)^### ", "#### ", combined(records)) + "\n")
     return "\n".join(parts)
 
