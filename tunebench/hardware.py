@@ -212,12 +212,11 @@ def check_gpus(framework: str, found: bool) -> None:
     """Raises `BadInput` where there are GPUs and the framework found none: it would train on the CPU instead."""
     names = visible_accelerators()
     if names and not found:
-        with visible_gpus():
-            driver, cuda = ask(pynvml.nvmlSystemGetDriverVersion), ask(pynvml.nvmlSystemGetCudaDriverVersion)
-        newest = f", which supports CUDA up to {cuda // 1000}.{cuda % 1000 // 10}" if cuda else ""
+        machine = read_hardware()
+        newest = f", which supports CUDA up to {machine.cuda}" if machine.cuda else ""
         raise BadInput(
             f"{framework} finds none of the {len(names)} GPU(s) here ({names[0]}); use a build of {framework} for the "
-            f"driver {driver or 'that is installed'}{newest}, or hide the GPUs: CUDA_VISIBLE_DEVICES="
+            f"driver {machine.driver or 'that is installed'}{newest}, or hide the GPUs: CUDA_VISIBLE_DEVICES="
         )
 
 
@@ -267,7 +266,8 @@ def _chosen(gpus: list[Any]) -> list[Any]:
         return [gpu for gpu in gpus if gpu is not None]
     found = (_find(entry.strip(), gpus) for entry in entries.split(","))
     chosen = list(itertools.takewhile(lambda gpu: gpu is not None, found))
-    return chosen if len({ask(pynvml.nvmlDeviceGetUUID, gpu) for gpu in chosen}) == len(chosen) else []
+    known = [uuid for gpu in chosen if (uuid := ask(pynvml.nvmlDeviceGetUUID, gpu))]
+    return chosen if len(set(known)) == len(known) else []
 
 
 def _find(entry: str, gpus: list[Any]) -> Any:

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from scipy import stats
 
-from tunebench.record import DISTURBED, parse_record
+from tunebench.record import DISTURBED, Record, parse_record
 from tunebench.report.pairing import SelfComparison, against_itself
 from tunebench.report.stats import drift, is_across_zero, outlying, pooled_noise, ratio_interval, spread
 
@@ -16,9 +16,14 @@ DRAWS = 250  # of each row and number of rounds
 
 
 @pytest.fixture(scope="module")
-def itself() -> list[SelfComparison]:
-    """The comparisons of the A/A runs of tests/data/README.md, one for each thing that was run."""
-    records = [parse_record(line) for line in (ROOT / "tests" / "data" / "aa.jsonl").read_bytes().splitlines()]
+def records() -> list[Record]:
+    """The A/A runs of tests/data/README.md."""
+    return [parse_record(line) for line in (ROOT / "tests" / "data" / "aa.jsonl").read_bytes().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def itself(records) -> list[SelfComparison]:
+    """Their comparisons, one for each thing that was run."""
     found = against_itself(records)
     assert sum(len(each.log_ratios) for each in found) * 2 == len(records) == 240
     return found
@@ -78,17 +83,15 @@ def test_a_single_round_lies_within_the_noise(itself):
     assert 0.6 <= share([size <= noise.worth(1) / 2 for size in sizes]) <= 0.93, "the noise is not too large"
 
 
-def test_nothing_disturbed_the_recorded_runs():
+def test_nothing_disturbed_the_recorded_runs(records):
     """Each was timed for the five seconds that tell 1% of a core, and others took less than what disturbs a run."""
-    records = [parse_record(line) for line in (ROOT / "tests" / "data" / "aa.jsonl").read_bytes().splitlines()]
     assert min(record.conditions.seconds for record in records) >= 5.0
     assert max(record.disturbance[0] for record in records) < DISTURBED
 
 
-def test_rounds_that_are_not_side_by_side_are_noisier(itself):
+def test_rounds_that_are_not_side_by_side_are_noisier(itself, records):
     """What pairing by rounds is for: b of another round against a has more noise."""
     paired = pooled_noise([each.log_ratios for each in itself]).deviation
-    records = [parse_record(line) for line in (ROOT / "tests" / "data" / "aa.jsonl").read_bytes().splitlines()]
     series = defaultdict(lambda: {"a": [], "b": []})
     for record in sorted(records, key=lambda record: record.started_at):
         side = series[record.framework, record.method, record.model.name][record.aa]

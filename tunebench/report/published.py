@@ -1,11 +1,9 @@
 """The published record: its runs as data, its tables computed from them, and own runs beside it."""
 
-import csv
-import io
 import itertools
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -20,7 +18,7 @@ from tunebench.report.identity import METHODS, model_of, rank_of, setup_of
 from tunebench.report.load import load_records, record_files
 from tunebench.report.markdown import NOT_AVAILABLE, figure
 from tunebench.report.pairing import BEST_OF_EACH, LIKE_FOR_LIKE, Row, join
-from tunebench.report.tables import Column, verdict
+from tunebench.report.tables import Column, as_csv, verdict
 from tunebench.report.tables import table as as_markdown
 
 FOLDER = ROOT / "results" / "published"
@@ -326,7 +324,7 @@ def render_published(published: list[PublishedRecord], form: str) -> str:
     if form == "json":
         return json.dumps([_fields(row.table, row.pair) for row in every], indent=1)
     if form == "csv":
-        return _csv([Column("Table", lambda row: row.table.name), *HEADLINE_COLUMNS], every)
+        return as_csv([Column("Table", lambda row: row.table.name), *HEADLINE_COLUMNS], every)
     parts = []
     for table, rows in printed:
         columns = HEADLINE_COLUMNS if table.kind == "headline" else MULTI_GPU_COLUMNS
@@ -347,7 +345,7 @@ def render_against(records: list[Record], published: list[PublishedRecord], form
     if form == "json":
         return json.dumps([{"table": "against published", **asdict(row)} for row in rows], indent=1)
     if form == "csv":
-        return _csv(AGAINST_COLUMNS, rows)
+        return as_csv(AGAINST_COLUMNS, rows)
     heading = "### Against the published record\n\n"
     if not any(row.here_status for row in rows):
         return (
@@ -505,11 +503,3 @@ def _ran_on(records: list[Record], published: list[PublishedRecord]) -> str:
     return (
         f"Here on {'; '.join(sorted(machines)) or 'what no record tells'}; data: {', '.join(sorted(data)) or 'none'}."
     )
-
-
-def _csv(columns: Sequence[Column], rows: Iterable[Any]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(column.title for column in columns)
-    writer.writerows([column.text(row) for column in columns] for row in rows)
-    return text.getvalue().rstrip("\n")

@@ -43,6 +43,7 @@ COLUMNS = [
     Column("Rounds", lambda row: str(row.rounds) if row.rounds else NOT_AVAILABLE),
     Column("Compared", lambda row: row.compared or NOT_AVAILABLE),
 ]
+NOTE = Column("Note", lambda row: row.note or "")
 PARITY = Column("Parity (first loss, loss, norm)", lambda row: _parity(row))
 SELF_COLUMNS = [
     *COLUMNS[:4],
@@ -52,6 +53,15 @@ SELF_COLUMNS = [
     Column("Rounds", lambda comparison: str(len(comparison.log_ratios))),
     Column("Verdict", lambda comparison: _self_verdict(comparison)),
 ]
+
+
+def as_csv(columns: Sequence[Column], rows: Iterable[Any]) -> str:
+    """These rows as CSV, with a line of titles."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(column.title for column in columns)
+    writer.writerows([column.text(row) for column in columns] for row in rows)
+    return text.getvalue().rstrip("\n")
 
 
 def table(columns: Sequence[Column], rows: Iterable[Any]) -> str:
@@ -69,11 +79,7 @@ def render(rows: list[Row], form: str, records: list[Record], parity: bool = Fal
         return json.dumps([asdict(row) for row in rows], indent=1)
     columns = [*COLUMNS, PARITY] if parity else COLUMNS
     if form == "csv":
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("Family", *(column.title for column in columns), "Note"))
-        writer.writerows((row.family, *(column.text(row) for column in columns), row.note or "") for row in rows)
-        return text.getvalue().rstrip("\n")
+        return as_csv([Column("Family", lambda row: row.family), *columns, NOTE], rows)
     parts = []
     kinds = sorted(rows, key=lambda row: row.tuned)  # tuned rows have their own tables, which come last
     for (tuned, family), group in itertools.groupby(kinds, key=lambda row: (row.tuned, row.family)):
