@@ -2,6 +2,7 @@
 
 python benchmarks/growth.py [--only model|length|processes|samples|records] [--rounds 3] [--samples 1000000] [--quick]
                             [--method full|lora] [--model llama-tiny] [--tuned] [--steps 14] [--warmup-steps 8]
+                            [--out FILE]
 
 It prints a Markdown table for each, on the CPU. × is the ratio to the first line of a series. A series ends with its
 exponent, a least-squares fit of the logarithms: 1 is linear.
@@ -19,6 +20,7 @@ import itertools
 import json
 import os
 import random
+import shlex
 import signal
 import statistics
 import subprocess
@@ -33,12 +35,15 @@ import sources
 import tokenizer as tokenizers_of
 
 from tunebench import processes
+from tunebench.checkout import read_git
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder
 from tunebench.flags import Parser, positive
+from tunebench.hardware import read_hardware
 from tunebench.models.presets import PRESETS
 from tunebench.record import Record, digest_of, read_record
-from tunebench.report.markdown import markdown
+from tunebench.report.growth import Growth, GrowthTable, write_growth
+from tunebench.report.markdown import measured_on
 from tunebench.report.stats import ratio_interval
 
 FRAMEWORKS = ("torch", "paddle")
@@ -95,6 +100,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="small sizes, torch alone: whether it works, not what it costs"
     )
+    parser.add_argument("--out", type=pathlib.Path, metavar="FILE", help="also write the tables there, as JSON")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 3)
     options.steps = options.steps or (2 if options.quick else 14)
@@ -109,19 +115,25 @@ def main() -> None:
         signal.signal(number, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="growth-") as folder:
         os.environ |= {"TUNEBENCH_CACHE": f"{folder}/cache", "CUDA_VISIBLE_DEVICES": ""}
+        tables = []
         for name, series in SERIES.items():
             if options.only in (None, name):
-                series(options, pathlib.Path(folder))
+                tables.append(series(options, pathlib.Path(folder)))
+                print(f"\n{tables[-1].text()}", flush=True)
+    if options.out:
+        words = (word for word in sys.argv[1:] if word not in ("--out", str(options.out), f"--out={options.out}"))
+        write_growth(options.out, Growth(command=shlex.join(["python3 benchmarks/growth.py", *words]), tables=tables))
 
 
-def by_model(options: Namespace, folder: pathlib.Path) -> None:
+def by_model(options: Namespace, folder: pathlib.Path) -> GrowthTable:
     """Trains larger models on the same batches."""
     settings = {model: [f"--model={model}"] for model in MODELS[: 2 if options.quick else None]}
     records = train(settings, options, folder)
-    show_training(f"Model size: {' to '.join((MODELS[0], list(settings)[-1]))}", "Parameters", records, parameters)
+    heading = f"Model size: {' to '.join((MODELS[0], list(settings)[-1]))}"
+    return table_of_training(heading, "Parameters", records, parameters)
 
 
-def by_length(options: Namespace, folder: pathlib.Path) -> None:
+def by_length(options: Namespace, folder: pathlib.Path) -> GrowthTable:
     """Trains one model on as many, but longer samples."""
     tokenizer = tokenizers_of.embedded(cache_folder())
     texts = [sample.response for sample in sources.load("synthetic-en", 1_000, skip_bad=False).samples]
@@ -135,10 +147,11 @@ def by_length(options: Namespace, folder: pathlib.Path) -> None:
                 texts = [tokenizer.decode(list(itertools.islice(stream, count))) for count in parts]
                 print(json.dumps(dict(zip(("instruction", "output"), texts, strict=True))), file=lines)
         settings[str(length)] = [f"--data={file}"]
-    show_training(f"Length of samples: {options.model}", "Tokens", train(settings, options, folder), tokens_of_a_sample)
+    records = train(settings, options, folder)
+    return table_of_training(f"Length of samples: {options.model}", "Tokens", records, tokens_of_a_sample)
 
 
-def by_processes(options: Namespace, folder: pathlib.Path) -> None:
+def by_processes(options: Namespace, folder: pathlib.Path) -> GrowthTable:
     """Trains on the same global batches by one process with all threads, and by two that share the threads."""
     names = list(SPLITS)[: 2 if options.quick else None]
     settings = {name: [*SPLITS[name], f"--nproc={name[0]}", f"--bsz={2 if options.quick else 8}"] for name in names}
@@ -154,13 +167,16 @@ def by_processes(options: Namespace, folder: pathlib.Path) -> None:
         below += [f"{framework} {name} ({ratio:.2f})"] * (ratio < TARGET)
         threads = str(runs[0].hardware.threads)
         lines.append([framework, name, threads, *map(number, costs(runs)), f"{ratio:.2f}", said])
-    columns = ("Framework", "Processes", "Threads of Each", *COSTS, "÷ One Process", "95% Interval")
-    what = f"{options.model}, {options.method}{', tuned' * options.tuned}"
-    print(f"\n### Processes on the same cores: {what}\n\n{markdown(columns, lines)}\n")
-    print(f"Target: at least {TARGET} of one process. Below it: {', '.join(below) or 'none'}.", flush=True)
+    return GrowthTable(
+        heading=f"Processes on the same cores: {options.model}, {options.method}{', tuned' * options.tuned}",
+        conditions=measured_on(list(itertools.chain.from_iterable(records.values()))),
+        columns=["Framework", "Processes", "Threads of Each", *COSTS, "÷ One Process", "95% Interval"],
+        lines=lines,
+        note=f"Target: at least {TARGET} of one process. Below it: {', '.join(below) or 'none'}.",
+    )
 
 
-def by_samples(options: Namespace, folder: pathlib.Path) -> None:
+def by_samples(options: Namespace, folder: pathlib.Path) -> GrowthTable:
     """Prepares data: tokenizes samples, then makes plans of them."""
     prepare("--samples=10", "--epochs=1")  # makes the tokenizer and the checkpoint
     points: list[Point] = []
@@ -172,10 +188,11 @@ def by_samples(options: Namespace, folder: pathlib.Path) -> None:
         tokenizing = max(first[0] - plain[0], 1e-3)
         points.append((count, [tokenizing, first[1] / MIB, plain[0], plain[1] / MIB, grouped[0], packed[0]]))
     measures = ("Tokenizing s", "Peak MiB", "Planning s", "Peak MiB", "Planning, Grouped s", "Planning, Packed s")
-    show("Samples: generated, tokenized, then planned for one epoch", [], "Samples", measures, {(): points})
+    heading = "Samples: generated, tokenized, then planned for one epoch"
+    return table(heading, here(), [], "Samples", measures, {(): points})
 
 
-def by_records(options: Namespace, folder: pathlib.Path) -> None:
+def by_records(options: Namespace, folder: pathlib.Path) -> GrowthTable:
     """Joins records as summarize.py does: its parts one by one, and the whole program."""
     series: dict[tuple[str, ...], list[Point]] = {}
     for shape in SHAPES:
@@ -187,10 +204,10 @@ def by_records(options: Namespace, folder: pathlib.Path) -> None:
             _, whole = run(ROOT / "summarize.py", files)
             points.append((count, [rows, read, join, render, peak / MIB, whole]))
     measures = ("Rows", "Reading s", "Joining s", "Rendering s", "Peak MiB", "summarize.py s")
-    show("Records", ["Shape"], "Records", measures, series)
+    return table("Records", here(), ["Shape"], "Records", measures, series)
 
 
-SERIES: dict[str, Callable[[Namespace, pathlib.Path], None]] = {
+SERIES: dict[str, Callable[[Namespace, pathlib.Path], GrowthTable]] = {
     "model": by_model,
     "length": by_length,
     "processes": by_processes,
@@ -301,24 +318,33 @@ def sizes(largest: int, smallest: int) -> list[int]:
     return [*found, largest]
 
 
-def show_training(
+def here() -> str:
+    """The sentence on the machine and the commit of a table that no training run is part of."""
+    hardware, git = read_hardware(), read_git()
+    commit = f"{(git.revision or 'no git')[:10]}{' changed' * bool(git.dirty)}"
+    return f"Measured on: {hardware.cpu} with {hardware.cores} cores; revision {commit}."
+
+
+def table_of_training(
     heading: str, size: str, records: dict[tuple[str, str], list[Record]], of: Callable[[Record], float]
-) -> None:
-    """Prints the table of training runs: a series for each framework."""
+) -> GrowthTable:
+    """The table of training runs: a series for each framework."""
     series: dict[tuple[str, ...], list[Point]] = {}
     for (framework, _), runs in records.items():
         series.setdefault((framework,), []).append((of(runs[0]), costs(runs)))
-    show(heading, ["Framework"], size, COSTS, series)
+    conditions = measured_on(list(itertools.chain.from_iterable(records.values())))
+    return table(heading, conditions, ["Framework"], size, COSTS, series)
 
 
-def show(
+def table(
     heading: str,
+    conditions: str,
     names: Sequence[str],
     size: str,
     measures: Sequence[str],
     series: dict[tuple[str, ...], list[Point]],
-) -> None:
-    """Prints a table: each series' points with their ratios to the first one, then its exponents."""
+) -> GrowthTable:
+    """Each series' points with their ratios to the first one, then its exponents."""
     lines = []
     for labels, points in series.items():
         columns = list(zip(*(values for _, values in points), strict=True))
@@ -327,8 +353,8 @@ def show(
             lines.append([*labels, f"{x:,.0f}", *itertools.chain.from_iterable(pairs)])
         fitted = ((f"{exponent([x for x, _ in points], column):.2f}", "") for column in columns)
         lines.append([*labels, "exponent", *itertools.chain.from_iterable(fitted)])
-    header = (*names, size, *itertools.chain.from_iterable((measure, "×") for measure in measures))
-    print(f"\n### {heading}\n\n{markdown(header, lines)}", flush=True)
+    header = [*names, size, *itertools.chain.from_iterable((measure, "×") for measure in measures)]
+    return GrowthTable(heading=heading, conditions=conditions, columns=header, lines=lines)
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

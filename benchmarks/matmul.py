@@ -1,6 +1,6 @@
 """Measures what MKL_DEBUG_CPU_TYPE does to each framework's matrix product: GFLOP/s and ratios, in alternating order.
 
-python benchmarks/matmul.py [--rounds 3] [--size 2048]
+python benchmarks/matmul.py [--rounds 3] [--size 1024]
 """
 
 import argparse
@@ -38,7 +38,7 @@ def main() -> None:
     """Prints the medians over the rounds, and their ratios to the unset variable."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--size", type=int, default=2048)
+    parser.add_argument("--size", type=int, default=1024)
     options = parser.parse_args()
     kernels = list(dict.fromkeys((None, "5", SETTINGS.get("MKL_DEBUG_CPU_TYPE") or "5")))
     for framework in ("paddle", "torch"):

@@ -44,6 +44,6 @@ def matmul_flops(flags: Flags) -> int:
     On a CPU they are in float32: Paddle has no other matrix product there.
     """
     gpu = paddle.device.cuda.device_count() > 0
-    size, dtype, products = (8192, flags.compute_dtype, 20) if gpu else (2048, "float32", 1)
+    size, dtype, products = (8192, flags.compute_dtype, 20) if gpu else (1024, "float32", 1)
     a, b = (paddle.rand([size, size]).astype(dtype) for _ in range(2))
     return best_product(a, b, products, synchronize, wait)

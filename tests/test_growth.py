@@ -1,9 +1,12 @@
 """The benchmark of growth at its smallest: tables of numbers, and a join with as many rows as its records make."""
 
 import math
+import os
 
 import pytest
 from conftest import refusal, run_program
+
+from tunebench.report.growth import read_growth
 
 QUICK = "benchmarks/growth.py", "--quick", "--only"
 
@@ -28,8 +31,14 @@ def test_joins_of_two_sizes_have_the_rows_of_their_records():
     assert all(math.isfinite(float(line[name])) for line in exponents for name in ("Reading s", "Joining s"))
 
 
-def test_data_preparation_by_samples():
-    lines = table(run_program(*QUICK, "samples", "--samples=300", check=True).stdout)
+def test_data_preparation_by_samples(tmp_path):
+    file = tmp_path / "growth.json"
+    printed = run_program(*QUICK, "samples", "--samples=300", "--out", file, check=True).stdout
+    lines = table(printed)
+    growth = read_growth(file)
+    assert growth.command == "python3 benchmarks/growth.py --quick --only samples --samples=300"
+    assert [kept.text() for kept in growth.tables] == [printed.strip()]
+    assert f"with {len(os.sched_getaffinity(0))} cores; revision " in printed
     assert [line["Samples"] for line in lines] == ["100", "300", "exponent"]
     for name in ("Tokenizing s", "Planning s", "Planning, Grouped s", "Planning, Packed s"):
         assert all(math.isfinite(float(line[name])) for line in lines)

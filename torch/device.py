@@ -44,6 +44,6 @@ def matmul_flops(flags: Flags) -> int:
     On a CPU they are in float32: torch has no fast products in low precision on every CPU.
     """
     gpu = torch.cuda.is_available()
-    size, dtype, products = (8192, getattr(torch, flags.compute_dtype), 20) if gpu else (2048, torch.float32, 1)
+    size, dtype, products = (8192, getattr(torch, flags.compute_dtype), 20) if gpu else (1024, torch.float32, 1)
     a, b = (torch.rand(size, size, dtype=dtype, device="cuda" if gpu else "cpu") for _ in range(2))
     return best_product(a, b, products, synchronize, wait)

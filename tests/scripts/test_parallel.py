@@ -30,10 +30,10 @@ SETUPS = [
     ("bloom", "full", ["--mp=2", "--attention=flash"]),
     # Tied heads, and with llama-3.2-1b a scaled rotary embedding.
     ("llama-3.2-1b", "full", ["--zero=3"]),
-    ("llama-3.2-1b", "full", ["--mp=4"]),
-    ("llama-3.2-1b", "lora", ["--mp=2", "--nproc=4", "--micro-bsz=2"]),
-    ("qwen2.5-0.5b", "full", ["--mp=2", "--nproc=4", "--micro-bsz=2"]),
-    ("llama-3.2-1b", "lora", ["--zero=3", "--nproc=4"]),
+    ("llama-3.2-1b", "full", ["--mp=2"]),
+    ("llama-3.2-1b", "lora", ["--mp=2", "--micro-bsz=2"]),
+    ("qwen2.5-0.5b", "full", ["--mp=2", "--micro-bsz=2"]),
+    ("llama-3.2-1b", "lora", ["--zero=3"]),
     ("llama-3.2-1b", "full", ["--nproc=2", "--micro-bsz=2"]),
 ]
 

@@ -2,7 +2,8 @@
 
     python3 summarize.py --docs
 
-results/measured/DATE-MACHINE/SUITE/ holds records that `summarize.py --keep` copied there.
+results/measured/DATE-MACHINE/SUITE/ holds records that `summarize.py --keep` copied there, and
+results/measured/DATE-MACHINE/growth.json what `benchmarks/growth.py --out` wrote.
 """
 
 import argparse
@@ -13,10 +14,12 @@ from tunebench.bootstrap import ROOT
 from tunebench.errors import BadInput
 from tunebench.flags import flag_parser
 from tunebench.record import Record
+from tunebench.report.growth import read_growth
 from tunebench.report.load import load_records
 from tunebench.report.markdown import measured_on
 from tunebench.report.page import combined
 from tunebench.report.pairing import LIKE_FOR_LIKE, Row, join
+from tunebench.report.rounds import round_of
 from tunebench.report.tables import COLUMNS, table
 
 MEASURED = ROOT / "results" / "measured"
@@ -57,11 +60,12 @@ def results_page(measured: list[Series]) -> str:
     ]
     for machine, suite, records in measured:
         again = f"python3 summarize.py results/measured/{machine}/{suite}"
-        commands = f"`bash run_all.sh --suite {suite}`"
-        if any(record.aa for record in records):
-            commands += f" and `bash run_all.sh --suite {suite} --aa`"
-        parts += [f"## {suite}, {machine}\n", f"Measured by {commands}. `{again}` prints it.\n"]
-        parts.append(re.sub(r"(?m)^### ", "#### ", combined(records)) + "\n")
+        parts += [f"## {suite}, {machine}\n", f"Measured by {_commands(suite, records)}. `{again}` prints it.\n"]
+        parts.append(_deeper(combined(records)) + "\n")
+    for file in sorted(MEASURED.glob("*/growth.json"), reverse=True):
+        growth = read_growth(file)
+        parts += [f"## growth, {file.parent.name}\n", f"Measured by `{growth.command}`.\n"]
+        parts += [_deeper(table.text()) + "\n" for table in growth.tables]
     return "\n".join(parts)
 
 
@@ -107,6 +111,21 @@ def _some(rows: list[Row]) -> list[Row]:
     for row in sorted(rows, key=lambda row: row.num_gpus):
         first.setdefault((row.family, row.method, row.paddle_setup), row)
     return list(first.values())[:README_ROWS]
+
+
+def _commands(suite: str, records: list[Record]) -> str:
+    """The commands that measured a suite's records: with their numbers of rounds."""
+    commands = []
+    for aa in (False, True):
+        rounds = max((round_of(record) for record in records if bool(record.aa) == aa), default=0)
+        if rounds:
+            commands.append(f"`bash run_all.sh --suite {suite}{' --aa' * aa} --repeats {rounds}`")
+    return " and ".join(commands)
+
+
+def _deeper(text: str) -> str:
+    """A text for a section of a page: its headings are one level deeper."""
+    return re.sub(r"(?m)^### ", "#### ", text)
 
 
 def _cells(action: argparse.Action) -> list[str]:

@@ -18,7 +18,7 @@ COLUMNS = ("What", "Effective Tokens/s", "Spread", "Of Its Input Real", "MFU", "
 CAVEAT = (
     "Ratios to the framework's own Trainer, by rounds that alternate, each within one series of runs. The tokens of "
     "every row were counted by us, from what the model was given. MFU: useful operations ÷ what the framework's own "
-    "product of 2048 × 2048 matrices does, the median of those timed in our runs here."
+    "matrix product does, the median of those timed in our runs here."
 )
 
 
