@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up what is missing, runs a suite and prints its tables. Ctrl-C keeps what is done; the same command goes on.
 #
-#   bash run_all.sh [--cpu] [--suite NAME] [--only GLOB] [--repeats N] [--aa] [--fresh] [--anyway] [--dry-run]
+#   bash run_all.sh [--suite NAME] [--only GLOB] [--repeats N] [--aa] [--fresh] [--anyway] [--cpu]
+#                   [--dry-run | --check | --rehearse] [--torch PYTHON] [--paddle PYTHON]
 #
 # --cpu          set up CPU builds on any machine (see setup.sh); hide its GPUs too: CUDA_VISIBLE_DEVICES= (empty)
 # --suite NAME   which of suites/NAME.toml, or a .toml file of your own (default: cpu; quick: a few minutes, intervals)
@@ -12,32 +13,46 @@
 # --fresh        from the start; earlier results move to results/.previous/
 # --anyway       do not wait for a quiet machine, nor measure rounds again that other programs disturbed
 # --dry-run      print the runs, start none
+# --check        look at the machine and at what each run needs, start none; exit code 1 where something is wrong
+# --rehearse     each run for a few steps with two layers: what would fail, and how long the suite would take
+# --torch PYTHON, --paddle PYTHON
+#                interpreters of your own, with the packages installed; TUNEBENCH_TORCH and TUNEBENCH_PADDLE do the same
 #
 # Records go to results/SUITE/PAIR/FRAMEWORK-rROUND.json; one run_all.sh at a time works on a results folder.
 # TUNEBENCH_RESULTS and TUNEBENCH_CACHE move the two folders that it writes to. Exit code: 0, 1 where a run failed,
 # 2 for bad input, 130 when interrupted.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 # A closed stream's number would be given to the next file.
 [ -e /dev/fd/0 ] || exec 0</dev/null; [ -e /dev/fd/1 ] || exec 1>/dev/null; [ -e /dev/fd/2 ] || exec 2>/dev/null
 unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
 export PYTHONUTF8=1
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 
-setup=() suite=() peers='' before=''
+setup=() suite=() environments=(torch paddle) before=''
 for argument in "$@"; do
-  case "$before $argument" in *' --suite=peers'|'--suite peers') peers=1 ;; esac
-  before=$argument
+  case "$before $argument" in *' --suite=peers'|'--suite peers') environments=(torch paddle peers torchtune llamafactory) ;; esac
+  case $before in --torch) export TUNEBENCH_TORCH=$argument ;; --paddle) export TUNEBENCH_PADDLE=$argument ;; esac
+  own=''; case $before in --torch|--paddle) own=1 ;; esac
+  before=${own:+=}$argument
+  [ -z "$own" ] || continue
   case $argument in
-    -h|--help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$root/run_all.sh"; exit 0 ;;
+    --torch|--paddle) ;;
+    --torch=*) export TUNEBENCH_TORCH=${argument#*=} ;;
+    --paddle=*) export TUNEBENCH_PADDLE=${argument#*=} ;;
+    -h|--help) sed -n '2,/^\[ /{/^#/s/^# \{0,1\}//p}' "$root/run_all.sh"; exit 0 ;;
     --cpu) setup=(--cpu) ;;
     *) suite+=("$argument") ;;
   esac
 done
 
-# pip answers Ctrl-C with an ordinary failure, so say here what it was.
-trap 'echo "run_all.sh: interrupted during set-up; the same command goes on" >&2; exit 130' INT
-bash "$root/setup.sh" ${setup[@]+"${setup[@]}"}
-[ -z "$peers" ] || bash "$root/peers/setup.sh" ${setup[@]+"${setup[@]}"}
-trap - INT
-# -P: the working directory could be the repository, which must not be on Python's path.
-exec "$root/.venv/torch/bin/python" -P -m tunebench.suite.runner ${suite[@]+"${suite[@]}"}
+case $before in --torch|--paddle) echo "run_all.sh: $before names no Python; give one: $before /path/to/python" >&2; exit 2 ;; esac
+
+# In the background, since bash heeds a signal only after a program in the foreground. It then ignores Ctrl-C itself.
+bash "$root/setup.sh" "${environments[@]}" ${setup[@]+"${setup[@]}"} &
+stop() { kill "$!" 2>/dev/null; echo "run_all.sh: $2 during set-up; the same command goes on" >&2; exit "$1"; }
+trap 'stop 130 interrupted' INT
+trap 'stop 143 ended' TERM HUP
+wait "$!"
+trap - INT TERM HUP
+exec "${TUNEBENCH_TORCH:-$root/.venv/torch/bin/python}" "$root/tunebench/bootstrap.py" torch,paddle tunebench.suite.runner ${suite[@]+"${suite[@]}"}

@@ -3,9 +3,10 @@
 # these pin different versions of the same libraries, and those that start programs once.
 #
 #   bash run_tests.sh [pytest arguments]     -n0: one test at a time, as --pdb and -s need it
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
 # Two files of tests at a time, and their programs with a thread each.
 export OMP_NUM_THREADS=1

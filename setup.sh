@@ -1,107 +1,209 @@
 #!/usr/bin/env bash
-# Makes the environments .venv/torch and .venv/paddle. Does nothing where they are complete and current.
+# Makes environments in .venv/. Does nothing where they are complete and current.
 #
-#   bash setup.sh [torch] [paddle] [--cpu]     both environments, at the same time, when none is named
+#   bash setup.sh [torch] [paddle] [peers] [torchtune] [llamafactory] [--cpu]     torch and paddle when none is named
 #
-# --cpu   CPU builds on any machine: the smaller torch wheel from PyTorch's CPU index, and paddlepaddle without CUDA.
-# PYTHON=/path/to/python3.11             the interpreter to build with
-# TUNEBENCH_PADDLE_CUDA=cu130|cu129|cu126 which of Paddle's GPU builds to take (cu130 matches torch's CUDA major version)
+# --cpu                    CPU builds on any machine
+# PYTHON=/path/to/python   the Python 3.11 or 3.12 to build with (default: one of the machine, else uv fetches 3.11)
+# TUNEBENCH_CUDA=12|13     CUDA's major version (default: by the NVIDIA driver: 13 from 580 on, 12 from 525 on)
+#
+# uv installs the packages. Where it is missing, pip of any Python from 3.9 on installs it in .venv/uv. pip's settings of
+# indexes and certificates hold for uv too.
 #
 # An environment carries a stamp, written last, of everything it was built from. One without the stamp was interrupted,
 # one with another stamp is out of date: either is removed and built anew, and nothing ever runs in it.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 # A closed stream's number would be given to the next file.
 [ -e /dev/fd/0 ] || exec 0</dev/null; [ -e /dev/fd/1 ] || exec 1>/dev/null; [ -e /dev/fd/2 ] || exec 2>/dev/null
 unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
+# Settings that would change what is installed, or where.
+unset PIP_TARGET PIP_PREFIX PIP_ROOT UV_CONSTRAINT UV_OVERRIDE UV_BUILD_CONSTRAINT UV_EXCLUDE_NEWER UV_PRERELEASE \
+  UV_RESOLUTION UV_TORCH_BACKEND UV_SYSTEM_PYTHON UV_PYTHON
 export PYTHONUTF8=1 PIP_USER=0
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
-trap 'exit 130' INT  # before it says that an installation failed
+uv_version=0.13.9
 refuse() { printf 'setup: %s\n' "$*" >&2; exit 2; }
 say() { printf 'setup: %s\n' "$*" 2>/dev/null || refuse "what it prints cannot be written; make room there"; }
+
+# bash would wait for a program in the foreground before it heeds a signal.
+child=
+stop() { [ -z "$child" ] || kill "$child" 2>/dev/null || true; exit "$1"; }
+trap 'stop 130' INT
+trap 'stop 143' TERM HUP
+run() { "$@" & child=$!; wait "$child"; }
 
 names=() cpu=0
 for argument in "$@"; do
   case $argument in
-    torch|paddle) [[ " ${names[*]-} " == *" $argument "* ]] || names+=("$argument") ;;
+    torch|paddle|peers|torchtune|llamafactory) [[ " ${names[*]-} " == *" $argument "* ]] || names+=("$argument") ;;
     --cpu) cpu=1 ;;
-    *) refuse "unknown argument '$argument'; use: bash setup.sh [torch] [paddle] [--cpu]" ;;
+    *) refuse "unknown argument '$argument'; use: bash setup.sh [torch] [paddle] [peers] [torchtune] [llamafactory] [--cpu]" ;;
   esac
 done
 [ ${#names[@]} -gt 0 ] || names=(torch paddle)
 
-supported() { "$1" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; }
-find_python() {
-  local candidate
-  if [ -n "${PYTHON:-}" ]; then
-    supported "$PYTHON" || refuse "PYTHON=$PYTHON is not a Python 3.11 with its venv module; name one that is"
-    echo "$PYTHON"; return
+# The NVIDIA driver's version; empty where there is no GPU.
+driver=
+if command -v nvidia-smi >/dev/null 2>&1; then
+  if answer=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>&1); then
+    driver=$(printf '%s\n' "$answer" | head -n 1)
+  elif [ -e /proc/driver/nvidia/version ] && [ $cpu -eq 0 ]; then
+    refuse "nvidia-smi fails: ${answer##*$'\n'}; mend the driver, or use --cpu"
   fi
-  for candidate in python3.11 python3 python /usr/bin/python3.11 /usr/local/bin/python3.11; do
-    if supported "$candidate"; then command -v "$candidate"; return; fi
-  done
-  refuse "found no Python 3.11 with its venv module, the version that both stacks are locked for. Install Python 3.11" \
-    "(Debian/Ubuntu: python3.11 and python3.11-venv; or 'uv python install 3.11'), or name one: PYTHON=/path/to/python3.11"
+fi
+major=${driver%%.*}
+[ -z "$driver" ] || [[ $major =~ ^[0-9]+$ ]] || refuse "nvidia-smi names no driver version, but '$driver'; mend the driver, or use --cpu"
+
+# What to build: cpu, cuda12, cuda13, or default: the CPU build of Paddle and PyPI's torch, which has CUDA 13.
+choose_build() {
+  if [ $cpu -eq 1 ]; then echo cpu; return; fi
+  case ${TUNEBENCH_CUDA:-} in
+    12|13) echo "cuda$TUNEBENCH_CUDA" ;;
+    '')
+      if [ -z "$driver" ]; then echo default
+      elif [ "$major" -ge 580 ]; then echo cuda13
+      elif [ "$major" -ge 525 ]; then echo cuda12
+      else refuse "NVIDIA driver $driver is too old: CUDA 12 needs 525, CUDA 13 needs 580; update the driver, or use --cpu"
+      fi ;;
+    *) refuse "TUNEBENCH_CUDA=$TUNEBENCH_CUDA is not offered; use 12 or 13, or unset it" ;;
+  esac
 }
 
-gpu() { [ $cpu -eq 0 ] && command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+# A complete environment may have been made when the machine had another GPU or driver, or none.
+check_kind() {
+  local folder=$1 kind=$2 again="run: rm -r $1; bash setup.sh ${1##*/}"
+  [ $cpu -eq 0 ] || return 0
+  case $kind in
+    CPU) [ -z "$driver" ] || say "$folder cannot use this machine's NVIDIA GPU (driver $driver), since it has a CPU build; $again" ;;
+    CUDA\ *)
+      if [ -z "$driver" ]; then say "$folder has a build for GPUs ($kind), and no GPU is visible here: runs use the CPU"
+      elif [[ $kind == 'CUDA 13'* ]] && [ "$major" -lt 580 ]; then
+        say "$folder has a build for $kind, which needs driver 580, and this machine has driver $driver; $again"
+      fi ;;
+  esac
+}
 
-stamp_of() {
-  "$python" -c 'import runpy, sys; print(runpy.run_path("tunebench/bootstrap.py")["stamp"](sys.argv[1]))' "$1"
+old_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 9))' >/dev/null 2>&1; }
+
+# Sets uv, and pip_settings of the Python whose pip has them.
+find_uv() {
+  local python candidate
+  for candidate in ${PYTHON:+"$PYTHON"} python3 python python3.13 python3.12 python3.11; do
+    if old_enough "$candidate"; then python=$candidate; break; fi
+  done
+  uv=.venv/uv/bin/uv
+  if [ "$("$uv" --version 2>/dev/null | cut -d ' ' -f 2)" != $uv_version ]; then
+    rm -rf .venv/uv
+    if [ -n "${python:-}" ] && "$python" -m pip --version >/dev/null 2>&1; then
+      "$python" -m pip install --disable-pip-version-check --no-input -qq --target .venv/uv "uv==$uv_version" || true
+    fi
+    if [ ! -x "$uv" ] && [ -n "${python:-}" ] && "$python" -m venv --clear .venv/uv >/dev/null 2>&1; then
+      .venv/uv/bin/python -m pip install --disable-pip-version-check --no-input -qq "uv==$uv_version" || true
+    fi
+    if [ ! -x "$uv" ]; then
+      rm -rf .venv/uv
+      for candidate in uv "${HOME:-}/.local/bin/uv"; do
+        if uv=$(command -v "$candidate"); then break; fi
+      done
+      [ -n "$uv" ] || refuse "found neither uv nor a Python with pip to install uv $uv_version with (pip's messages, if any, are" \
+        "above). Install one: Debian or Ubuntu: apt install python3-venv; elsewhere: https://docs.astral.sh/uv"
+    fi
+  fi
+  # pip's settings as uv's, where uv has none of its own.
+  pip_setting() { "${python:-false}" -m pip config get "global.$1" 2>/dev/null || "${python:-false}" -m pip config get "install.$1" 2>/dev/null || true; }
+  list() { tr -s ' \n' "$1" | sed "s/^$1//; s/$1\$//"; }
+  local default=${PIP_INDEX_URL:-$(pip_setting index-url)} more=${PIP_EXTRA_INDEX_URL:-$(pip_setting extra-index-url)}
+  local links=${PIP_FIND_LINKS:-$(pip_setting find-links)} certificates=${PIP_CERT:-$(pip_setting cert)}
+  [ -n "${UV_DEFAULT_INDEX:-}${UV_INDEX_URL:-}" ] || [ -z "$default" ] || export UV_DEFAULT_INDEX="$default"
+  [ -n "${UV_INDEX:-}${UV_EXTRA_INDEX_URL:-}" ] || [ -z "$more" ] || UV_INDEX=$(printf '%s' "$more" | list ' ')
+  [ -n "${UV_FIND_LINKS:-}" ] || [ -z "$links" ] || UV_FIND_LINKS=$(printf '%s' "$links" | list ',')
+  [ -n "${SSL_CERT_FILE:-}" ] || [ -z "$certificates" ] || export SSL_CERT_FILE="$certificates"
+  [ -z "${UV_INDEX:-}" ] || export UV_INDEX
+  [ -z "${UV_FIND_LINKS:-}" ] || export UV_FIND_LINKS
+  [ -w "${HOME:-/nowhere}" ] || export UV_CACHE_DIR="${UV_CACHE_DIR:-$PWD/.venv/uv-cache}"
+  # As pip does, take the newest version that fits from any index.
+  export UV_INDEX_STRATEGY=unsafe-best-match
+}
+
+# Sets python.
+find_python() {
+  local version
+  if [ -n "${PYTHON:-}" ]; then
+    "$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' >/dev/null 2>&1 ||
+      refuse "PYTHON=$PYTHON is no Python 3.11 or 3.12; name one that is, or unset it"
+    python=$PYTHON; return
+  fi
+  for version in 3.11 3.12; do
+    if python=$("$uv" python find --system --no-project --no-python-downloads $version 2>/dev/null); then return; fi
+  done
+  say "this machine has no Python 3.11 or 3.12: uv fetches 3.11"
+  run "$uv" python install 3.11 || refuse "uv could not fetch Python 3.11 (its message is above); let it reach" \
+    "github.com, or install Python 3.11 or 3.12 (Debian 12: apt install python3.11; Ubuntu 24.04: apt install python3.12)," \
+    "or name one: PYTHON=/path/to/python"
+  python=$("$uv" python find --no-project 3.11)
+}
+
+check_room() {
+  local needed=$1 free
+  free=$(df -Pk .venv | tail -n 1 | sed -E 's/.* +([0-9]+) +[0-9]+% .*/\1/')
+  [[ ! $free =~ ^[0-9]+$ ]] || [ "$free" -ge $((needed * 1000 * 1000)) ] || refuse "an environment of $needed GB does not fit: $((free / 1000 / 1000)) GB are free here; make room"
 }
 
 build() {
-  local name=$1 folder=.venv/$1 kind=cpu stamp started=$SECONDS
-  local requirements=$name/requirements.txt index=()
-  if gpu; then kind=gpu; fi
-  if [ "$name" = paddle ] && [ $kind = gpu ]; then
-    kind=gpu-${TUNEBENCH_PADDLE_CUDA:=cu130}
-    case $TUNEBENCH_PADDLE_CUDA in cu130|cu129|cu126) ;; *)
-      refuse "TUNEBENCH_PADDLE_CUDA=$TUNEBENCH_PADDLE_CUDA is not offered; use cu130, cu129 or cu126" ;; esac
-    index=(--extra-index-url "https://www.paddlepaddle.org.cn/packages/stable/$TUNEBENCH_PADDLE_CUDA/")
-  fi
-  if [ "$name" = torch ]; then
-    # The default wheel carries CUDA and runs on a CPU too, so a GPU changes nothing here; --cpu takes the smaller one.
-    kind=default
-    [ $cpu -eq 0 ] || { kind=cpu; index=(--extra-index-url https://download.pytorch.org/whl/cpu); }
-  fi
-  stamp=$(stamp_of "$name")
-  if [ -x "$folder/bin/python" ] && [ "$(head -n 1 "$folder/complete" 2>/dev/null)" = "$stamp" ]; then
-    say "$folder is complete ($(tail -n 1 "$folder/complete") build; 'rm -r $folder' first to change that)"
+  local name=$1 folder=.venv/$1 source=$1 started=$SECONDS wanted gigabytes=2 index=() editable=(--editable '.[test]') kind quiet=()
+  case $name in peers|torchtune|llamafactory) source=peers/envs/$name; editable=() ;; esac
+  local own=TUNEBENCH_$(printf '%s' "$name" | tr a-z A-Z)
+  if [ -n "${!own:-}" ]; then say "$name runs in $own=${!own}"; return; fi
+  stamp() { "$folder/bin/python" -S -c 'import runpy, sys; print(runpy.run_path("tunebench/bootstrap.py")["stamp"](sys.argv[1]))' "$source"; }
+  if [ -x "$folder/bin/python" ] && [ -e "$folder/complete" ] && [ "$(head -n 1 "$folder/complete")" = "$(stamp)" ]; then
+    kind=$(sed -n 2p "$folder/complete")
+    say "$folder is complete ($kind)"
+    check_kind "$folder" "$kind"
     return
   fi
+  wanted=$(choose_build)
+  [ -n "${uv:-}" ] || find_uv
+  [ -n "${python:-}" ] || find_python
   if [ -e "$folder" ]; then
     if [ -e "$folder/complete" ]; then say "$folder is out of date: building it anew"
     else say "$folder was left half-made: building it anew"; fi
     rm -f "$folder/complete"  # first, so that a half-removed environment does not pass for a whole one
     rm -rf "$folder"
   fi
-  say "making $folder with $("$python" --version), packages as pinned in $name/requirements.txt and $name/constraints.txt ($kind)"
-  "$python" -m venv "$folder"
-  if [[ $kind == gpu-* ]]; then
-    requirements=$folder/requirements.txt
-    sed 's/^paddlepaddle==/paddlepaddle-gpu==/' "$name/requirements.txt" >"$requirements"
+  # --cpu and CUDA 12: torch's wheels for it have a version of their own and an index.
+  local torch='' paddle=paddlepaddle
+  case $wanted in
+    cpu) torch=+cpu ;;
+    cuda12) torch=+cu126 gigabytes=8 paddle=paddlepaddle-gpu index=(--index https://www.paddlepaddle.org.cn/packages/stable/cu126/) ;;
+    cuda13) gigabytes=8 paddle=paddlepaddle-gpu index=(--index https://www.paddlepaddle.org.cn/packages/stable/cu130/) ;;
+    default) [ "$name" = paddle ] || gigabytes=6 ;;
+  esac
+  if [ "$name" != paddle ]; then index=(${torch:+--index "https://download.pytorch.org/whl/${torch#+}"}); fi
+  check_room $gigabytes
+  [ -t 2 ] || quiet=(--quiet)
+  say "making $folder with $("$python" --version), packages as pinned in $source ($wanted${index[1]+ from ${index[1]}}, at most $gigabytes GB)"
+  "$uv" venv --quiet --no-project --python "$python" "$folder" || refuse "uv could not make $folder (its message is above)"
+  sed "s/^torch==.*/&$torch/; s/^paddlepaddle==/$paddle==/" "$source/requirements.txt" >"$folder/requirements.txt"
+  run "$uv" pip install ${quiet[@]+"${quiet[@]}"} --python "$folder/bin/python" ${index[@]+"${index[@]}"} \
+    --constraint "$source/constraints.txt" --requirement "$folder/requirements.txt" ${editable[@]+"${editable[@]}"} ||
+    refuse "uv could not install $name's packages (its messages are above); run 'bash setup.sh $name' again when mended"
+  "$uv" pip check --quiet --python "$folder/bin/python" || refuse "$name's packages do not fit each other (see above)"
+  if [ "$name" = llamafactory ]; then
+    # Of no use for text, and PyPI's builds of them cannot be loaded beside a torch for CPUs: transformers would fail.
+    "$uv" pip uninstall --quiet --python "$folder/bin/python" torchvision torchaudio
   fi
-  "$folder/bin/python" -m pip install --disable-pip-version-check --no-input --progress-bar off -qq \
-    ${index[@]+"${index[@]}"} --constraint "$name/constraints.txt" --requirement "$requirements" --editable '.[test]' \
-    2>&1 | sed "s/^/$name: /" >&2 ||
-    refuse "pip could not install $name's packages (its messages are above); run 'bash setup.sh $name' again when mended"
-  "$folder/bin/python" -m pip check | sed "s/^/$name: /" ||
-    refuse "$name's packages do not fit each other (see above)"
-  printf '%s\n' "$stamp" "$kind" >"$folder/complete.part"
+  run "$folder/bin/python" -P -W ignore tunebench/installed.py "$folder/requirements.txt" >"$folder/kind" || exit 2
+  kind=$(cat "$folder/kind")
+  printf '%s\n' "$(stamp)" "$kind" >"$folder/complete.part"
   mv "$folder/complete.part" "$folder/complete"
-  say "$folder is complete, after $((SECONDS - started)) s"
+  say "$folder is complete ($kind), after $((SECONDS - started)) s"
 }
 
 mkdir -p .venv
-if [ -z "${TUNEBENCH_SETUP_HOLDS_LOCK:-}" ] && command -v flock >/dev/null 2>&1 && { : >>.venv/lock; } 2>/dev/null; then
+if command -v flock >/dev/null 2>&1 && { : >>.venv/lock; } 2>/dev/null; then
   exec 9>.venv/lock
   flock --nonblock 9 || { say "another setup is running here: waiting for it"; flock 9; }
 fi
-python=$(find_python)
-if [ ${#names[@]} -eq 1 ]; then build "${names[0]}"; exit; fi
-# Both at a time: pip keeps one core busy. By xargs, whose processes, unlike a shell's in the background, heed Ctrl-C;
-# each keeps the lock for as long as it runs. Both write the same tunebench.egg-info, whole files at a time.
-export TUNEBENCH_SETUP_HOLDS_LOCK=1
-options=(); [ $cpu -eq 0 ] || options=(--cpu)
-printf '%s\0' "${names[@]}" | xargs -0 -n 1 -P 2 bash "$PWD/setup.sh" ${options[@]+"${options[@]}"} || exit 2
+for name in "${names[@]}"; do build "$name"; done

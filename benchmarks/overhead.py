@@ -36,7 +36,7 @@ def main() -> None:
     options = parser.parse_args()
     record = read_record(options.record) if options.record else None
     flags = parse_flags("full", FLAGS)
-    checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+    checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed, flags.layers)
     plan = load_plan(flags, checkpoint)
     run = Run("torch", "full", Job(flags, checkpoint, plan, ALONE))
     run.describe("cpu", checkpoint.parameters, checkpoint.parameters, checkpoint.expected)

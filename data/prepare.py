@@ -55,7 +55,7 @@ def main() -> None:
     parser = Parser(prog="prepare.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_plan_flags(parser)
     options = resolve_plan_flags(vars(parser.parse_args()))
-    checkpoint = find_checkpoint(options["model"], options["weights"], options["seed"])
+    checkpoint = find_checkpoint(options["model"], options["weights"], options["seed"], options["layers"])
     path = plan_path(options, checkpoint)
     with only_one("prepare"):
         try:

@@ -89,12 +89,11 @@ def read_job(peers: Sequence[str], environment: str, packages: Sequence[str]) ->
     script = f"peers/{Path(sys.argv[0]).name}"
     if len(sys.argv) != 2:
         refuse(f"use: .venv/{environment}/bin/python -P {script} JOB.json")
-    setup = "setup.sh" if environment == "paddle" else "peers/setup.sh"
     for package in ("numpy", "safetensors", *packages):
         found = find_spec(package)
         if found is None or found.origin is None:
             refuse(
-                f"{sys.executable} has no {package}; run: bash {setup} {environment}, "
+                f"{sys.executable} has no {package}; run: bash setup.sh {environment}, "
                 f"then: .venv/{environment}/bin/python -P {script} {sys.argv[1]}"
             )
     try:

@@ -48,7 +48,7 @@ def main() -> int:
     flags = parse_flags(options.method, rest, prog=PROGRAM, framework=peer.framework)
     check_peer_flags(flags.given, flags.paired_halves)
     check_environment(peer.environment)
-    checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+    checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed, flags.layers)
     check_model(flags, checkpoint)
     plan = load_plan(flags, checkpoint)
     out = flags.out or new_record_path(options.peer, options.method, flags)

@@ -72,12 +72,17 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def train_altered(code: str, framework: str, method: str, out: Path, *flags: object) -> Record:
-    """Runs a script whose interpreter has run `code` before, to see what the script makes of it; its record."""
+def run_altered(code: str, framework: str, method: str, *flags: object) -> subprocess.CompletedProcess:
+    """Runs a script whose interpreter has run `code` before, to see what the script makes of it."""
     python = ROOT / ".venv" / framework / "bin" / "python"
     script = ROOT / framework / f"finetune_{method}.py"
-    command = [python, "-c", ALTERED.format(code=code), script, *flags, "--out", out]
-    subprocess.run(list(map(str, command)), capture_output=True, timeout=600, cwd="/", check=False)
+    command = [python, "-c", ALTERED.format(code=code), script, *flags]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600, cwd="/", check=False)
+
+
+def train_altered(code: str, framework: str, method: str, out: Path, *flags: object) -> Record:
+    """The record of a script whose interpreter has run `code` before."""
+    run_altered(code, framework, method, *flags, "--out", out)
     return read_record(out)
 
 

@@ -1,13 +1,18 @@
 """GPUs that are pretended: NVIDIA's library answers as on machines with some. No framework is pretended."""
 
+import importlib
+import re
 from typing import NamedTuple
 
 import pynvml
 import pytest
-from conftest import FRAMEWORKS, train_altered
+from conftest import HERE, refusal, run_altered, train_altered
 
 from tunebench import hardware
+from tunebench.errors import BadInput
+from tunebench.frameworks import FRAMEWORKS, Framework
 from tunebench.run.run import find_memory_fault
+from tunebench.run.start import check_build
 
 
 class Gpu(NamedTuple):
@@ -87,10 +92,56 @@ def test_a_lost_gpu_keeps_the_numbers_of_the_others(gpus, monkeypatch):
     assert hardware.gpu_indices() == [2]
 
 
+A100 = "import tunebench.hardware as h; h.visible_accelerators = lambda: ['NVIDIA A100']"
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_build_for_cpus_is_refused_where_there_are_gpus(tmp_path, framework):
+    line = refusal(run_altered(A100, framework, "full", "--model=llama-tiny"))
+    assert line == (
+        f"finetune_full.py: {framework} is a build for CPUs, and 1 GPU(s) are here (NVIDIA A100); run: rm -r .venv/"
+        f"{framework}; bash setup.sh {framework}; or hide the GPUs: CUDA_VISIBLE_DEVICES="
+    )
+
+
+@pytest.mark.parametrize(
+    ("built", "supported", "line"),
+    [
+        (
+            "13.0",
+            12040,
+            "is built for CUDA 13.0, and the driver 550.54 supports CUDA up to 12.4; update the driver, or run",
+        ),
+        ("12.6", 12040, None),
+        ("12.6", 12000, None),  # a driver runs every build of its major version
+        ("12.6", 13000, None),
+    ],
+)
+def test_the_driver_has_to_be_new_enough_for_the_build(gpus, monkeypatch, built, supported, line):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetCudaDriverVersion", lambda: supported)
+    monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "550.54")
+    monkeypatch.setattr(Framework, "cuda_of_build", lambda self: built)
+    if line is None:
+        check_build(HERE)
+    else:
+        with pytest.raises(BadInput, match=re.escape(line)):
+            check_build(HERE)
+
+
+def test_the_build_that_is_installed_here():
+    """As the framework itself says."""
+    module = importlib.import_module(HERE)
+    said = module.version.cuda if HERE == "torch" else module.version.cuda()
+    assert FRAMEWORKS[HERE].cuda_of_build() == (None if said in (None, "False") else said)
+
+
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_framework_that_finds_no_gpu_does_not_train_on_the_cpu(tmp_path, framework):
-    code = "import tunebench.hardware as h; h.visible_accelerators = lambda: ['NVIDIA A100']"
+    """Its build is for CUDA, but finds no driver."""
+    code = f"{A100}; import tunebench.frameworks as f; f.Framework.cuda_of_build = lambda self: '12.6'"
     flags = ["--model=llama-tiny", "--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"]
     record = train_altered(code, framework, "full", tmp_path / "r.json", *flags)
     assert record.status == "failed"

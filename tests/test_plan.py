@@ -385,7 +385,7 @@ def hub(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("suite", ["a100x4", "a100x4-as-published", "h100x8"])
+@pytest.mark.parametrize("suite", ["a100x4", "a100x4-as-published", "h100x8", "gpu1-80g", "gpu1-24g"])
 def test_the_suites_data_as_it_is_on_the_hub(hub, suite):
     """Each run's data flags on a tiny model. What is the same in several runs is made once."""
     runs = plan_runs(find_suite(suite), read_suite(find_suite(suite)), hub, 1, None)

@@ -1,4 +1,4 @@
-"""setup.sh for real, on a small stand-in project: real interpreters, real pip, real interruptions."""
+"""setup.sh for real, on a small stand-in project: real interpreters, real uv, real interruptions."""
 
 import os
 import runpy
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -19,7 +20,8 @@ def project(tmp_path):
     shutil.copy(ROOT / "setup.sh", tmp_path)
     (tmp_path / "tunebench").mkdir()
     (tmp_path / "tunebench" / "__init__.py").write_text("")
-    shutil.copy(ROOT / "tunebench" / "bootstrap.py", tmp_path / "tunebench")
+    for name in ("bootstrap.py", "installed.py"):
+        shutil.copy(ROOT / "tunebench" / name, tmp_path / "tunebench")
     (tmp_path / "pyproject.toml").write_text(
         '[build-system]\nrequires = ["setuptools==84.2.1"]\nbuild-backend = "setuptools.build_meta"\n'
         '[project]\nname = "tunebench"\nversion = "0"\n[project.optional-dependencies]\ntest = []\n'
@@ -29,6 +31,9 @@ def project(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "requirements.txt").write_text("packaging==26.3\n")
         (tmp_path / name / "constraints.txt").write_text("packaging==26.3\n")
+    (tmp_path / ".venv").mkdir()
+    if (ROOT / ".venv/uv").is_dir():
+        (tmp_path / ".venv/uv").symlink_to(ROOT / ".venv/uv")
     return tmp_path
 
 
@@ -85,7 +90,7 @@ def test_one_that_cannot_be_made_is_named_and_the_other_is_there(project):
     (project / "paddle/requirements.txt").write_text("packaging==26.3\nsix==0.0.0\n")
     done = setup(project)
     assert done.returncode == 2
-    assert "setup: pip could not install paddle's packages" in done.stderr
+    assert "setup: uv could not install paddle's packages" in done.stderr
     assert not (project / ".venv/paddle/complete").exists()
     assert ".venv/torch is complete" in done.stdout
     (project / "paddle/requirements.txt").write_text("packaging==26.3\n")
@@ -99,25 +104,13 @@ def test_one_that_cannot_be_made_is_named_and_the_other_is_there(project):
 def test_refuses_in_one_line(project):
     for arguments, env, part in (
         (["jax"], {}, "unknown argument 'jax'"),
-        ([], {"PYTHON": "/bin/false"}, "PYTHON=/bin/false is not a Python 3.11"),
+        ([], {"PYTHON": "/bin/false"}, "PYTHON=/bin/false is no Python 3.11 or 3.12"),
+        ([], {"TUNEBENCH_CUDA": "11"}, "TUNEBENCH_CUDA=11 is not offered; use 12 or 13"),
     ):
         done = setup(project, *arguments, **env)
         assert done.returncode == 2
         assert part in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
-
-
-def test_names_the_versions_that_would_do_when_there_is_none(project):
-    tools = project / "tools"
-    tools.mkdir()
-    for tool in ("bash", "dirname", "mkdir", "flock", "head", "cat"):
-        (tools / tool).symlink_to(shutil.which(tool))
-    script = (project / "setup.sh").read_text()
-    (project / "setup.sh").write_text(script.replace("/usr/bin/python3.11 /usr/local/bin/python3.11", ""))
-    done = setup(project, PATH=str(tools), PYTHON="")
-    assert done.returncode == 2
-    assert "found no Python 3.11" in done.stderr
-    assert "uv python install 3.11" in done.stderr
 
 
 def test_an_incomplete_environment_is_never_used(project):
@@ -159,3 +152,159 @@ def test_an_interpreter_that_cannot_be_started_is_named(project):
         f"finetune_full.py: {python} cannot be started ({project / 'gone'}: No such file or directory); "
         "let this user start it, or run: bash setup.sh torch"
     )
+
+
+def tools(folder, **programs):
+    """A folder with these shell scripts, to come first in PATH."""
+    folder.mkdir()
+    for name, text in programs.items():
+        (folder / name.replace("_", "-")).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name.replace("_", "-")).chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+@pytest.mark.parametrize(
+    ("driver", "build"),
+    [
+        ("595.71.05", "cuda13 from https://www.paddlepaddle.org.cn/packages/stable/cu130/, at most 8 GB"),
+        ("580.65.06", "cuda13 from "),
+        ("570.86.10", "cuda12 from https://www.paddlepaddle.org.cn/packages/stable/cu126/, at most 8 GB"),
+        ("525.60.13", "cuda12 from "),
+    ],
+)
+def test_the_driver_decides_the_build(project, driver, build):
+    """Up to what uv is asked to install; its indexes are not reachable from every machine."""
+    path = tools(project / "tools", nvidia_smi=f"echo {driver}")
+    done = setup(project, "paddle", PATH=path, UV_OFFLINE="1", UV_NO_CACHE="1")
+    assert build in done.stdout
+    assert done.returncode == 2
+    assert "setup: uv could not install paddle's packages" in done.stderr
+    assert not (project / ".venv/paddle/complete").exists()
+    said = (project / ".venv/paddle/requirements.txt").read_text()
+    assert "packaging==26.3" in said
+
+
+def test_cuda_12_has_wheels_of_its_own(project):
+    (project / "torch/requirements.txt").write_text("torch==2.13.0\npackaging==26.3\n")
+    path = tools(project / "tools", nvidia_smi="echo 550.54.15")
+    done = setup(project, "torch", PATH=path, UV_OFFLINE="1", UV_NO_CACHE="1")
+    assert "cuda12 from https://download.pytorch.org/whl/cu126" in done.stdout
+    assert (project / ".venv/torch/requirements.txt").read_text() == "torch==2.13.0+cu126\npackaging==26.3\n"
+
+
+@pytest.mark.parametrize(
+    ("answer", "arguments", "line"),
+    [
+        (
+            "echo 470.256.02",
+            [],
+            "NVIDIA driver 470.256.02 is too old: CUDA 12 needs 525, CUDA 13 needs 580; update the",
+        ),
+        ("echo '[N/A]'", [], "nvidia-smi names no driver version, but '[N/A]'; mend the driver, or use --cpu"),
+    ],
+)
+def test_a_driver_that_runs_no_build_is_refused(project, answer, arguments, line):
+    done = setup(project, "torch", *arguments, PATH=tools(project / "tools", nvidia_smi=answer))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"setup: {line}")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_machine_that_got_its_gpu_later_or_lost_it_is_told_so(project):
+    assert setup(project, "torch").returncode == 0
+    complete = project / ".venv/torch/complete"
+    stamp = complete.read_text().splitlines()[0]
+    path = tools(project / "tools", nvidia_smi="echo 550.54.15")
+    for kind, where, part in (
+        ("CPU", path, "cannot use this machine's NVIDIA GPU (driver 550.54.15), since it has a CPU build; run: rm -r "),
+        (
+            "CUDA 13.0",
+            path,
+            "has a build for CUDA 13.0, which needs driver 580, and this machine has driver 550.54.15; ",
+        ),
+        ("CUDA 13.0", os.environ["PATH"], "has a build for GPUs (CUDA 13.0), and no GPU is visible here"),
+    ):
+        complete.write_text(f"{stamp}\n{kind}\n")
+        done = setup(project, "torch", PATH=where)
+        assert done.returncode == 0
+        assert f".venv/torch is complete ({kind})" in done.stdout
+        assert part in done.stdout
+    complete.write_text(f"{stamp}\nCPU\n")
+    assert "cannot use" not in setup(project, "torch", "--cpu", PATH=path).stdout
+
+
+@pytest.mark.parametrize("name", ["PIP_TARGET", "PIP_PREFIX", "PIP_USER"])
+def test_settings_of_pip_do_not_divert_an_installation(project, name):
+    value = "1" if name == "PIP_USER" else str(project / "elsewhere")
+    done = setup(project, "torch", **{name: value})
+    assert done.returncode == 0, done.stderr
+    python = project / ".venv/torch/bin/python"
+    assert subprocess.run([python, "-c", "import packaging, tunebench"], cwd="/").returncode == 0
+    assert not (project / "elsewhere").exists()
+
+
+def test_uv_is_installed_where_it_is_missing(project):
+    (project / ".venv/uv").unlink(missing_ok=True)
+    assert setup(project, "torch").returncode == 0
+    assert (project / ".venv/uv/bin/uv").exists()
+
+
+def test_a_package_that_cannot_be_imported_leaves_no_stamp(project):
+    (project / "torch/requirements.txt").write_text("# imports: packaging no_such_module\npackaging==26.3\n")
+    done = setup(project, "torch")
+    assert done.returncode == 2
+    assert "setup: no_such_module cannot be imported: ModuleNotFoundError: No module named" in done.stderr
+    assert not (project / ".venv/torch/complete").exists()
+
+
+def test_a_missing_library_is_named_with_its_package():
+    explained = runpy.run_path(str(ROOT / "tunebench/installed.py"))["explained"]
+    said = explained(ImportError("libgomp.so.1: cannot open shared object file: No such file or directory"))
+    assert said.endswith("install it (Debian or Ubuntu: apt install libgomp1)")
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "run_all.sh"])
+def test_sh_and_links_start_the_scripts_too(project, script):
+    shutil.copy(ROOT / "run_all.sh", project)
+    link = project / "tools"
+    link.symlink_to(project / script)
+    wrong = "jax" if script == "setup.sh" else "--help"
+    by_sh = subprocess.run(["sh", project / script, wrong], capture_output=True, text=True)
+    by_link = subprocess.run(["bash", link, wrong], capture_output=True, text=True)
+    assert (by_sh.returncode, by_sh.stdout, by_sh.stderr) == (by_link.returncode, by_link.stdout, by_link.stderr)
+    assert by_sh.returncode == (2 if script == "setup.sh" else 0)
+    assert ("unknown argument 'jax'" in by_sh.stderr) or "--suite NAME" in by_sh.stdout
+
+
+def test_a_signal_ends_set_up_at_once(project):
+    """Also the program that it has started, through run_all.sh."""
+    shutil.copy(ROOT / "run_all.sh", project)
+    slow = tools(project / "tools", nvidia_smi="exit 9")
+    (project / ".venv/uv").unlink(missing_ok=True)
+    uv = project / ".venv/uv/bin"
+    uv.mkdir(parents=True)
+    started = project / "started"
+    (uv / "uv").write_text(
+        f'#!/bin/sh\ncase $1 in --version) echo "uv 0.13.9";; python) command -v python3;; '
+        f'venv) for last; do :; done; mkdir -p "$last";; *) echo $$ >"{started}"; exec sleep 300;; esac\n'
+    )
+    (uv / "uv").chmod(0o755)
+    running = subprocess.Popen(
+        ["bash", project / "run_all.sh"],
+        env=os.environ | {"PATH": slow},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 60
+    while not started.exists() or not started.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    running.send_signal(signal.SIGTERM)
+    said, _ = running.communicate(timeout=20)
+    assert running.returncode == 143, said
+    assert b"run_all.sh: ended during set-up; the same command goes on" in said
+    pid = int(started.read_text())
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -18,6 +18,10 @@ ROOT = Path(__file__).resolve().parents[1]
 AVX512 = {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"}  # what MKL's kernels of that name use
 THREADS_LEFT_TO_US = "TUNEBENCH_THREADS"  # the cores to share out, where the user did not set OMP_NUM_THREADS
 MOST_THREADS = 4096
+STARTED = "TUNEBENCH_STARTED"  # tells the interpreter that `enter_environment` starts by which name it did
+OLDEST_PYTHON = (3, 11)
+# What a user's own interpreter must have beside the dependencies in pyproject.toml. --zero needs deepspeed too.
+PACKAGES = {"torch": ("torch", "transformers", "peft", "accelerate"), "paddle": ("paddlenlp",)}
 # They put other libraries before the locked ones, or drop asserts and docstrings.
 UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PYTHONOPTIMIZE")
 
@@ -28,7 +32,9 @@ def enter_environment(*environments: str, module: str = "") -> None:
     With several names the first complete environment is used: such programs need no framework. Where the running
     interpreter lacks a package, `.venv/<environment>` runs the same command in place of this process. Where no
     environment is complete, the program ends with exit code 2 and names the command that makes one. The interpreter
-    also starts again where its options or variables do not suit these programs. `module` is what `python -m` started.
+    also starts again where its options or variables do not suit these programs. `module` is what this file started.
+
+    TUNEBENCH_TORCH and TUNEBENCH_PADDLE name interpreters of the user's own in place of those in .venv/.
     """
     # By default Ctrl-C ends a program without a traceback, as it ends any command.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -47,20 +53,31 @@ def enter_environment(*environments: str, module: str = "") -> None:
     if foreign:
         os.environ["PYTHONUTF8"] = "1"
     needed = ["tunebench", *environments] if len(environments) == 1 else ["tunebench", "pydantic", "rich"]
-    command = ["-P", "-m", module, *sys.argv[1:]] if module else sys.argv
-    here = all(_importable(name) for name in needed)
+    command = [str(Path(__file__).resolve()), ",".join(environments), module, *sys.argv[1:]] if module else sys.argv
+    program, unreachable = Path(sys.argv[0]).name, ""
+    started = os.environ.pop(STARTED, None)
+    running = os.path.abspath(sys.executable)  # noqa: PTH100 (links keep their names)
+    own = {str(own_python(name)): name for name in environments if own_python(name)}
+    this = own.get(running) or own.get(started or "")  # a wrapper script starts an interpreter of another name
+    if this:
+        _use_own(this, program)
+    elif own and len(environments) == 1:
+        needed = []  # this interpreter is not the one that was asked for
+    here = bool(needed) and all(_importable(name) for name in needed)
     if here and not (unwanted or foreign or sys.flags.optimize):
         return
-    program, unreachable = Path(sys.argv[0]).name, ""
     pythons = [python_of(name) for name in environments if is_complete(name)]
     for python in [Path(sys.executable)] if here else pythons:
         if here or unwanted or foreign or Path(sys.executable) != python:
             try:
+                os.environ[STARTED] = str(python)
                 os.execv(str(python), [str(python), *command])
             except OSError as error:
                 target = os.path.realpath(str(python))
                 unreachable = f"{python} cannot be started ({target}: {error.strerror}); let this user start it, or run"
     wanted = environments[0]
+    if own_python(wanted):
+        refuse(f"{program}: {variable_of(wanted)}: {unreachable.partition(';')[0]}; name another Python, or unset it")
     what = unreachable or f"the environment .venv/{wanted} is not complete; run"
     refuse(f"{program}: {what}: bash setup.sh {wanted}")
 
@@ -98,12 +115,63 @@ def open_streams() -> None:
 
 
 def python_of(environment: str) -> Path:
-    """The interpreter of an environment in .venv/."""
-    return ROOT / ".venv" / environment / "bin" / "python"
+    """The interpreter of an environment: the user's own, or that in .venv/."""
+    return own_python(environment) or ROOT / ".venv" / environment / "bin" / "python"
+
+
+def variable_of(environment: str) -> str:
+    """The variable that names the user's own interpreter for an environment."""
+    return f"TUNEBENCH_{environment.upper()}"
+
+
+def own_python(environment: str):
+    """The user's own interpreter for an environment; None where .venv/ has it."""
+    given = os.environ.get(variable_of(environment), "")
+    return Path(os.path.abspath(os.path.expanduser(given))) if given else None  # noqa: PTH100, PTH111 (links keep their names)
+
+
+def _use_own(environment: str, program: str) -> None:
+    """Makes `tunebench` importable in the user's own interpreter, where it need not be installed.
+
+    Ends the program with exit code 2 where the interpreter is too old or lacks packages.
+    """
+    said = f"{program}: {variable_of(environment)}={own_python(environment)}"
+    if sys.version_info < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        refuse(f"{said} is Python {'.'.join(map(str, sys.version_info[:2]))}; name one from {oldest} on, or unset it")
+    import tomllib
+    from importlib import metadata
+
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    missing = []
+    for requirement in [*wanted, *PACKAGES[environment]]:
+        try:
+            metadata.version(requirement.partition("==")[0])
+        except metadata.PackageNotFoundError:
+            missing.append(requirement)
+    if missing:
+        refuse(f"{said} lacks {', '.join(missing)}; install them there, or unset the variable")
+    if not _importable("tunebench"):
+        # A folder with nothing else: torch/ and paddle/ beside tunebench/ would pass for packages.
+        folder = own_home() / "path"
+        link = folder / "tunebench"
+        folder.mkdir(parents=True, exist_ok=True)
+        if not link.is_symlink() or link.resolve() != ROOT / "tunebench":
+            part = folder / f".{os.getpid()}"
+            part.symlink_to(ROOT / "tunebench")
+            part.replace(link)
+        sys.path.append(str(folder))
+    if not _importable(environment):
+        refuse(f"{said} has no {environment} that can be imported; install it there, or unset the variable")
 
 
 def is_complete(name: str, made_from: str = "") -> bool:
-    """Whether an environment is complete and up to date with the files in `made_from` (default: the folder `name`)."""
+    """Whether an environment is complete and up to date with the files in `made_from` (default: the folder `name`).
+
+    The user's own interpreter counts as complete. It is looked at when it starts.
+    """
+    if own_python(name):
+        return True
     try:
         return (ROOT / ".venv" / name / "complete").read_text().split("\n")[0] == stamp(made_from or name)
     except (OSError, UnicodeDecodeError):
@@ -248,3 +316,13 @@ def cpuinfo(field: str) -> list:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == field]
+
+
+# bootstrap.py ENVIRONMENT[,ENVIRONMENT] MODULE [ARGUMENT ...]: as python -m, also where tunebench is not installed
+if __name__ == "__main__":
+    import runpy
+
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
+    _, names, *sys.argv = sys.argv
+    enter_environment(*names.split(","), module=sys.argv[0])
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

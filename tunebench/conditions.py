@@ -16,9 +16,10 @@ import pynvml
 
 from tunebench.bootstrap import cpuinfo
 from tunebench.hardware import ask, visible_gpus
-from tunebench.record import Conditions, Device, Taker
+from tunebench.record import DISTURBED, Conditions, Device, Taker
 
 TICK = 1 / os.sysconf("SC_CLK_TCK")  # seconds
+LOOK = 1.0  # seconds between the two readings of `busy_with`
 PAGE = os.sysconf("SC_PAGE_SIZE")
 PROC = Path("/proc")
 WRONG, FEW_TICKS = 0.2, 10  # counters may differ from the clock by this share of all ticks, and these ticks per core
@@ -128,6 +129,21 @@ def gpu_use() -> list[float]:
     with visible_gpus() as gpus:
         rates = [ask(pynvml.nvmlDeviceGetUtilizationRates, gpu) for gpu in gpus]
     return [rate.gpu / 100 if rate else 0.0 for rate in rates]
+
+
+def busy_with() -> str:
+    """What others take of the machine now, in words. Empty where it would not disturb a run. It takes LOOK seconds."""
+    try:
+        first = read([os.getpid()])
+        time.sleep(LOOK)
+        used = gpu_use()  # others use it: no run of this process is active now
+        found = between(first, read([os.getpid()]))
+    except (OSError, ValueError):  # a system without these counters
+        return ""
+    shares = [found.disturbance(on_gpu=bool(used))] if found else []
+    shares += [(use, f"others use {use:.0%} of GPU {i}") for i, use in enumerate(used)]
+    share, words = max(shares, default=(0.0, ""))
+    return words if share >= DISTURBED else ""
 
 
 def roots_of_run(script: str, ranks: int) -> set[int]:

@@ -52,6 +52,7 @@ class Flags(BaseModel):
 
     model: str
     weights: str
+    layers: int | None
     data: str
     samples: int | None
     skip_bad: bool
@@ -91,8 +92,9 @@ class Flags(BaseModel):
 
     @property
     def model_name(self) -> str:
-        """The preset's name, or the checkpoint folder's name without its path."""
-        return Path(os.path.abspath(Path(self.model).expanduser())).name or "root"  # noqa: PTH100 (links keep their names)
+        """The preset's name, or the checkpoint folder's name without its path. A cut model says so."""
+        name = Path(os.path.abspath(Path(self.model).expanduser())).name or "root"  # noqa: PTH100 (links keep their names)
+        return name if self.layers is None else f"{name}-{self.layers}-layers"
 
     @property
     def world_size(self) -> int:
@@ -452,6 +454,7 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--model", help=f"{', '.join(PRESETS)}, or a Hugging Face checkpoint: a folder or a hub name")
     add("--weights", choices=["random", "pretrained"], help="random: a preset's shared seeded checkpoint")
+    add("--layers", type=positive, help="of a preset, only so many layers: for a rehearsal (default: all)")
     add("--data", default="synthetic-en", help=f"{NAMED_DATA}, or a .json, .jsonl or .parquet file")
     add(
         "--samples",
@@ -507,6 +510,8 @@ def resolve_plan_flags(options: dict) -> dict:
     options["weights"] = options["weights"] or ("random" if model in PRESETS else "pretrained")
     if options["weights"] == "random" and model not in PRESETS:
         raise BadInput(f"--weights random is for presets; --model {model} is none of {', '.join(PRESETS)}")
+    if options["layers"] and options["weights"] == "pretrained":
+        raise BadInput(f"--layers {options['layers']} cuts presets, and --model {model} is none; leave it out")
     folder = path_of("model", model)
     if options["weights"] == "pretrained" and model in PRESETS and not Path(model).is_dir():
         raise BadInput(f"--weights pretrained needs a checkpoint: {model} is a preset; name a folder or owner/name")

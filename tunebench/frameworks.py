@@ -3,6 +3,8 @@
 A new framework is an entry in FRAMEWORKS and a folder of its name with the scripts and its requirements.
 """
 
+import importlib.util
+import re
 import socket
 import sys
 import uuid
@@ -38,6 +40,7 @@ class Framework:
 
     - `title`: the name in tables.
     - `packages`: the distributions that decide its speed. The version of `version_of` stands for all of them.
+    - `build_file`: the file of its package that names the CUDA version which it was built for.
     - `launcher`: the launcher's name in messages. The launcher sets `rank_variable`.
     - `read_place`: reads the launcher's variables. `place_settings`: gives them for a process that Slurm started.
       `command`: the command line that starts the launcher.
@@ -52,6 +55,7 @@ class Framework:
     title: str
     packages: tuple[str, ...]
     version_of: str
+    build_file: str
     launcher: str
     rank_variable: str
     read_place: Callable[[Mapping[str, str]], World]
@@ -65,6 +69,15 @@ class Framework:
     def versions(self) -> dict[str, str]:
         """The versions of Python and of the packages that decide speed, as installed."""
         return installed_versions((*self.packages, *SHARED_PACKAGES))
+
+    def cuda_of_build(self) -> str | None:
+        """The CUDA version that the installed framework was built for, read without importing it; None for CPUs."""
+        spec = importlib.util.find_spec(self.name)
+        if spec is None or spec.origin is None:
+            return None
+        text = (Path(spec.origin).parent / self.build_file).read_text(encoding="utf-8")
+        found = re.search(r"(?m)^cuda(_version)?\b[^=]*= *'(\d[\d.]*)'", text)
+        return found and found[2]
 
 
 def _torch_place(environment: Mapping[str, str]) -> World:
@@ -148,6 +161,7 @@ FRAMEWORKS: dict[str, Framework] = {
         title="Paddle",
         packages=("paddlepaddle", "paddlepaddle-gpu", "paddlenlp"),
         version_of="paddlenlp",
+        build_file="version/__init__.py",
         launcher="python -m paddle.distributed.launch",
         rank_variable="PADDLE_TRAINER_ID",
         read_place=_paddle_place,
@@ -163,6 +177,7 @@ FRAMEWORKS: dict[str, Framework] = {
         title="Torch",
         packages=("torch", "transformers", "peft", "accelerate", "deepspeed"),
         version_of="torch",
+        build_file="version.py",
         launcher="torchrun",
         rank_variable="RANK",
         read_place=_torch_place,

@@ -10,7 +10,7 @@ from tunebench.frameworks import FRAMEWORKS
 # The flags that a peer's job holds (peers/run_peer.py). Any other flag would have no effect.
 PEER_FLAGS = frozenset(
     {
-        *("model", "weights", "data", "samples", "skip_bad", "bsz", "steps", "warmup_steps", "paired_halves"),
+        *("model", "weights", "layers", "data", "samples", "skip_bad", "bsz", "steps", "warmup_steps", "paired_halves"),
         *("plan_seed", "lr", "seed", "lora_r", "lora_alpha", "timeout", "out"),
     }
 )
@@ -46,9 +46,8 @@ PEERS: dict[str, Peer] = {
 
 def check_environment(name: str) -> None:
     """Raises `BadInput` where .venv/`name` is not complete. The message names the command that makes it."""
-    source, setup = (name, "setup.sh") if name in FRAMEWORKS else (f"peers/envs/{name}", "peers/setup.sh")
-    if not is_complete(name, source):
-        raise BadInput(f"the environment .venv/{name} is not complete; run: bash {setup} {name}")
+    if not is_complete(name, name if name in FRAMEWORKS else f"peers/envs/{name}"):
+        raise BadInput(f"the environment .venv/{name} is not complete; run: bash setup.sh {name}")
 
 
 def check_peer_flags(given: Collection[str], paired_halves: bool) -> None:

@@ -23,8 +23,10 @@ from tunebench.run.start import check_tensor_parallel
 from tunebench.run.unsupported import multiplies_float16, not_offered
 from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
 
-GPUS = {"a100x4": 4, "a100x4-as-published": 4, "h100x8": 8}
-PAIRS = [(suite, pair.name) for suite in GPUS for pair in read_suite(find_suite(suite)).pair]
+GPUS = {"a100x4": 4, "a100x4-as-published": 4, "h100x8": 8, "gpu1-80g": 1, "gpu1-24g": 1}
+# The runs of the others are like those of these, with other batch sizes or --tuned.
+BUILT = ("a100x4", "a100x4-as-published", "h100x8")
+PAIRS = [(suite, pair.name) for suite in BUILT for pair in read_suite(find_suite(suite)).pair]
 MODELS = {"chatglm-6b": "chatglm2-6b"}  # the record's that have a stand-in
 
 
@@ -134,7 +136,7 @@ def built(tmp_path_factory):
     def results(framework):
         if framework not in made:
             cases, names = {}, {}  # two suites may have the same run
-            for suite in GPUS:
+            for suite in BUILT:
                 try:
                     members = [run for run in runs(suite) if run.entry.framework == framework]
                 except BadInput:  # which the tests of this suite say

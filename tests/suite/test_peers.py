@@ -106,7 +106,7 @@ def test_what_peers_do_not_do_is_refused_in_one_line(mini):
     assert "has contestants, which have no sides" in refusal_of_suite(mini, "--aa")
     if not (ROOT / ".venv" / "torchtune" / "complete").exists():
         (mini / "mini.toml").write_text(SUITE.replace("paddlenlp-trainer", "torchtune"))
-        assert ".venv/torchtune is not complete; run: bash peers/setup.sh torchtune" in refusal_of_suite(mini)
+        assert ".venv/torchtune is not complete; run: bash setup.sh torchtune" in refusal_of_suite(mini)
     peer = "peers/run_peer.py", "--peer=paddlenlp-trainer"
     assert "--nproc: peers do not follow it" in refusal(
         run_program(*peer, "--nproc=2", "--zero=2", "--no-paired-halves")

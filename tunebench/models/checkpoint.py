@@ -21,7 +21,7 @@ from tunebench.errors import BadInput, cannot_write
 from tunebench.files import cache_folder, only_one
 from tunebench.models.config import read_config
 from tunebench.models.families import HEAD, Family, family_of
-from tunebench.models.presets import PRESETS, Preset
+from tunebench.models.presets import PRESETS
 from tunebench.models.random_weights import FINGERPRINT, WRITER_VERSION, write_random
 from tunebench.models.shards import INDEX, bytes_of, sha256_of, weight_file_name, weight_files
 from tunebench.record import Built, Work
@@ -99,13 +99,15 @@ class Checkpoint:
         return Work(matmul_parameters=sum(products), layers=built.layers, attention_width=built.heads * built.head_size)
 
 
-def find_checkpoint(model: str, weights: str, seed: int) -> Checkpoint:
+def find_checkpoint(model: str, weights: str, seed: int, layers: int | None = None) -> Checkpoint:
     """The checkpoint of a preset (written when missing), a local folder, or a hub name.
+
+    Of a preset it has at most so many `layers`.
 
     Raises `BadInput` where there is no such model or its folder is incomplete.
     """
     if weights == "random":
-        return _random_checkpoint(model, PRESETS[model], seed)
+        return _random_checkpoint(model, seed, layers)
     folder = Path(model).expanduser()
     if not folder.is_dir():
         folder = _download(model)
@@ -174,17 +176,23 @@ def canonical_name(name: str, config: dict[str, Any]) -> str:
     return name if name.startswith((prefix, "lm_head.")) else f"{prefix}{name}"
 
 
-def _random_checkpoint(name: str, preset: Preset, seed: int) -> Checkpoint:
+def random_folder(name: str, seed: int, layers: int | None) -> Path:
+    """The folder in the cache of a preset's random checkpoint."""
+    preset = PRESETS[name].cut(layers)
     content = json.dumps([WRITER_VERSION, preset.config, preset.checkpoint_dtype, seed], sort_keys=True)
     key = hashlib.sha256(content.encode()).hexdigest()[:12]
-    folder = cache_folder() / "checkpoints" / f"{name}-seed{seed}-{key}"
+    return cache_folder() / "checkpoints" / f"{name}-seed{seed}-{key}"
+
+
+def _random_checkpoint(name: str, seed: int, layers: int | None) -> Checkpoint:
+    folder = random_folder(name, seed, layers)
     with only_one("checkpoints"):
         if not folder.exists():
             part = folder.with_name(f".{folder.name}.part")
             shutil.rmtree(part, ignore_errors=True)
             try:
                 part.mkdir(parents=True)
-                write_random(part, preset, seed, description=f"random weights of {name}")
+                write_random(part, PRESETS[name].cut(layers), seed, description=f"random weights of {name}")
                 part.rename(folder)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(part, ignore_errors=True)

@@ -1,6 +1,6 @@
 """The presets: one entry per model, with its published dimensions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 LLAMA: dict[str, Any] = {
@@ -61,6 +61,13 @@ class Preset:
 
     config: dict[str, Any]
     checkpoint_dtype: str
+
+    def cut(self, layers: int | None) -> "Preset":
+        """The same model with at most so many layers; None: all."""
+        name = "n_layer" if "n_layer" in self.config else "num_hidden_layers"
+        if layers is None:
+            return self
+        return replace(self, config=self.config | {name: min(layers, self.config[name])})
 
 
 def _llama(

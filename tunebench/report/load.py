@@ -8,7 +8,8 @@ from tunebench.errors import BadInput
 from tunebench.files import results_folder
 from tunebench.record import Record, read_record
 
-KEPT_APART = ("measured", "published")  # folders of records that are searched only where they are named
+REHEARSALS = "rehearsals"
+KEPT_APART = ("measured", "published", REHEARSALS)  # folders of records that are searched only where they are named
 
 
 def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:

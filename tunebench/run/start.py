@@ -12,7 +12,8 @@ from tunebench.bootstrap import own_home
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder, results_folder
 from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
-from tunebench.hardware import keep_freed_memory, read_environment
+from tunebench.frameworks import FRAMEWORKS
+from tunebench.hardware import keep_freed_memory, read_environment, read_hardware, visible_accelerators
 from tunebench.models.checkpoint import Checkpoint, find_checkpoint
 from tunebench.plan import load_plan
 from tunebench.run.outcome import folder_of_run
@@ -33,6 +34,7 @@ def start_run(framework: str, method: str) -> Job:
     program = Path(sys.argv[0]).name
     with one_line_refusals(program):
         read_environment()
+        check_build(framework)
         world = read_world(framework, on_terminal=os.isatty(0))
         watched = folder_of_run() is not None
         # A worker is silent here: its supervisor or rank 0 has printed the same.
@@ -40,7 +42,7 @@ def start_run(framework: str, method: str) -> Job:
             flags = parse_flags(method, world=world, framework=framework)
             if flags.out is None and not (world and world.rank) and not watched:
                 check_folder(results_folder() / "runs", "TUNEBENCH_RESULTS")
-            checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
+            checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed, flags.layers)
             check_tensor_parallel(flags, checkpoint)
             prepare_compiler(framework, flags)
             plan = load_plan(flags, checkpoint)
@@ -60,6 +62,25 @@ def start_run(framework: str, method: str) -> Job:
         with one_line_refusals(program):
             sys.exit(run_workers(Run(framework, method, job)))
     return job
+
+
+def check_build(framework: str) -> None:
+    """Raises `BadInput` where the installed build of the framework cannot use this machine's GPUs.
+
+    Both frameworks would train on the CPU instead, without a word.
+    """
+    names = visible_accelerators()
+    if not names:
+        return
+    machine, built = read_hardware(), FRAMEWORKS[framework].cuda_of_build()
+    works = f"run: rm -r .venv/{framework}; bash setup.sh {framework}; or hide the GPUs: CUDA_VISIBLE_DEVICES="
+    if built is None:
+        raise BadInput(f"{framework} is a build for CPUs, and {len(names)} GPU(s) are here ({names[0]}); {works}")
+    if machine.cuda and int(built.partition(".")[0]) > int(machine.cuda.partition(".")[0]):
+        raise BadInput(
+            f"{framework} is built for CUDA {built}, and the driver {machine.driver} supports CUDA up to "
+            f"{machine.cuda}; update the driver, or {works}"
+        )
 
 
 def check_tensor_parallel(flags: Flags, checkpoint: Checkpoint) -> None:

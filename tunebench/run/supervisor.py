@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NoReturn
 
-from tunebench import processes
+from tunebench import bootstrap, processes
 from tunebench.errors import cannot_write
 from tunebench.frameworks import FRAMEWORKS, Launch
 from tunebench.hardware import RUN_ENVIRONMENT, read_environment, visible_accelerators
@@ -36,6 +36,7 @@ from tunebench.run.run import Run
 from tunebench.world import device_of, own_address, share_threads
 
 LOOK = 0.1  # seconds between two reads of what the launcher prints
+BOOTSTRAP = Path(bootstrap.__file__).resolve()
 PATIENCE = 8.0  # seconds that the launcher has to end the other workers after one failed
 ASK = 3.0  # seconds from SIGTERM to SIGKILL
 # Variables of an earlier launch, which would change this one: Paddle's launcher also reads its flags from variables.
@@ -53,7 +54,8 @@ def run_workers(run: Run) -> int:
     with _own_folder() as folder, _interruptible():
         printed: deque[str] = deque(maxlen=LOG_LINES)
         oom_kills, process = processes.oom_kills(), None
-        worker: list[str | Path] = [Path(__file__).with_name("worker.py"), Path(sys.argv[0]).resolve(), *sys.argv[1:]]
+        worker: list[str | Path] = [BOOTSTRAP, run.framework, "tunebench.run.worker"]
+        worker += [Path(sys.argv[0]).resolve(), *sys.argv[1:]]
         launch = Launch(worker, flags.nproc, flags.nnodes, flags.node_rank, flags.master, folder)
         try:
             process = processes.start(

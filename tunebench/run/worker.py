@@ -1,6 +1,6 @@
 """Runs between the launcher and one worker. It starts the worker and keeps its exit code, which launchers misreport.
 
-    python tunebench/run/worker.py SCRIPT [ARG ...]
+    python tunebench/bootstrap.py FRAMEWORK tunebench.run.worker SCRIPT [ARG ...]
 
 It exits with the worker's exit code. The worker ends with this process, and this process with the launcher.
 """

@@ -6,8 +6,10 @@ import io
 import itertools
 import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, ValidationError, model_validator
@@ -162,6 +164,11 @@ class Entry(NamedTuple):
         """The name of its environment in .venv/."""
         return PEERS[self.peer].environment if self.peer else self.framework
 
+    def with_flags(self, changes: dict[str, Any]) -> "Entry":
+        """The entry with these flags in place of its own; None removes a flag."""
+        table = {name: value for name, value in (self.table | changes).items() if value is not None}
+        return self._replace(table=table)
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -234,17 +241,24 @@ def read_suite(path: Path) -> Suite:
 
 
 def plan_runs(
-    path: Path, suite: Suite, folder: Path, repeats: int, only: str | None, aa: bool = False
+    path: Path,
+    suite: Suite,
+    folder: Path,
+    repeats: int,
+    only: str | None,
+    aa: bool = False,
+    changes: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> list[Planned]:
     """All runs in order, with checked flags. Raises `BadInput`.
 
     Even rounds reverse the order of all runs (ABBA), so that a machine which gets slower or faster favours no side.
     With `aa` each side runs against itself: a first in odd rounds, b first in even ones. Each round has its own
-    batches, which are the same for all sides.
+    batches, which are the same for all sides. `changes` are flags by entry that replace the suite's; None removes one.
     """
     if aa and suite.contest:
         raise BadInput(f"--aa: {path} has contestants, which have no sides; use a suite of pairs, or leave it out")
-    checked = [(entry, *_parse(path, entry)) for entry in suite.entries]
+    entries = [entry.with_flags(changes.get(entry.name, {})) for entry in suite.entries]
+    checked = [(entry, *_parse(path, entry)) for entry in entries]
     wanted = [each for each in checked if only is None or fnmatch.fnmatchcase(each[0].name, only)]
     if not wanted:
         raise BadInput(f"--only {only} fits none of {', '.join(entry.name for entry, *_ in checked)}")

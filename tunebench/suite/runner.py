@@ -34,15 +34,19 @@ from tunebench.files import results_folder
 from tunebench.flags import Parser, positive
 from tunebench.peers import check_environment
 from tunebench.progress import Step, read_step
-from tunebench.record import DISTURBED, LOG_LINES, Record, read_record
+from tunebench.record import LOG_LINES, Record, read_record
+from tunebench.report.load import REHEARSALS
+from tunebench.report.page import print_tables
 from tunebench.report.rounds import APART, RUNS_APART, beside, started_lately
 from tunebench.run.run import describe_run
+from tunebench.suite.check import check
 from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
+from tunebench.suite.rehearsal import rehearsal_changes, rehearsal_table
 from tunebench.suite.resume import FINAL, record_before, set_aside
 
 PROGRAM = "run_all.sh"
 GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
-MOST_WAITING, LOOK_AROUND = 300.0, 1.0  # seconds: the longest wait for a quiet machine, and the length of one reading
+MOST_WAITING = 300.0  # seconds: the longest wait for a quiet machine
 MARGIN = 10.0  # seconds from a run's start to the start time in its record, at most
 TRIES_AGAIN = 2  # how often a disturbed round runs again
 # Seconds between two looks at a run, and between two lines about it. Looks are rare, since the run needs the cores.
@@ -66,6 +70,12 @@ def main() -> int:
     add("--aa", action="store_true", help="each side against itself instead: what a difference is worth here")
     add("--anyway", action="store_true", help="do not wait for a quiet machine, nor measure disturbed rounds again")
     add("--dry-run", action="store_true", help="print the runs, start none")
+    add("--check", action="store_true", help="look at the machine and the suite's runs, start none")
+    add(
+        "--rehearse",
+        action="store_true",
+        help="each run for a few steps with two layers: what would fail, and how long all take",
+    )
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -74,9 +84,17 @@ def main() -> int:
 
     path = find_suite(options.suite)
     suite, folder = read_suite(path), results_folder() / path.stem
+    if options.rehearse and (options.aa or options.repeats):
+        raise BadInput("--rehearse runs each run once; leave --aa and --repeats out")
     if suite.contest:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, so the scripts beside them do too
-    runs = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only, options.aa)
+    if options.check:
+        return check(path, suite, options.only)
+    whole = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only, options.aa)
+    runs = whole
+    if options.rehearse:
+        folder = results_folder() / REHEARSALS / path.stem
+        runs = plan_runs(path, suite, folder, 1, options.only, changes=rehearsal_changes(whole))
     if options.dry_run:
         for run in runs:
             done = record_before(run.record, run.argv, run.flags.nproc)[0] is not None
@@ -93,6 +111,8 @@ def main() -> int:
             only_these = options.only or options.aa
             set_aside(folder, *((p for r in runs for p in (r.record, r.log)) if only_these else folder.iterdir()))
         print(f"suite {path.stem} ({suite.title}), records in {folder}/")
+        if options.rehearse:
+            return run_all(runs, folder, None, anyway=True, show=lambda _: rehearsal_table(runs, whole))
         if (options.repeats or suite.repeats) == 1:
             print("one round: a look, whose small differences say nothing; --repeats 4 gives intervals")
         return run_all(runs, folder, suite.minutes and suite.minutes * 60 / len(suite.entries), options.anyway)
@@ -160,13 +180,17 @@ class Series:
             records[i] = record
 
 
-def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: bool) -> int:
-    """Runs all runs that are not done, and prints the tables after each pair. Returns the exit code.
+def run_all(
+    runs: list[Planned],
+    folder: Path,
+    expected: float | None,
+    anyway: bool,
+    show: Callable[[list[Path]], None] = print_tables,
+) -> int:
+    """Runs all runs that are not done, and prints the tables after each pair by `show`. Returns the exit code.
 
     A failed run does not stop the others. `expected` is the usual length of a run in seconds; None where not known.
     """
-    from tunebench.report.page import print_tables
-
     before = [record_before(run.record, run.argv, run.flags.nproc) for run in runs]
     rounds = [list(group) for _, group in itertools.groupby(range(len(runs)), key=lambda i: runs[i].measured_with)]
     again = 0
@@ -201,7 +225,7 @@ def run_all(runs: list[Planned], folder: Path, expected: float | None, anyway: b
                 bad.append(f"  {runs[i].name}: {_result(record)}, log: {runs[i].log}")
         last = not following or runs[following[0]].measured_with[:2] != runs[members[0]].measured_with[:2]
         if last and (shown < len(series.took) or not following):
-            print_tables([folder])
+            show([folder])
             shown = len(series.took)
     if series.again:
         why = "others disturbed a side of the round or its sides ran apart"
@@ -220,29 +244,14 @@ def wait_until_quiet(title: str, seconds: float) -> bool:
     Returns whether the machine is quiet.
     """
     deadline = time.monotonic() + seconds
-    busy = said = _busy_with()
+    busy = said = conditions.busy_with()
     if busy and seconds:
         print(f"{title}: waits for a quiet machine, {_duration(seconds)} at most: {busy}")
     while busy and not stop_signals and time.monotonic() < deadline:
-        busy = _busy_with()
+        busy = conditions.busy_with()
     if said and not stop_signals:
         print(f"{title}: " + (f"goes on all the same: {busy}" if busy else "the machine is quiet now"))
     return not busy
-
-
-def _busy_with() -> str:
-    """What others take of the machine now, in words. Empty where it would not disturb a run."""
-    try:
-        first = conditions.read([os.getpid()])
-        time.sleep(LOOK_AROUND)
-        used = conditions.gpu_use()  # others use it: no run of this suite is active now
-        found = conditions.between(first, conditions.read([os.getpid()]))
-    except (OSError, ValueError):  # a system without these counters
-        return ""
-    shares = [found.disturbance(on_gpu=bool(used))] if found else []
-    shares += [(use, f"others use {use:.0%} of GPU {i}") for i, use in enumerate(used)]
-    share, words = max(shares, default=(0.0, ""))
-    return words if share >= DISTURBED else ""
 
 
 def _to_run_again(records: dict[int, Record | None]) -> dict[int, str]:

@@ -1,0 +1,201 @@
+"""What comes before a suite: run_all.sh --check and --rehearse, and interpreters of the user's own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pynvml
+import pytest
+from conftest import FRAMEWORKS, ROOT, refusal
+from helpers import SUITE, finish_suite, start_suite
+
+from tunebench import hardware
+from tunebench.record import read_record
+from tunebench.suite import check
+from tunebench.suite.file import find_suite, plan_runs, read_suite
+from tunebench.suite.rehearsal import rehearsal_changes, whole_minutes
+
+
+@pytest.fixture
+def mini(tmp_path):
+    """A folder with a suite of its own."""
+    (tmp_path / "mini.toml").write_text(SUITE)
+    return tmp_path
+
+
+@pytest.mark.frameworks
+def test_a_check_says_what_each_run_needs(mini):
+    printed = finish_suite(start_suite(mini, "--check"), 0)
+    assert "ok     GPUs: none is visible; runs use the CPU" in printed
+    for framework in FRAMEWORKS:
+        assert f"ok     {framework}: " in printed
+    assert printed.count("built for CPUs, finds 0 GPU(s), NCCL none") == 2
+    assert "ok     runs: 4 would start, of 4" in printed
+    assert printed.rstrip().splitlines()[-1].startswith("checked suite mini: 0 faults, ")
+    assert not (mini / "results").exists(), "it starts none"
+
+
+@pytest.mark.frameworks
+def test_a_check_names_runs_that_would_not_start(mini):
+    flags = 'flags = { dtype = "bf16", steps = 20, recompute = true }'
+    (mini / "mini.toml").write_text(
+        SUITE.replace("flags = { steps = 20, recompute = true }", flags)
+        + '[[pair]]\nname = "thirds"\nscript = "finetune_full.py"\nflags = { mp = 3, bsz = 3 }\n'
+    )
+    printed = finish_suite(start_suite(mini, "--check"), 1)
+    assert "note   lora/paddle: unsupported: " in printed
+    assert "fault  thirds/paddle and 1 more: --mp 3 does not divide the model's " in printed
+    assert "ok     runs: 3 would start, of 6" in printed
+    assert "checked suite mini: 1 faults" in printed
+
+
+ANSWERS = {
+    "nvmlDeviceGetComputeRunningProcesses": [],
+    "nvmlDeviceGetTotalEccErrors": 0,
+    "nvmlDeviceGetCurrentEccMode": 1,
+    "nvmlDeviceGetEnforcedPowerLimit": 400_000,
+    "nvmlDeviceGetPowerManagementDefaultLimit": 400_000,
+    "nvmlDeviceGetCurrentClocksThrottleReasons": 0,
+    "nvmlDeviceGetPersistenceMode": 1,
+    "nvmlDeviceGetMigMode": (0, 0),
+}
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "line"),
+    [
+        (None, None, None),
+        ("nvmlDeviceGetComputeRunningProcesses", [pynvml.c_nvmlProcessInfo_v2_t(pid=77)], "fault  GPU 0: in use by 1 "),
+        ("nvmlDeviceGetTotalEccErrors", 2, "fault  GPU 0: 2 uncorrected memory errors"),
+        ("nvmlDeviceGetCurrentEccMode", 0, "note   GPU 0: ECC is off"),
+        (
+            "nvmlDeviceGetEnforcedPowerLimit",
+            300_000,
+            "note   GPU 0: power limit 300 W, below the usual 400 W: nvidia-smi",
+        ),
+        (
+            "nvmlDeviceGetCurrentClocksThrottleReasons",
+            pynvml.nvmlClocksThrottleReasonHwThermalSlowdown,
+            "fault  GPU 0: its clocks are held down now: thermal (hardware)",
+        ),
+        ("nvmlDeviceGetPersistenceMode", 0, "note   GPU 0: persistence mode is off"),
+        ("nvmlDeviceGetMigMode", (1, 1), "note   GPU 0: is cut into slices (MIG)"),
+    ],
+)
+def test_what_is_found_of_a_gpu(monkeypatch, question, answer, line):
+    for name, usual in ANSWERS.items():
+        value = answer if name == question else usual
+        monkeypatch.setattr(pynvml, name, lambda *_, value=value: value)
+    found = [finding.line() for finding in check.check_gpu("GPU 0", None)]
+    if line is None:
+        assert found == []
+    else:
+        (only,) = found
+        assert only.startswith(line)
+
+
+@pytest.mark.parametrize(("names", "level"), [(["A", "A"], "ok"), (["A", "B"], "fault")])
+def test_gpus_of_one_kind(monkeypatch, names, level):
+    """Made-up GPUs, joined by PCIe alone."""
+    unknown = dict.fromkeys(hardware.Accelerator.model_fields)
+    gpus = [hardware.Accelerator(**(unknown | {"name": name})) for name in names]
+    links = [["X", "PHB"], ["PHB", "X"]]
+    machine = hardware.read_hardware().model_copy(
+        update={"accelerators": gpus, "links": links, "driver": "580.65", "cuda": "13.0"}
+    )
+    found = [finding.line() for finding in check.check_gpus(machine)]
+    assert found[0].startswith(f"{level:5}  GPUs: 2 x ")
+    assert found[-1] == "note   links: no NVLink between 0-1 (PHB): runs on several GPUs will be slower"
+
+
+@pytest.mark.frameworks
+def test_a_rehearsal_runs_each_run_with_two_layers(mini):
+    printed = finish_suite(start_suite(mini, "--rehearse", "--only=lora/*"), 0)
+    folder = mini / "results" / "rehearsals" / "mini" / "lora"
+    records = [read_record(folder / f"{side}-r1.json") for side in FRAMEWORKS]
+    for record in records:
+        assert (record.status, record.model.name, len(record.steps.seconds)) == ("ok", "llama-tiny-2-layers", 3)
+        assert record.model.work.layers == 2
+        assert record.setup.recompute, "a run keeps its own flags"
+    *_, table = printed.split("### Rehearsal")
+    rows = [line.split("|")[1].strip() for line in table.splitlines() if "| ok " in line]
+    assert rows == ["lora/paddle", "lora/torch"]
+    assert "The whole suite would take about" in table
+    assert not (mini / "results" / "mini").exists()
+    tables = subprocess.run(
+        [sys.executable, ROOT / "summarize.py", mini / "results"], capture_output=True, text=True, check=False
+    )
+    assert "no records in" in tables.stdout + tables.stderr, "a rehearsal is no result"
+
+
+def test_what_a_whole_run_would_take(tmp_path):
+    """Set-up, and the steps of all layers: 60 of 4 s, which 32 layers take for 2."""
+    file = find_suite("a100x4")
+    whole = plan_runs(file, read_suite(file), tmp_path, 1, "llama-7b-full-bsz8-zero3/*")
+    flags = whole[0].flags
+    assert rehearsal_changes(whole)["llama-7b-full-bsz8-zero3/torch"] == {
+        "layers": 2,
+        "steps": 3,
+        "epochs": None,
+        "warmup-steps": 1,
+    }
+    content = json.loads((ROOT / "tests" / "data" / "quick.jsonl").read_text().splitlines()[0])
+    (tmp_path / "r.json").write_text(json.dumps(content))
+    record = read_record(tmp_path / "r.json")
+    count = len(record.steps.seconds)
+    steps = record.steps.model_copy(update={"seconds": [0.25] * count})
+    record = record.model_copy(update={"steps": steps, "setup_seconds": 30.0})
+    assert whole_minutes(record, flags) == pytest.approx((30 + 60 * 4) / 60)
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A function that makes an interpreter of the user's own: with the torch environment's packages, or with none."""
+
+    def make(packages: bool):
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "own"], check=True)
+        (site,) = (tmp_path / "own").glob("lib/python*/site-packages")
+        if packages:  # but for tunebench: a path's own .pth files are not read
+            (there,) = (ROOT / ".venv" / "torch").glob("lib/python*/site-packages")
+            (site / "others.pth").write_text(f"{there}\n")
+        return tmp_path / "own" / "bin" / "python"
+
+    return make
+
+
+@pytest.mark.frameworks
+def test_an_interpreter_of_the_users_own(own, short, tmp_path):
+    python, out = own(True), tmp_path / "r.json"
+    command = [
+        "python3",
+        ROOT / "torch" / "finetune_full.py",
+        "--model=llama-tiny",
+        *short,
+        "--nproc=2",
+        f"--out={out}",
+    ]
+    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = read_record(out)
+    assert (record.status, record.devices) == ("ok", 2)
+    assert record.versions["torch"]
+    assert subprocess.run([python, "-c", "import tunebench"], capture_output=True, cwd="/").returncode == 1
+
+
+@pytest.mark.frameworks
+def test_an_interpreter_that_lacks_packages_is_named(own):
+    python = own(False)
+    command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny"]
+    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
+    line = refusal(done)
+    assert line.startswith(f"finetune_full.py: TUNEBENCH_TORCH={python} lacks datasets, numpy, nvidia-ml-py==")
+    assert line.endswith("torch, transformers, peft, accelerate; install them there, or unset the variable")
+    environment["TUNEBENCH_TORCH"] = "/no/python"
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
+    assert refusal(done) == (
+        "finetune_full.py: TUNEBENCH_TORCH: /no/python cannot be started (/no/python: No such file or directory); "
+        "name another Python, or unset it"
+    )
