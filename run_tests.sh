@@ -5,7 +5,7 @@
 #   bash run_tests.sh [pytest arguments]     -n0: one test at a time, as --pdb and -s need it
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
-unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
+unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE PYTHONDONTWRITEBYTECODE
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
 # Two files of tests at a time, and their programs with a thread each.

@@ -16,7 +16,7 @@
 set -euo pipefail
 # A closed stream's number would be given to the next file.
 [ -e /dev/fd/0 ] || exec 0</dev/null; [ -e /dev/fd/1 ] || exec 1>/dev/null; [ -e /dev/fd/2 ] || exec 2>/dev/null
-unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
+unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE PYTHONDONTWRITEBYTECODE
 # Settings that would change what is installed, or where.
 unset PIP_TARGET PIP_PREFIX PIP_ROOT UV_CONSTRAINT UV_OVERRIDE UV_BUILD_CONSTRAINT UV_EXCLUDE_NEWER UV_PRERELEASE \
   UV_RESOLUTION UV_TORCH_BACKEND UV_SYSTEM_PYTHON UV_PYTHON

@@ -122,7 +122,9 @@ def main() -> None:
                 print(f"\n{tables[-1].text()}", flush=True)
     if options.out:
         words = (word for word in sys.argv[1:] if word not in ("--out", str(options.out), f"--out={options.out}"))
-        write_growth(options.out, Growth(command=shlex.join(["python3 benchmarks/growth.py", *words]), tables=tables))
+        write_growth(
+            options.out, Growth(command=f"python3 benchmarks/growth.py {shlex.join(words)}".strip(), tables=tables)
+        )
 
 
 def by_model(options: Namespace, folder: pathlib.Path) -> GrowthTable:

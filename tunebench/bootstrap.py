@@ -47,6 +47,10 @@ def enter_environment(*environments: str, module: str = "") -> None:
         sys.path.insert(0, folder)
     os.environ.update(maths_settings())
     os.environ.update(home_settings("paddle" in environments[:1]))
+    if str(ROOT / ".venv") in os.path.abspath(sys.executable):  # noqa: PTH100 (links keep their names)
+        # Container images set this variable. uv makes no bytecode, so that each import would compile anew: 8 s more.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        sys.dont_write_bytecode = False
     unwanted = [name for name in UNWANTED if os.environ.pop(name, "")]
     # In a locale of another encoding, Python would decode paths and files in that one. Workers inherit the variable.
     foreign = sys.getfilesystemencoding().lower() != "utf-8"
