@@ -97,10 +97,10 @@ find_uv() {
   if [ "$("$uv" --version 2>/dev/null | cut -d ' ' -f 2)" != $uv_version ]; then
     rm -rf .venv/uv
     if [ -n "${python:-}" ] && "$python" -m pip --version >/dev/null 2>&1; then
-      "$python" -m pip install --disable-pip-version-check --no-input -qq --target .venv/uv "uv==$uv_version" || true
+      "$python" -m pip install --disable-pip-version-check --no-input -q --target .venv/uv "uv==$uv_version" || true
     fi
     if [ ! -x "$uv" ] && [ -n "${python:-}" ] && "$python" -m venv --clear .venv/uv >/dev/null 2>&1; then
-      .venv/uv/bin/python -m pip install --disable-pip-version-check --no-input -qq "uv==$uv_version" || true
+      .venv/uv/bin/python -m pip install --disable-pip-version-check --no-input -q "uv==$uv_version" || true
     fi
     if [ ! -x "$uv" ]; then
       rm -rf .venv/uv

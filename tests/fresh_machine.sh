@@ -13,12 +13,14 @@ if [ -z "${IN_NAMESPACE:-}" ]; then
   [ "$(id -u)" = 0 ] || { echo "fresh_machine.sh: needs root" >&2; exit 2; }
   command -v debootstrap >/dev/null || { echo "fresh_machine.sh: needs debootstrap; apt install debootstrap" >&2; exit 2; }
   system=$(mktemp -d)
+  chmod 755 "$system"  # it is the root folder of a user there
   trap 'rm -rf --one-file-system "$system"' EXIT
   IN_NAMESPACE=$system unshare --mount --pid --fork --kill-child bash "$here/tests/fresh_machine.sh" "$release"
   exit
 fi
 
 system=$IN_NAMESPACE
+unset TMPDIR  # that folder is not in the new system
 say() { printf '\nfresh_machine: %s\n' "$*"; }
 say "makes a minimal $release in $system"
 debootstrap --variant=minbase "$release" "$system" "${DEBIAN_MIRROR:-http://deb.debian.org/debian}" >"$system.log" 2>&1 ||
