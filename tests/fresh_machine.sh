@@ -56,7 +56,7 @@ for attempt in 1 2 3 4 5; do
     say "done, with these packages beside the minimal system: ${installed[*]:-none}"
     exit 0
   fi
-  tail -n 3 "$system/said"
+  tail -n 12 "$system/said"
   # The packages that the message names for this system.
   wanted=$(grep -oE 'apt install [a-z0-9.+ -]+' "$system/said" | tail -n 1 | sed 's/apt install //; s/ $//')
   [ -n "$wanted" ] && [[ " ${installed[*]:-} " != *" $wanted "* ]] || { echo "fresh_machine: the message names nothing to install" >&2; exit 1; }
