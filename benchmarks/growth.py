@@ -43,7 +43,7 @@ from tunebench.hardware import read_hardware
 from tunebench.models.presets import PRESETS
 from tunebench.record import Record, digest_of, read_record
 from tunebench.report.growth import Growth, GrowthTable, write_growth
-from tunebench.report.markdown import measured_on
+from tunebench.report.markdown import measured_on, revision_of
 from tunebench.report.stats import ratio_interval
 
 FRAMEWORKS = ("torch", "paddle")
@@ -322,9 +322,8 @@ def sizes(largest: int, smallest: int) -> list[int]:
 
 def here() -> str:
     """The sentence on the machine and the commit of a table that no training run is part of."""
-    hardware, git = read_hardware(), read_git()
-    commit = f"{(git.revision or 'no git')[:10]}{' changed' * bool(git.dirty)}"
-    return f"Measured on: {hardware.cpu} with {hardware.cores} cores; revision {commit}."
+    hardware = read_hardware()
+    return f"Measured on: {hardware.cpu} with {hardware.cores} cores; revision {revision_of(read_git())}."
 
 
 def table_of_training(

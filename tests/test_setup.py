@@ -113,6 +113,25 @@ def test_refuses_in_one_line(project):
         assert len(done.stderr.strip().splitlines()) == 1
 
 
+def test_names_what_would_do_where_there_is_no_python(project):
+    """Neither uv nor a Python; then a uv that can fetch none."""
+    (project / ".venv/uv").unlink(missing_ok=True)
+    (project / "tools").mkdir()
+    for tool in ("bash", "dirname", "readlink", "mkdir", "flock", "head", "cat", "cut", "rm", "sed", "tr"):
+        (project / "tools" / tool).symlink_to(shutil.which(tool))
+    bare = {"PATH": str(project / "tools"), "PYTHON": "", "HOME": str(project)}
+    done = setup(project, **bare)
+    assert done.returncode == 2
+    assert "found neither uv nor a Python with pip" in done.stderr
+    assert "apt install python3-venv" in done.stderr
+    (project / "tools" / "uv").write_text("#!/bin/bash\nexit 2\n")
+    (project / "tools" / "uv").chmod(0o755)
+    done = setup(project, **bare)
+    assert done.returncode == 2
+    assert "this machine has no Python 3.11 or 3.12: uv fetches 3.11" in done.stdout
+    assert "install Python 3.11 or 3.12 (Debian 12: apt install python3.11;" in done.stderr
+
+
 def test_an_incomplete_environment_is_never_used(project):
     """A script in a checkout whose environment is half-made names the command instead of running in it."""
     for path in ("torch", "tunebench"):

@@ -64,10 +64,18 @@ class Preset:
 
     def cut(self, layers: int | None) -> "Preset":
         """The same model with at most so many layers; None: all."""
-        name = "n_layer" if "n_layer" in self.config else "num_hidden_layers"
         if layers is None:
             return self
-        return replace(self, config=self.config | {name: min(layers, self.config[name])})
+        return replace(self, config=self.config | {self._layers_name: min(layers, self.layers)})
+
+    @property
+    def layers(self) -> int:
+        """The number of layers."""
+        return self.config[self._layers_name]
+
+    @property
+    def _layers_name(self) -> str:
+        return "n_layer" if "n_layer" in self.config else "num_hidden_layers"
 
 
 def _llama(

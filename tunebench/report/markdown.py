@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 from tunebench.frameworks import FRAMEWORKS
-from tunebench.record import Record
+from tunebench.record import Git, Record
 
 NOT_AVAILABLE = "N/A"
 VERSIONS_SHOWN = [name for framework in FRAMEWORKS.values() for name in framework.packages]
@@ -24,6 +24,11 @@ def markdown(columns: Sequence[str], lines: Iterable[list[str]]) -> str:
     texts = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
     texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(texts)
+
+
+def revision_of(git: Git) -> str:
+    """The words for a commit."""
+    return f"{(git.revision or 'no git')[:10]}{' changed' if git.dirty else ''}"
 
 
 def measured_on(records: list[Record]) -> str:
@@ -46,7 +51,7 @@ def measured_on(records: list[Record]) -> str:
         if all(machine[0] != "cpu" for machine in machines)
         else " It compares CPU kernels: it says nothing about GPUs."
     )
-    revisions = {f"{(r.git.revision or 'no git')[:10]}{' changed' if r.git.dirty else ''}" for r in done}
+    revisions = {revision_of(r.git) for r in done}
     environment = [r.hardware.environment.get("MKL_DEBUG_CPU_TYPE") for r in done]
     kernels = "".join(f"; MKL_DEBUG_CPU_TYPE={value}" for value in sorted(set(filter(None, environment))))
     return (

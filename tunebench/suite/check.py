@@ -219,8 +219,12 @@ def check_room(runs: Iterable[Planned]) -> Iterator[Finding]:
 
 def weight_bytes(model: str, layers: int | None) -> int:
     """The bytes of a preset's random weights on disk."""
-    preset = PRESETS[model].cut(layers)
-    return Checkpoint(Path(), normalise(preset.config), [], "").parameters * np.dtype(preset.checkpoint_dtype).itemsize
+    return of_preset(model, layers).parameters * np.dtype(PRESETS[model].checkpoint_dtype).itemsize
+
+
+def of_preset(model: str, layers: int | None) -> Checkpoint:
+    """The checkpoint of a preset without its files."""
+    return Checkpoint(Path(), normalise(PRESETS[model].cut(layers).config), [], "")
 
 
 def check_runs(runs: Iterable[Planned]) -> Iterator[Finding]:
@@ -249,7 +253,7 @@ def described(run: Planned) -> Checkpoint:
     """The checkpoint of a run as far as its config tells. Raises `BadInput` where there is no such model."""
     model = run.flags.model
     if run.flags.weights == "random":
-        return Checkpoint(Path(), normalise(PRESETS[model].cut(run.flags.layers).config), [], "")
+        return of_preset(model, run.flags.layers)
     folder = Path(model).expanduser()
     if folder.is_dir():
         return Checkpoint(folder, read_config(folder), [], "")

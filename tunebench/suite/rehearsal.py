@@ -88,7 +88,4 @@ def whole_minutes(record: Record, flags: Flags) -> float | None:
 
 def layers_of(flags: Flags) -> int | None:
     """The layers of a preset; None of a checkpoint, which a rehearsal does not cut."""
-    if flags.weights != "random":
-        return None
-    config = PRESETS[flags.model].config
-    return config.get("n_layer") or config["num_hidden_layers"]
+    return PRESETS[flags.model].layers if flags.weights == "random" else None
