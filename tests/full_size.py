@@ -144,11 +144,9 @@ def load_scripts(framework: str) -> dict[str, Script]:
 @contextlib.contextmanager
 def hollow_checkpoint(flags: Flags, layers: int | None = None, vocabulary: int | None = None) -> Iterator[Checkpoint]:
     """A preset's checkpoint whose tensors are holes in files, if need be with fewer layers and a smaller vocabulary."""
-    preset, less = PRESETS[flags.model], {}
+    preset, less = PRESETS[flags.model].cut(layers), {}
     if "max_position_embeddings" in preset.config:
         less["max_position_embeddings"] = POSITIONS
-    if layers:
-        less["n_layer" if "n_layer" in preset.config else "num_hidden_layers"] = layers
     if vocabulary:
         less |= {"vocab_size": vocabulary, "pad_token_id": 0}
     preset = dataclasses.replace(preset, config=preset.config | less)

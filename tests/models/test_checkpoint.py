@@ -78,10 +78,9 @@ def test_shards_hold_the_same_weights(tmp_path):
 # data/prepare.py with llama-7b's layers cut to four: two shards with embedding and head. It ends with its own peak of
 # resident memory, which ru_maxrss is not: that starts at the peak of whoever started the process.
 WRITE_CUT_7B = """
-import dataclasses, pathlib, runpy, sys
+import pathlib, runpy, sys
 from tunebench.models.presets import PRESETS
-whole = PRESETS["llama-7b"]
-PRESETS["llama-7b"] = dataclasses.replace(whole, config=whole.config | {"num_hidden_layers": 4})
+PRESETS["llama-7b"] = PRESETS["llama-7b"].cut(4)
 del sys.argv[0]
 sys.path.insert(0, str(pathlib.Path(sys.argv[0]).parent))
 runpy.run_path(sys.argv[0], run_name="__main__")
