@@ -17,24 +17,25 @@ from tunebench.models.checkpoint import Checkpoint
 from tunebench.plan import MicroBatch
 from tunebench.recipe import BETAS, EPSILON, WEIGHT_DECAY
 from tunebench.run.run import Run, recorded
-from tunebench.run.start import start_run
+from tunebench.run.start import start_run, without_collection
 
 FRAMEWORK, METHOD = "paddle", "full"
 # Flags, checkpoint and batch plan. It refuses bad input, and starts the workers of several, before the slow imports.
 JOB = start_run(FRAMEWORK, METHOD)
 
-import attention
-import built
-import cpu_kernels
-import device
-import kernels_seen
-import losses
-import numpy as np
-import paddle
-import parallel
-import precision
-import weights
-from paddlenlp import transformers
+with without_collection():
+    import attention
+    import built
+    import cpu_kernels
+    import device
+    import kernels_seen
+    import losses
+    import numpy as np
+    import paddle
+    import parallel
+    import precision
+    import weights
+    from paddlenlp import transformers
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> paddle.nn.Layer:

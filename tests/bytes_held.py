@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load(script: Path) -> ModuleType:
-    """The script as a module, found by its modules as if it were run. In a run of several processes it starts them."""
+    """Imports the script as a module, as if it were run. A run of several processes starts them here."""
     sys.path[0] = str(script.parent)
     spec = importlib.util.spec_from_file_location("script", script)
     module = importlib.util.module_from_spec(spec)
@@ -39,7 +39,7 @@ def load(script: Path) -> ModuleType:
     return module
 
 
-Spans = list[tuple[int, int]]  # stretches of memory, each from its first address to the one after its last
+Spans = list[tuple[int, int]]  # memory ranges: first address, end address (exclusive)
 
 
 class Mapping(NamedTuple):
@@ -47,7 +47,7 @@ class Mapping(NamedTuple):
 
     span: tuple[int, int]
     path: str
-    private: int  # the bytes of it that this process has a copy of, because it has written to them
+    private: int  # bytes that this process has written to and so holds a copy of
 
 
 def mappings() -> list[Mapping]:
@@ -64,7 +64,7 @@ def mappings() -> list[Mapping]:
 
 
 def size(spans: Spans) -> int:
-    """The bytes of these stretches of memory; where they overlap, once."""
+    """The bytes of these memory ranges. Overlaps count once."""
     total, last = 0, 0
     for start, end in sorted(spans):
         total += max(0, end - max(start, last))
@@ -81,7 +81,7 @@ class Torch:
         self.torch = torch
 
     def spans(self, tensors: Iterable[Any]) -> Spans:
-        """The memory behind these tensors; of one that is spread over processes, this process's part."""
+        """The memory behind these tensors. Of a sharded tensor it is this process's shard."""
         mapped = [mapping.span for mapping in mappings() if mapping.path.endswith(".safetensors")]
         found = []
         for tensor in tensors:
@@ -100,7 +100,7 @@ class Torch:
         return found
 
     def weights(self, model: Any, trainable: bool) -> Iterator[Any]:
-        """The weights: with ZeRO 3 this rank's slices (`ds_tensor`), and those that are whole at the moment."""
+        """The weights. With ZeRO 3: this rank's slices (`ds_tensor`) and the weights that are gathered now."""
         for parameter in model.parameters():
             if parameter.requires_grad == trainable:
                 yield parameter.data
@@ -108,7 +108,7 @@ class Torch:
                     yield parameter.ds_tensor
 
     def gradients(self, model: Any, optimizer: Any) -> Iterator[Any]:
-        """The gradients, wherever DeepSpeed keeps them; without it, at the parameters."""
+        """The gradients: DeepSpeed's buffers, or `grad` of the parameters without DeepSpeed."""
         for parameter in model.parameters():
             yield from self.tensors((parameter.grad, getattr(parameter, "grad_accum", None)))
         names = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "grad_partitions_flat_buffer")
@@ -116,12 +116,12 @@ class Torch:
         yield from (p.grad for p in self.masters(optimizer) if p.grad is not None)
 
     def states(self, optimizer: Any) -> Iterator[Any]:
-        """The moments, of the optimizer that DeepSpeed wraps, where it does; not the scalars that count steps."""
+        """The moments of the optimizer, unwrapped from DeepSpeed's. Scalars that count steps are left out."""
         inner = getattr(optimizer, "optimizer", optimizer)
         return (each for state in inner.state.values() for each in self.tensors(state) if each.ndim)
 
     def masters(self, optimizer: Any) -> list[Any]:
-        """The float32 weights that DeepSpeed's optimizer steps, or those of precision.py."""
+        """The float32 master weights of DeepSpeed's optimizer or of precision.py."""
         names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
         pairs = [pair for pair in getattr(optimizer, "pairs", []) if pair[0] is not pair[1]]
         return list(self.tensors([getattr(optimizer, name, None) for name in names])) + [master for _, master in pairs]
@@ -135,7 +135,7 @@ class Torch:
                 yield from self.tensors(each)
 
     def everything(self) -> int:
-        """The bytes of all live tensors that Python knows, and of their gradients."""
+        """The bytes of all tensors that the garbage collector finds, and of their gradients."""
         gc.collect()
         alive = [each for each in gc.get_objects() if issubclass(type(each), self.torch.Tensor)]
         alive += [each.grad for each in alive if each.is_leaf and each.grad is not None]
@@ -156,14 +156,14 @@ class Paddle:
         return [(each.data_ptr(), each.data_ptr() + each.size * each.element_size()) for each in held]
 
     def weights(self, model: Any, trainable: bool) -> Iterator[Any]:
-        """The weights: with sharding 3 this rank's slices (`fw_storage`), and those that are whole at the moment."""
+        """The weights. With sharding 3: this rank's slices (`fw_storage`) and the weights that are gathered now."""
         for parameter in model.parameters():
             if parameter.stop_gradient != trainable:
                 yield parameter
                 yield getattr(parameter, "fw_storage", None)
 
     def gradients(self, model: Any, optimizer: Any) -> Iterator[Any]:
-        """The gradients: at the parameters, this rank's slices (`bw_storage`), and the buffers of sharding 2 and 3."""
+        """The gradients: `grad` of the parameters, this rank's slices (`bw_storage`), buffers of sharding 2 and 3."""
         for parameter in model.parameters():
             yield parameter._grad_ivar()
             yield getattr(parameter, "bw_storage", None)
@@ -171,7 +171,7 @@ class Paddle:
             yield from (each.buffer for each in (storages.values() if isinstance(storages, dict) else [storages]))
 
     def states(self, optimizer: Any) -> Iterator[Any]:
-        """The moments, not the powers of the betas."""
+        """The moments. The powers of the betas are left out."""
         accumulators = self.innermost(optimizer)._accumulators
         return (each for name in accumulators if "moment" in name for each in accumulators[name].values())
 
@@ -180,7 +180,7 @@ class Paddle:
         return list(self.innermost(optimizer)._master_weights.values())
 
     def innermost(self, optimizer: Any) -> Any:
-        """The AdamW within the wrappers."""
+        """The AdamW inside its wrappers."""
         for name in ("_inner_opt", "_optim"):
             inner = vars(optimizer).get(name, optimizer)
             if inner is not optimizer:  # sharding 3 sets `_optim` to the optimizer itself
@@ -188,13 +188,13 @@ class Paddle:
         return optimizer
 
     def everything(self) -> int:
-        """The bytes that Paddle's allocator has given out."""
+        """The bytes that Paddle's allocator counts as allocated."""
         gc.collect()
         return self.core.host_memory_stat_current_value("Allocated", 0)
 
 
 class Probe:
-    """Counts around the real `parallel.backward` and `parallel.update`."""
+    """Wraps the real `parallel.backward` and `parallel.update` and counts bytes around them."""
 
     def __init__(self, script: ModuleType, out: Path) -> None:
         self.finder = Torch() if script.FRAMEWORK == "torch" else Paddle()
@@ -204,15 +204,15 @@ class Probe:
         script.parallel.backward, script.parallel.update = self.count_gradients, self.count_all
 
     def count_gradients(self, model: Any, loss: Any, group: Any) -> None:
-        """`parallel.backward`, and the gradients held after it."""
+        """Calls `parallel.backward` and counts the gradients held after it."""
         self.backward(model, loss, group)
         if self.steps == self.script.JOB.plan.steps - 1:
-            # DeepSpeed's engine has the optimizer, which keeps gradients; elsewhere the model has them.
+            # With DeepSpeed the engine's optimizer holds the gradients, otherwise the model does.
             gradients = self.finder.gradients(model, getattr(model, "optimizer", None))
             self.passes.append(size(self.finder.spans(gradients)))
 
     def count_all(self, model: Any, optimizer: Any, trainable: Any, group: Any) -> Any:
-        """All kinds, then `parallel.update`, then the weights again."""
+        """Counts all kinds, calls `parallel.update` and counts the weights again."""
         self.steps += 1
         if self.steps < self.script.JOB.plan.steps:
             return self.update(model, optimizer, trainable, group)
@@ -236,7 +236,7 @@ class Probe:
         return norm
 
     def weights(self, model: Any) -> dict[str, Spans]:
-        """The weights, trainable and frozen."""
+        """The bytes of trainable and of frozen weights."""
         kinds = {"trainable": True, "frozen": False}
         return {kind: self.finder.spans(self.finder.weights(model, trains)) for kind, trains in kinds.items()}
 

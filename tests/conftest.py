@@ -1,4 +1,4 @@
-"""Shared by all tests: where things are, a cache of the session's own, and how a program is run as a user would."""
+"""Fixtures and helpers of all tests: paths, folders of the session, and programs run as a user runs them."""
 
 import importlib.util
 import json
@@ -16,22 +16,22 @@ from tunebench.record import Record, read_record
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = ("torch", "paddle")
-HERE = "torch" if importlib.util.find_spec("torch") else "paddle"  # what this environment has
+HERE = "torch" if importlib.util.find_spec("torch") else "paddle"  # the framework of this environment
 sys.path.insert(0, str(ROOT / "data"))
 
 
 @pytest.fixture(scope="session")
 def shared_folder(tmp_path_factory):
-    """One for all of pytest-xdist's workers, which have folders of their own in it."""
+    """The folder that all workers of pytest-xdist share. Their own folders are inside it."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(shared_folder, tmp_path_factory):
-    """For this process and all that it starts: no GPU, and a cache and a results folder that no other run shares."""
+    """Hides GPUs from this process and its children, and gives them a cache and a results folder of their own."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the same tests on a machine with GPUs
+    patch.setenv("CUDA_VISIBLE_DEVICES", "")  # the tests are the same on a machine with GPUs
     patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared_folder / "inductor"))  # compiled code
     patch.setenv("TUNEBENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
     patch.setenv("TUNEBENCH_RESULTS", str(tmp_path_factory.mktemp("results")))
@@ -40,7 +40,7 @@ def own_folders(shared_folder, tmp_path_factory):
 
 
 def run_program(*command: object, check: bool = False, **options) -> subprocess.CompletedProcess:
-    """Runs `command` relative to the repository with this interpreter, from elsewhere, and returns what it printed."""
+    """Runs a program of the repository with this interpreter, from another folder; returns what it printed."""
     program, *arguments = map(str, command)
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | options.pop("env", {})
     done = subprocess.run(
@@ -73,7 +73,7 @@ runpy.run_path(script, run_name="__main__")
 
 
 def run_altered(code: str, framework: str, method: str, *flags: object) -> subprocess.CompletedProcess:
-    """Runs a script whose interpreter has run `code` before, to see what the script makes of it."""
+    """Runs a script in an interpreter that has executed `code` before."""
     python = ROOT / ".venv" / framework / "bin" / "python"
     script = ROOT / framework / f"finetune_{method}.py"
     command = [python, "-c", ALTERED.format(code=code), script, *flags]
@@ -81,26 +81,26 @@ def run_altered(code: str, framework: str, method: str, *flags: object) -> subpr
 
 
 def train_altered(code: str, framework: str, method: str, out: Path, *flags: object) -> Record:
-    """The record of a script whose interpreter has run `code` before."""
+    """Runs a script as `run_altered` does and reads its record."""
     run_altered(code, framework, method, *flags, "--out", out)
     return read_record(out)
 
 
 def assert_one_curve(torch: Record, paddle: Record) -> None:
-    """Both sides have the same losses and gradient norms at each step."""
+    """Asserts that both sides have the same losses and gradient norms at each step."""
     assert paddle.steps.loss[0] == pytest.approx(torch.steps.loss[0], rel=1e-5)
     assert paddle.steps.loss == pytest.approx(torch.steps.loss, rel=1e-4)
     assert paddle.steps.grad_norm == pytest.approx(torch.steps.grad_norm, rel=1e-4)
 
 
 def assert_one_model(a: Record, b: Record) -> None:
-    """Both runs trained the same model; the numbers that each read back from it may differ by what float32 rounds."""
+    """Asserts that both runs trained the same model. Numbers read back from it may differ by float32 rounding."""
     assert a.model.built.contradiction(b.model.built) is None
     assert a.model == b.model.model_copy(update={"built": a.model.built})
 
 
 def refusal(done: subprocess.CompletedProcess) -> str:
-    """The one line with which a program refused bad input; asserts that it was one line and exit code 2."""
+    """Asserts that a program refused bad input, by one line and exit code 2; returns the line."""
     assert done.returncode == 2, f"exit code {done.returncode}:\n{done.stdout}\n{done.stderr}"
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
@@ -109,12 +109,12 @@ def refusal(done: subprocess.CompletedProcess) -> str:
 
 @pytest.fixture(scope="session")
 def short(tmp_path_factory):
-    """Flags for samples of a few words, so that starting a run takes longer than its steps."""
+    """Flags of a short run: samples of a few words, ten steps."""
     file = tmp_path_factory.mktemp("data") / "short.json"
     text = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     samples = [
         {"instruction": " ".join(text[: 2 + i % 7]), "output": " ".join(text[i % 5 : 4 + i % 5])}
-        for i in range(40)  # so that the second half of ten steps sees those of the first again
+        for i in range(40)  # five steps: the second half of ten steps repeats the batches of the first
     ]
     file.write_text(json.dumps(samples))
     return [f"--data={file}", "--bsz=8", "--steps=10", "--warmup-steps=2", "--lr=5e-4", "--seed=1"]
@@ -122,7 +122,7 @@ def short(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone(short, shared_folder):
-    """The records of one process, by framework, family and method; each is made when first asked for, by any worker."""
+    """A function that returns the record of a run of one process. Each run is made once in a session."""
 
     def record(framework, family, method):
         out = shared_folder / f"alone-{framework}-{family}-{method}.json"

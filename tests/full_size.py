@@ -42,9 +42,9 @@ ROOT = Path(__file__).resolve().parents[1]
 BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TINY = {"llama": "llama-tiny", "bloom": "bloom-tiny", "glm": "chatglm2-tiny", "qwen2": "qwen2-tiny"}
-POSITIONS = 2048  # PaddleNLP calculates tables of them for each layer: 4 GB with the 131,072 of Qwen2
-BSZ = 16  # of the plan whose batches give the inputs their shape
-# What changes nothing of a model and of a batch's shape.
+POSITIONS = 2048  # PaddleNLP computes tables of this length per layer; Qwen2's 131,072 would take 4 GB
+BSZ = 16  # batch size of the plan; its batches give the inputs their shape
+# Flags that change neither the model nor the shape of a batch.
 WITHOUT_EFFECT = (
     "data",
     "samples",
@@ -59,18 +59,21 @@ WITHOUT_EFFECT = (
     "node_rank",
 )
 
+# Flags that, beside these, change the batches and not the model.
+OF_BATCHES = (*WITHOUT_EFFECT, "micro_bsz", "accumulation")
+
 Facts = dict[str, Any]
 Script = dict[str, Any]  # the names that it defines
 Cases = dict[str, tuple[str, Flags]]  # method and flags by name
 
 
 def main() -> None:
-    """Starts the processes, which take over this one's imports, and gathers what they say."""
+    """Forks the processes after the imports and gathers their results."""
     framework, cases, out = sys.argv[1], *map(Path, sys.argv[2:])
     by_size: dict[int, Cases] = {}
     for name, (method, *arguments) in json.loads(cases.read_text()).items():
         given = parse_flags(method, arguments)
-        # As a worker on a machine with that many GPUs reads them.
+        # Flags as a worker reads them on a machine with that many GPUs.
         world = World(given.world_size - 1, given.nproc - 1, given.nproc, given.world_size)
         flags = parse_flags(method, arguments, world=world)
         for size in SIZES[framework](flags):
@@ -103,27 +106,32 @@ def main() -> None:
 
 
 def build_all(framework: str, scripts: dict[str, Script], world: World, cases: Cases, said: Path) -> None:
-    """Builds each case in this process, and writes what came of it."""
+    """Builds each case in this process and writes the facts or the error of each to `said`."""
     processes.die_with_parent()
     builder = {"torch": Torch, "paddle": Paddle}[framework](scripts, world)
     built: dict[str, Facts] = {}
     results: dict[str, Facts] = {}
     for name, (method, given) in cases.items():
         flags = builder.share(given)
-        key = json.dumps([method, {k: v for k, v in flags.model_dump().items() if k not in WITHOUT_EFFECT}])
+        key = key_of(method, flags, WITHOUT_EFFECT)
         try:
             if key not in built:
                 built[key] = builder.build(method, flags)
             results[name] = built[key]
         except Exception:
             results[name] = {"error": traceback.format_exc()}
-        gc.collect()  # models are in cycles
+        gc.collect()  # models hold reference cycles
     said.write_text(json.dumps(results))
-    os._exit(0)  # as run.py's `_leave`: gloo's groups can deadlock when they are cleared away
+    os._exit(0)  # as run.py's `_leave` does: destroying gloo's groups can deadlock
 
 
-# Over how many processes a run's flags are built. A single one goes through the passes, which ZeRO does not change;
-# replicas of Paddle's models are built alike.
+def key_of(method: str, flags: Flags, without: tuple[str, ...]) -> str:
+    """The method and the flags but those in `without`, as a key."""
+    return json.dumps([method, {name: value for name, value in flags.model_dump().items() if name not in without}])
+
+
+# Numbers of processes for which a run's flags are built. One process goes through the passes: ZeRO does not change
+# them. Replicas of Paddle's models are alike.
 SIZES = {
     "torch": lambda flags: {1, flags.world_size} if flags.mp == 1 else {flags.world_size},
     "paddle": lambda flags: {flags.mp},
@@ -131,7 +139,7 @@ SIZES = {
 
 
 def load_scripts(framework: str) -> dict[str, Script]:
-    """The names that each script of the framework defines, by method; each has a plan and tiny weights made."""
+    """The names that each script of the framework defines, by method. Loading it makes a plan and tiny weights."""
     sys.path[0] = str(ROOT / framework)
     scripts = {}
     for method in ("full", "lora"):
@@ -143,7 +151,7 @@ def load_scripts(framework: str) -> dict[str, Script]:
 
 @contextlib.contextmanager
 def hollow_checkpoint(flags: Flags, layers: int | None = None, vocabulary: int | None = None) -> Iterator[Checkpoint]:
-    """A preset's checkpoint whose tensors are holes in files, if need be with fewer layers and a smaller vocabulary."""
+    """A preset's checkpoint whose tensors are holes in files, with fewer layers or a smaller vocabulary if asked."""
     preset, less = PRESETS[flags.model].cut(layers), {}
     if "max_position_embeddings" in preset.config:
         less["max_position_embeddings"] = POSITIONS
@@ -163,7 +171,7 @@ def tiny_checkpoint(flags: Flags) -> Checkpoint:
 
 
 def write_hollow(folder: Path, preset: Preset, dtype: str) -> None:
-    """config.json and safetensors files that take no space: their heads are written, their tensors left out."""
+    """Writes config.json and sparse safetensors files: headers without the tensors' bytes."""
     (folder / "config.json").write_text(json.dumps(preset.config))
     sizes = {
         name: math.prod(shape) * BYTES[dtype] for name, shape in family_of(preset.config).tensors(preset.config).items()
@@ -190,6 +198,7 @@ class Torch:
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
         self.scripts, self.world = scripts, world
+        self.models: dict[str, Facts] = {}
         import torch
         import transformers
 
@@ -211,19 +220,21 @@ class Torch:
         return flags.model_copy(update={"attention": "eager"}) if flags.zero else flags
 
     def build(self, method: str, flags: Flags) -> Facts:
-        """What the flags build: whole in one process, or as the last rank of several holds it."""
+        """Facts of what the flags build: the whole model in one process, or the last rank's part of several."""
         script = self.scripts[method]
         if flags.zero:
-            return self.shard(script, flags)
+            return self.shard(script, method, flags)
         if self.world.size > 1:
             return self.step(script, method, flags, layers=1)
         group = self.join(script, flags)
-        with hollow_checkpoint(flags) as checkpoint:
-            model = script["build_model"](flags, checkpoint, group)
-        return self.step(script, method, flags, layers=2) | self.counts(script, model, group)
+        key = key_of(method, flags, OF_BATCHES)
+        if key not in self.models:
+            with hollow_checkpoint(flags) as checkpoint:
+                self.models[key] = self.counts(script, script["build_model"](flags, checkpoint, group), group)
+        return self.step(script, method, flags, layers=2) | self.models[key]
 
     def join(self, script: Script, flags: Flags) -> Any:
-        """parallel.join, but that the process group is there already."""
+        """Replaces parallel.join where the process group exists already."""
         parallel = script["parallel"]
         if self.world.size == 1:
             return parallel.join(flags, ALONE)
@@ -237,7 +248,7 @@ class Torch:
         return parallel.Group(torch.device("cpu"), self.world.rank, self.world.size, flags.zero, flags.mp, mesh, scale)
 
     def counts(self, script: Script, model: Any, group: Any) -> Facts:
-        """Parameters, those that are trained, those that this process holds, and their dtypes."""
+        """Counts of parameters: all, trained, held by this process; and their dtypes."""
         count = script["parallel"].count
         return {
             "parameters": count(model.parameters(), group),
@@ -247,7 +258,7 @@ class Torch:
         }
 
     def step(self, script: Script, method: str, flags: Flags, layers: int) -> Facts:
-        """Builds the model and goes through the script's first step without doing its arithmetic."""
+        """Builds the model and runs the script's first step on shapes alone."""
         from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
         parallel, group = script["parallel"], self.join(script, flags)
@@ -272,7 +283,7 @@ class Torch:
             outputs = model(**inputs)
             parallel.backward(model, script["losses"].total(flags, outputs, labels, group), group)
             facts["gradients"] = sorted({script["kernels_seen"].name_of(p.grad.dtype) for p in trainable})
-            # Of fp16 it asks whether the gradients overflowed, which shapes do not tell.
+            # With fp16 it asks whether gradients overflowed. Shapes cannot tell.
             with contextlib.suppress(*[DataDependentOutputException] * (flags.dtype == "fp16")):
                 parallel.update(model, optimizer, trainable, group)
             optimizer.step()
@@ -280,7 +291,7 @@ class Torch:
             facts | run.about["kernels"].model_dump() | {"logits": [*outputs.logits.shape], "inputs": [*labels.shape]}
         )
 
-    def shard(self, script: Script, flags: Flags) -> Facts:
+    def shard(self, script: Script, method: str, flags: Flags) -> Facts:
         """What DeepSpeed makes of the flags: its configuration, the model that it loads, and its engine of a tiny one.
 
         It holds each tensor whole for a moment: the vocabulary is cut too.
@@ -295,9 +306,11 @@ class Torch:
             "stage": config.zero_optimization_stage,
             "precision": [name for name, part in low.items() if part.enabled],
         }
-        with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
-            facts |= self.counts(script, script["build_model"](flags, checkpoint, group), group)
-            facts["whole"] = checkpoint.parameters
+        key = key_of(method, flags, OF_BATCHES)
+        if key not in self.models:
+            with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
+                self.models[key] = self.counts(script, script["build_model"](flags, checkpoint, group), group)
+        facts |= self.models[key]
         model = script["build_model"](flags, tiny_checkpoint(flags), group)
         trainable = [p for p in model.parameters() if p.requires_grad]
         try:
@@ -313,6 +326,7 @@ class Paddle:
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
         self.scripts, self.world, self.group = scripts, world, None
+        self.models: dict[str, Facts] = {}
         export_place(world, "paddle")
 
     def share(self, flags: Flags) -> Flags:
@@ -329,8 +343,10 @@ class Paddle:
         script = self.scripts[method]
         if self.group is None or self.world.size == 1:
             self.group = script["parallel"].join(flags, self.world)
-        facts = self.shapes(script, flags) | {"tiny": self.tiny(script, flags)}
-        return facts | (self.forward(script, flags) if flags.mp == 1 else {})
+        key = key_of(method, flags, OF_BATCHES)
+        if key not in self.models:
+            self.models[key] = self.shapes(script, flags) | {"tiny": self.tiny(script, flags)}
+        return self.models[key] | (self.forward(script, flags) if flags.mp == 1 else {})
 
     def lazily(self, script: Script, flags: Flags, checkpoint: Checkpoint) -> Any:
         """The script's model without weights."""
@@ -346,7 +362,7 @@ class Paddle:
             weights.load = load
 
     def shapes(self, script: Script, flags: Flags) -> Facts:
-        """The same of Paddle's, in all layers."""
+        """Counts as Torch's, of Paddle's model in all layers."""
         count = script["parallel"].count
         with hollow_checkpoint(flags) as checkpoint:
             model = self.lazily(script, flags, checkpoint)
@@ -360,13 +376,13 @@ class Paddle:
         }
 
     def tiny(self, script: Script, flags: Flags) -> list[str]:
-        """The dtypes of the tiny model of the family, which is loaded."""
+        """The dtypes of the family's tiny model after its weights are loaded."""
         model = script["build_model"](flags, tiny_checkpoint(flags), self.group)
         assert all(p._is_initialized() for p in model.parameters())
         return sorted({script["kernels_seen"].name_of(p.dtype) for p in model.parameters()})
 
     def forward(self, script: Script, flags: Flags) -> Facts:
-        """The forward pass as a static program, which knows shapes: in float32, since others have no kernels here."""
+        """Shapes of the forward pass, from a static program. It is in float32: CPUs have no kernels of other dtypes."""
         import paddle
         from paddle.static import InputSpec
 
@@ -384,7 +400,7 @@ class Paddle:
 
 
 def check_places(model: Any, checkpoint: Checkpoint) -> None:
-    """In place of weights.load: that each tensor has its place in the model and fits, or its slice does."""
+    """Replaces weights.load: checks that each tensor, or its slice, fits its place in the model."""
     import weights
 
     targets = weights.name_targets(model, checkpoint.config)
@@ -392,7 +408,7 @@ def check_places(model: Any, checkpoint: Checkpoint) -> None:
     for source, shape in family_of(checkpoint.config).tensors(checkpoint.config).items():
         name, transpose, part = targets[source]
         shape = [*(reversed(shape) if transpose else shape)]
-        if part and name in wholes:  # q, k and v, one after the other along the outputs
+        if part and name in wholes:  # q, k and v, concatenated along the outputs
             shape[-1] += wholes[name][-1]
         wholes[name] = shape
     state = {name: tensor.shape for name, tensor in model.state_dict().items()}

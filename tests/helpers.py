@@ -1,4 +1,4 @@
-"""What several test files share beside the fixtures of conftest.py."""
+"""Functions that several test files share, beside the fixtures of conftest.py."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from tunebench.flags import parse_flags
 from tunebench.record import Record, read_record
 from tunebench.run.run import describe_run
 
-MODEL = "llama-tiny"  # whose bytes are counted
+MODEL = "llama-tiny"  # the model whose bytes are counted
 SUITE = """
 title = "two short pairs"
 [defaults]
@@ -35,25 +35,25 @@ flags = { steps = 20, recompute = true }
 
 
 def probe(framework: str, method: str, folder: Path, *flags: object) -> tuple[list[dict], Record]:
-    """Runs a script for real; the bytes that each rank held, by kind, and the run's record."""
+    """Runs a script and returns the bytes that each rank held, by kind, and the run's record."""
     where = {"TUNEBENCH_PROBE": f"{framework}/finetune_{method}.py", "TUNEBENCH_BYTES": str(folder)}
     run_program("tests/bytes_held.py", *flags, "--out", folder / "record", check=True, env=where)
     record = read_record(folder / "record")
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(record.devices)]
     for held in ranks:
         assert held["passes"][-1] == held["gradients"]
-        for kind in ("trainable", "frozen"):  # the step gathers weights: it has to let them go again
+        for kind in ("trainable", "frozen"):  # the step gathers weights and must free them again
             assert held["after"][kind] == held[kind]
     return ranks, record
 
 
 def close(size: float):
-    """Equal, but for what aligns a slice in a buffer."""
+    """Equal but for padding that aligns a slice in a buffer."""
     return pytest.approx(size, rel=1e-4)
 
 
 def record(**changes) -> Record:
-    """A record of a run that never started, as a runner would write it, with changes."""
+    """The record that a runner writes of a run that never started, with changes."""
     known = describe_run("torch", "full", parse_flags("full", ["--model=llama-tiny"]), ["finetune_full.py"])
     unknown = {"model": None, "plan": None, "steps": None, "setup_seconds": None, "peak_memory_bytes": [], "log": []}
     return Record(**(known | unknown | {"status": "failed", "reason": "killed by SIGKILL (9)"} | changes))
@@ -62,7 +62,7 @@ def record(**changes) -> Record:
 def start_suite(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
     """Starts the runner on `folder`/mini.toml, its results in `folder`/results, from a folder that is neither.
 
-    With one thread, torch does not wait for a second one that a busy machine has put off: steps took 5 s so.
+    OMP_NUM_THREADS is 1: on a busy machine, torch waited up to 5 s a step for a second thread.
     """
     own = {"TUNEBENCH_RESULTS": str(folder / "results"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -80,12 +80,12 @@ def start_suite(folder: Path, *arguments: str, **environment: str) -> subprocess
         text=True,
         cwd="/",
         env=os.environ | own | environment,
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # the tests may run under nohup
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # nohup, under which tests may run, ignores it
     )
 
 
 def finish_suite(running: subprocess.Popen, exit_code: int) -> str:
-    """What the runner printed by its end, which must be with `exit_code` and without a traceback."""
+    """Waits for the runner, asserts its exit code and that it printed no traceback; returns its output."""
     printed, errors = running.communicate(timeout=300)
     assert running.returncode == exit_code, printed + errors
     assert "Traceback" not in printed + errors
@@ -93,7 +93,7 @@ def finish_suite(running: subprocess.Popen, exit_code: int) -> str:
 
 
 def refusal_of_suite(folder: Path, *arguments: str) -> str:
-    """The one line with which the runner refused its input, before it made a file."""
+    """Asserts that the runner refused its input by one line and made no file; returns the line."""
     running = start_suite(folder, *arguments)
     printed, errors = running.communicate(timeout=60)
     assert (running.returncode, printed) == (2, ""), printed + errors

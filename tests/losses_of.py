@@ -1,4 +1,4 @@
-"""What this environment's script makes of checkpoints: a line of JSON for each folder named on standard input.
+"""Loss and gradient norm of checkpoints: a line of JSON for each folder named on standard input.
 
     .venv/torch/bin/python -P tests/losses_of.py torch
 

@@ -41,7 +41,7 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 class Stress:
-    """A suite in `folder` under fire. `finished` are the records that must not change, by path."""
+    """A suite in `folder` whose processes are killed. `finished`: the records that must not change, by path."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
@@ -54,7 +54,7 @@ class Stress:
         (folder / "mini.toml").write_text(SUITE.replace("samples = 20", "samples = 2").replace("DATA", str(data)))
 
     def start(self, *arguments: str) -> subprocess.Popen:
-        """Starts the runner, which goes on where it was killed."""
+        """Starts the runner. It continues where it was killed."""
         own = {"TUNEBENCH_RESULTS": str(self.folder / "results"), "TUNEBENCH_CACHE": str(self.folder / "cache")}
         with (self.folder / "log").open("ab") as log:
             return processes.start(
@@ -74,34 +74,34 @@ class Stress:
             )
 
     def look(self) -> None:
-        """Checks every record that is there, and that those finished before are among them. Raises AssertionError."""
+        """Checks every record, and that all finished ones are still there. Raises AssertionError."""
         for path, content in self.finished.items():
             assert path.exists(), f"{path} is gone"
             assert path.read_bytes() == content, f"{path} has changed"
         for path in self.results.rglob("[!.]*.json"):
-            with contextlib.suppress(FileNotFoundError):  # moved away just now, to be run again
+            with contextlib.suppress(FileNotFoundError):  # moved a moment ago, because it runs again
                 content = path.read_bytes()
                 if parse_record(content).status in FINAL and path not in self.finished:
                     self.finished[path] = content
                     self.seen += 1
 
     def set_aside(self) -> None:
-        """After --fresh: what was finished is in .previous, as it was."""
+        """Checks after --fresh that the finished records are in .previous, unchanged."""
         kept = {path.read_bytes() for path in (self.folder / "results" / ".previous").rglob("*.json")}
         assert set(self.finished.values()) <= kept, "--fresh lost a record"
         self.finished = {}
 
     def under_fire(self, kills: int) -> None:
-        """Kills until there were `kills`."""
+        """Kills processes until `kills` were killed."""
         started = time.monotonic()
         running = self.start()
         assert running.wait(600) == 0, f"exit code {running.returncode}"
-        mean = (time.monotonic() - started) / RUNS  # so that a third of the runs comes to its end
+        mean = (time.monotonic() - started) / RUNS  # a third of the runs then ends by itself
         while self.kills.total() < kills:
             time.sleep(self.random.expovariate(1 / mean))
             self.look()
             if running.poll() is not None:
-                if running.returncode == 0:  # all done: from the start
+                if running.returncode == 0:  # all runs are done: start anew
                     assert len(self.finished) == RUNS, f"{len(self.finished)} finished records of {RUNS}"
                     self.suites += 1
                     running = self.start("--fresh")
@@ -118,7 +118,7 @@ class Stress:
         self.end(running)
 
     def kill(self, running: subprocess.Popen) -> None:
-        """Sends a signal to the runner, in a third of the cases, or to one of those that it started."""
+        """Sends a signal to the runner (one case in three) or to a process below it."""
         started = psutil.Process(running.pid).children(recursive=True)
         number = self.random.choice(SIGNALS)
         if not started or self.random.random() < 1 / 3:
@@ -134,7 +134,7 @@ class Stress:
         self.look()
 
     def end(self, running: subprocess.Popen) -> None:
-        """Lets the suite end undisturbed; all of it must be there, and nothing else."""
+        """Lets the suite end undisturbed and checks that all its records are there, and nothing else."""
         running.wait(600)
         self.look()
         done = self.start()
@@ -147,7 +147,7 @@ class Stress:
 
 
 def main() -> int:
-    """Runs the test and prints what was killed; the exit code."""
+    """Runs the test, prints what was killed and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=int(time.time()))

@@ -1,4 +1,4 @@
-"""Other programs on the machine: real ones beside real runs, what the record says of them, and how a suite waits."""
+"""Disturbance: other programs beside real runs, what the record says of them, and how a suite waits."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from tunebench.suite import runner as suite
 NAME = "burner"
 NAMED = f"import ctypes; ctypes.CDLL(None).prctl(15, b'{NAME}')\n"  # PR_SET_NAME
 BURN = NAMED + "while True: pass"
-# A part of a core is enough to disturb a run, and the run is faster beside it.
+# Part of a core is enough to disturb a run. It slows the run less than a whole core would.
 BURN_SOME = (
     NAMED
     + """
@@ -42,15 +42,15 @@ while True:
 """
 )
 OTHER_USER = 12345
-# One that any user may start; the environment's may lie where others cannot look.
+# Any user may start this interpreter. Others may have no access to the environment's.
 PYTHON = next(p for p in ("/usr/bin/python3", "/usr/local/bin/python3", sys.executable) if Path(p).exists())
-# The first eight steps are not timed; then there is time enough for ticks of 10 ms to tell.
+# Eight steps are not timed. The timed ones last long enough for CPU time in ticks of 10 ms.
 FLAGS = ["--model=llama-tiny", "--bsz=2", "--samples=20", "--steps=13", "--warmup-steps=8"]
 
 
 @pytest.fixture
 def burner():
-    """Starts programs that are ended after the test, whatever becomes of it."""
+    """A function that starts programs. They are ended after the test, also if it fails."""
     started = []
 
     def start(code: str, *arguments: object, **options) -> subprocess.Popen:
@@ -64,23 +64,23 @@ def burner():
 
 
 def taken(record: Record) -> float:
-    """The cores that the burner took of the timed steps."""
+    """The cores that the burner used during the timed steps."""
     seconds = sum(taker.core_seconds for taker in record.conditions.takers if taker.name == NAME)
     return seconds / record.conditions.seconds
 
 
 def train(out: Path, method: str = "full", before: tuple[str, ...] = ()) -> tuple[Record, str]:
-    """A run of this environment's framework, and what it said."""
+    """Runs this environment's framework; returns the record and the output."""
     command = [*before, sys.executable, ROOT / HERE / f"finetune_{method}.py", *FLAGS, f"--out={out}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/", check=True)
     return read_record(out), done.stdout
 
 
 def test_a_burner_leaves_no_speedup(burner, tmp_path):
-    """One of another user, where this one may start it."""
+    """The burner belongs to another user, where this user may start it so."""
     burner(BURN, cwd="/", **({} if os.geteuid() else {"user": OTHER_USER}))
     record, said = train(tmp_path / "r.json")
-    assert taken(record) > 0.1  # other tests run beside it
+    assert taken(record) > 0.1  # below its share of a core: other tests run too
     assert record.disturbed
     assert record.disturbance[0] >= taken(record) - 0.05
     assert f"disturbed: others took {record.disturbance[0]:.1%} of a core (" in said
@@ -91,7 +91,7 @@ def test_a_burner_leaves_no_speedup(burner, tmp_path):
 
 
 def test_a_burner_that_cannot_be_seen_counts_too(burner, tmp_path):
-    """In a namespace of its own, as in a container, the run sees no other process, but the kernel's counters."""
+    """In a PID namespace, as in a container, a run sees no other process but still the kernel's counters."""
     if os.geteuid():
         pytest.skip("only root may make a namespace of processes")
     burner(BURN)
@@ -125,7 +125,7 @@ def test_what_the_run_does_itself_does_not_count(burner):
     assert found.own_core_seconds > 0.25
     assert all(taker.name != NAME for taker in found.takers)
     other.kill()
-    other.wait()  # its time is now that of a child that ended
+    other.wait()  # its time is now in the time of ended children
     assert conditions.between(first, conditions.read([root])).own_core_seconds >= found.own_core_seconds
 
 
@@ -144,7 +144,7 @@ def test_what_starts_and_ends_between_two_readings_counts_by_its_parent(burner):
 
 
 def test_time_from_before_the_first_reading_is_not_an_ancestors(burner):
-    """A shell that ends hands on the time of its children, through as many shells as wait for each other."""
+    """An ended shell passes its children's CPU time on to its parent, through any number of nested shells."""
     burn = "import time; [0 for _ in iter(lambda: time.process_time() < 0.6, False)]"
     shells = f"sh -c '{PYTHON} -c \"{burn}\"; echo burnt; read line; true'; true"
     code = f"{NAMED}import subprocess, sys, time\nsubprocess.run(['sh', '-c', sys.argv[1]])\n"
@@ -165,7 +165,7 @@ def test_time_from_before_the_first_reading_is_not_an_ancestors(burner):
 
 
 def test_threads_that_are_bound_to_cores_count_with_all_of_them():
-    """As OMP_PROC_BIND does: the first thread's cores are not those of the process."""
+    """As with OMP_PROC_BIND, the cores of the first thread are not those of the process."""
     code = "import os, threading, time; threading.Thread(target=time.sleep, args=(9,), daemon=True).start(); "
     code += "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); print(flush=True); time.sleep(9)"
     with subprocess.Popen([PYTHON, "-c", code], stdout=subprocess.PIPE) as run:
@@ -182,7 +182,7 @@ def test_counters_that_cannot_be_true_are_not_known():
     time.sleep(0.3)
     last = conditions.read([os.getpid()])
     assert conditions.between(first, last) is not None
-    for cores in (first.cores, {}, {99: (0, 0, 0)}):  # they stand still, are not there, or have other numbers
+    for cores in (first.cores, {}, {99: (0, 0, 0)}):  # equal, missing, other cores
         assert conditions.between(first, last._replace(cores=cores)) is None
 
 
@@ -193,7 +193,7 @@ def test_a_machine_whose_counters_cannot_be_read_ends_no_run(tmp_path):
 
 
 def test_the_run_of_a_launcher_is_all_its_processes(tmp_path):
-    """Of two processes of one script that no supervisor of this project started each finds both, and nothing else."""
+    """Two processes of one script, started by no supervisor of this project: each finds both and no other."""
     script = tmp_path / "ranks.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
@@ -206,7 +206,7 @@ def test_the_run_of_a_launcher_is_all_its_processes(tmp_path):
 
 
 def test_a_suite_waits_for_a_quiet_machine_and_says_for_what(burner, capsys):
-    # Its own children do not count, so the burner has to be somebody else's.
+    # A run's own children do not count, so another process starts the burner.
     process = burner(
         f"import os, sys\nif os.fork(): os._exit(0)\n{NAMED}print(os.getpid(), flush=True)\nwhile True: pass",
         stdout=subprocess.PIPE,

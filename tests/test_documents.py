@@ -1,4 +1,4 @@
-"""The documents: what is generated is current, what a page links to is there, and each command is known to work."""
+"""The documents: generated parts are current, links have targets, and each command is run by a test or listed."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def test_kept_records_name_no_local_folder():
             assert record.log == []
 
 
-# Each command of a page that is neither a script's nor summarize.py's: the test that runs it, or why none does.
+# The test that runs a command of a page, or why none does. Commands of scripts and of summarize.py are read below.
 RUN_ELSEWHERE = {
     "bash run_all.sh": "test_suite.py runs suites; this one takes half an hour",
     "bash run_all.sh --suite cpu": "test_suite.py runs suites; this one takes half an hour",
@@ -107,7 +107,7 @@ def commands():
 
 
 def test_each_command_is_known():
-    """A script's flags are read as the script reads them; what a program prints here is looked at."""
+    """Parses a script's flags as the script does, or runs the program and looks at what it prints."""
     known = commands()
     assert len(known) > 40
     for command in sorted(known - RUN_ELSEWHERE.keys() - PRINTS.keys()):

@@ -1,4 +1,4 @@
-"""Whatever a user gives, a flag, a data file or a record, is taken or refused in one line: never a traceback."""
+"""Any flag, data file or record is accepted or refused in one line, never with a traceback."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ from tunebench.report.pairing import join
 from tunebench.report.published import FOLDER, load, render_against, render_published
 from tunebench.report.tables import render
 
-pytestmark = pytest.mark.filterwarnings("error")  # a warning would reach the user too
+pytestmark = pytest.mark.filterwarnings("error")  # a user would see the warning
 FUZZ = settings(
     max_examples=200,
     deadline=None,
@@ -35,7 +35,7 @@ RECORDS = ROOT / "tests" / "data" / "quick.jsonl"
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
-    """Relative paths that are made up count from an empty folder."""
+    """Generated relative paths start at an empty folder."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -43,7 +43,7 @@ def one_line(text: str) -> None:
     assert len(text.splitlines()) == 1, text
 
 
-# Values that a flag could be given, by what they look like. No host name is looked up, and no file made elsewhere.
+# Values for flags, by form. None makes the test look up a host name or write a file elsewhere.
 TEXTS = st.text(max_size=12) | st.text(st.characters(codec=None, categories=["Cs", "L"]), min_size=1, max_size=4)
 NUMBERS = st.integers() | st.floats() | st.sampled_from(["1e3", "٣", "0x1", "1_0", " 4", "+2", "9" * 5000, "-0"])
 PATHS = st.sampled_from(
@@ -204,12 +204,12 @@ def measured() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def published() -> dict:
-    """A record of a published run, which is found in any folder but one called so."""
+    """The record of a published run, as JSON."""
     return json.loads((FOLDER / "llama-7b-full-bsz8-mp4-paddle.json").read_text())
 
 
 def edited(content: dict, edits: list) -> dict:
-    """A copy with some places set to other values or taken out."""
+    """A copy in which some places have other values or are removed."""
     content = json.loads(json.dumps(content))
     for where, value in edits:
         places = [path for path in paths_of(content) if path]
@@ -234,13 +234,13 @@ EDITS = st.lists(st.tuples(st.integers(0, 5000), ODD), max_size=4)
 @FUZZ
 @given(st.data())
 def test_record_files(measured, published, data):
-    """Any file in the results: those that are no record are named, and the others make tables."""
+    """Any file in the results: each file that is no record is named, and the others make tables."""
     folder = Path("results").resolve()
     folder.mkdir(exist_ok=True)
     for i, content in enumerate(measured):
         content = edited(content, data.draw(EDITS))
         kind = data.draw(st.sampled_from(["signed", "signed", "edited", "bytes"]))
-        if kind == "signed":  # as if a run had written it
+        if kind == "signed":  # with the digest of a run's own record
             content.pop("sha256", None)
             content["sha256"] = digest_of(content)
         text = json.dumps(content).encode()
@@ -261,7 +261,7 @@ def test_record_files(measured, published, data):
 
 
 def show(records) -> None:
-    """Joins the records and prints them in every form; what a program reads has no NaN."""
+    """Joins the records and prints them in every form. JSON has no NaN."""
     rows = join(records)
     for form in ("md", "csv", "json"):
         printed = render(rows, form, records, parity=True)

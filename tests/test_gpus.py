@@ -1,4 +1,4 @@
-"""GPUs that are pretended: NVIDIA's library answers as on machines with some. No framework is pretended."""
+"""Pretended GPUs: the answers of NVIDIA's library are those of other machines. The frameworks are real."""
 
 import importlib
 import re
@@ -11,6 +11,7 @@ from conftest import HERE, refusal, run_altered, train_altered
 from tunebench import hardware
 from tunebench.errors import BadInput
 from tunebench.frameworks import FRAMEWORKS, Framework
+from tunebench.hardware import installed_versions
 from tunebench.run.run import find_memory_fault
 from tunebench.run.start import check_build
 
@@ -38,6 +39,18 @@ def find_by_uuid(uuid: str) -> Gpu:
     if not found:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_FOUND)
     return found[0]
+
+
+def test_nvidias_libraries_are_among_the_versions(tmp_path, monkeypatch):
+    for name, version in (("nvidia-cudnn-cu99", "9.1.2"), ("nvidia-nccl-cu99", "2.3"), ("nvidia-ml-other", "7")):
+        folder = tmp_path / f"{name.replace('-', '_')}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = installed_versions(["pytest", "no-such-package"])
+    assert (versions["nvidia-cudnn-cu99"], versions["nvidia-nccl-cu99"]) == ("9.1.2", "2.3")
+    assert {"python", "pytest"} <= versions.keys()
+    assert not {"no-such-package", "nvidia-ml-other"} & versions.keys()
 
 
 @pytest.fixture
@@ -70,7 +83,7 @@ def gpus(monkeypatch):
         ("", [], []),
         ("-1", [], []),
         ("0,0", [], []),
-        ("0,7,1", ["GPU-aaaa-0"], [0]),  # as CUDA: up to the first that is none
+        ("0,7,1", ["GPU-aaaa-0"], [0]),  # CUDA, too, stops at the first unknown one
     ],
 )
 def test_the_visible_gpus_are_those_of_cuda(gpus, monkeypatch, variable, names, indices):
@@ -131,7 +144,7 @@ def test_the_driver_has_to_be_new_enough_for_the_build(gpus, monkeypatch, built,
 
 
 def test_the_build_that_is_installed_here():
-    """As the framework itself says."""
+    """The version is the one that the framework reports."""
     module = importlib.import_module(HERE)
     said = module.version.cuda if HERE == "torch" else module.version.cuda()
     assert FRAMEWORKS[HERE].cuda_of_build() == (None if said in (None, "False") else said)
@@ -140,7 +153,7 @@ def test_the_build_that_is_installed_here():
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_framework_that_finds_no_gpu_does_not_train_on_the_cpu(tmp_path, framework):
-    """Its build is for CUDA, but finds no driver."""
+    """The framework's build is for CUDA and finds no driver."""
     code = f"{A100}; import tunebench.frameworks as f; f.Framework.cuda_of_build = lambda self: '12.6'"
     flags = ["--model=llama-tiny", "--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"]
     record = train_altered(code, framework, "full", tmp_path / "r.json", *flags)

@@ -1,4 +1,4 @@
-"""The layout's promises: what must not be importable, and what the mirrored scripts share."""
+"""The layout: which imports are allowed, and what the mirrored scripts share."""
 
 import ast
 import difflib

@@ -1,4 +1,4 @@
-"""The batch plan: the same file from the same inputs, and arrays that say what was planned."""
+"""The batch plan: equal inputs give equal files, and the arrays hold what was planned."""
 
 import itertools
 import json
@@ -116,7 +116,7 @@ def test_grouped_batches_hold_each_sample_once_an_epoch_and_depend_on_the_seed_a
     assert sorted(order) == list(range(3000))
     assert np.array_equal(order, batching.grouped(epoch, 3000, 1, LENGTHS, 8).order)
     assert not np.array_equal(order, batching.grouped(epoch, 3000, 2, LENGTHS, 8).order)
-    shares = LENGTHS[order].reshape(-1, 2, 4).sum(axis=2)  # of two replicas
+    shares = LENGTHS[order].reshape(-1, 2, 4).sum(axis=2)  # tokens of each of two replicas
     assert np.median(shares.max(axis=1) / shares.min(axis=1)) < 1.01, "replicas get about as many tokens each"
     assert np.array_equal(order[:80], batching.grouped(epoch, 2960, 1, LENGTHS, 8).order[:80]), (
         "a shorter run starts so"
@@ -128,7 +128,7 @@ def test_grouped_batches_hold_each_sample_once_an_epoch_and_depend_on_the_seed_a
 
 @pytest.mark.parametrize("data", ["synthetic-en", "synthetic-zh"])
 def test_shares_of_real_tokens_on_the_embedded_data(data):
-    """And how long it takes to plan its 10,000 samples, which are tokenized first."""
+    """Also takes the time to tokenize and plan the 10,000 samples."""
     arguments = ["--model=llama-tiny", f"--data={data}", "--bsz=8", "--epochs=1"]
     run_program("data/prepare.py", *arguments, check=True)
     shares, seconds = {}, {}
@@ -277,7 +277,7 @@ def test_what_is_left_out_is_said_in_one_line_each_time(tmp_path):
     samples = [{"instruction": f"Say {i}.", "output": str(i), "system": "", "history": []} for i in range(6)]
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(samples))
-    for extra in ("--steps=6", "--steps=6", "--steps=5"):  # made, read again, and made of the same tokens
+    for extra in ("--steps=6", "--steps=6", "--steps=5"):  # planned, read again, planned from cached tokens
         done = run_program("data/prepare.py", "--model=llama-tiny", f"--data={path}", "--bsz=2", extra, check=True)
         assert done.stdout.count("--data mine.json: columns left out: history, system\n") == 1
     other = path.rename(tmp_path / "other.json")

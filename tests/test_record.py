@@ -1,4 +1,4 @@
-"""The record: its schema is the published one, and what contradicts itself is not a record."""
+"""The record: its schema is the published one, and a contradictory record is refused."""
 
 import json
 from pathlib import Path
@@ -59,7 +59,7 @@ def test_broken_records_are_named(tmp_path, changes, message):
 
 
 def test_only_its_content_counts(tmp_path):
-    written(tmp_path / "a.json")  # in other words: no line breaks
+    written(tmp_path / "a.json")  # the same JSON without line breaks
     assert read_record(tmp_path / "a.json").reason == "killed by SIGKILL (9)"
 
 

@@ -1,4 +1,4 @@
-"""One place for each fact: a family and a framework that only a registry names work everywhere."""
+"""One place for each fact: a family or a framework added to a registry alone works everywhere."""
 
 import dataclasses
 import json

@@ -114,7 +114,7 @@ def test_refuses_in_one_line(project):
 
 
 def test_names_what_would_do_where_there_is_no_python(project):
-    """Neither uv nor a Python; then a uv that can fetch none."""
+    """There is neither uv nor Python. Then there is a uv that cannot fetch Python."""
     (project / ".venv/uv").unlink(missing_ok=True)
     (project / "tools").mkdir()
     for tool in ("bash", "dirname", "readlink", "mkdir", "flock", "head", "cat", "cut", "rm", "sed", "tr"):
@@ -192,7 +192,7 @@ def tools(folder, **programs):
     ],
 )
 def test_the_driver_decides_the_build(project, driver, build):
-    """Up to what uv is asked to install; its indexes are not reachable from every machine."""
+    """Checks what uv is asked to install. Its indexes cannot be reached from every machine."""
     path = tools(project / "tools", nvidia_smi=f"echo {driver}")
     done = setup(project, "paddle", PATH=path, UV_OFFLINE="1", UV_NO_CACHE="1")
     assert build in done.stdout
@@ -296,7 +296,7 @@ def test_sh_and_links_start_the_scripts_too(project, script):
 
 
 def test_a_signal_ends_set_up_at_once(project):
-    """Also the program that it has started, through run_all.sh."""
+    """SIGTERM ends set-up and the program that it started, also through run_all.sh."""
     shutil.copy(ROOT / "run_all.sh", project)
     slow = tools(project / "tools", nvidia_smi="exit 9")
     (project / ".venv/uv").unlink(missing_ok=True)

@@ -208,7 +208,7 @@ def test_hub_data_sets_load_through_the_datasets_library(tmp_path, monkeypatch, 
     assert [sample.prompt for sample in loaded.samples] == PROMPTS[:2]
 
 
-ODD = [  # rows as the two hub data sets have some, beside a column that is not used
+ODD = [  # odd rows of the two hub data sets, with an unused column
     {"instruction": "Draw a square", "input": "", "output": "", "text": "x"},
     {"instruction": "", "input": None, "output": "y", "text": ""},
     {"instruction": "x", "input": "", "output": None, "text": None},

@@ -1,4 +1,4 @@
-"""The embedded data: lengths like those of real data, right answers; and its tokenizer."""
+"""The embedded data: lengths as in real data, correct answers, and its tokenizer."""
 
 import datetime
 import hashlib
@@ -95,7 +95,7 @@ def test_fewer_samples_are_the_first_of_more_in_every_process(language, records)
     assert [json.loads(line) for line in printed.decode().splitlines()] == records[language][:700]
 
 
-# --- Right answers, worked out here in other ways than in the generator -----------------------------------------------
+# --- Correct answers, computed in other ways than the generator does --------------------------------------------------
 
 
 @both

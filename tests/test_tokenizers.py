@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint: its files as transformers reads them, and no other in silence."""
+"""The tokenizer of a checkpoint: read from its files as transformers does, and never replaced silently."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def put(folder, files):
 
 @pytest.fixture
 def llama(tmp_path):
-    """A folder with what a published Llama has that is read by sentencepiece."""
+    """A folder with the tokenizer files of a published Llama that sentencepiece reads."""
     shutil.copy(DATA / "tokenizer.model", tmp_path)
     return put(tmp_path, {"config.json": {"model_type": "llama", "eos_token_id": 2}})
 
@@ -127,7 +127,7 @@ def test_a_folder_in_place_of_a_tokenizer_is_refused(tmp_path):
 
 
 def test_a_tokenizer_that_cannot_be_read_is_not_replaced(checkpoint):
-    (checkpoint / "tokenizer.json").symlink_to("nowhere")  # as in a cache of the hub that was copied without its blobs
+    (checkpoint / "tokenizer.json").symlink_to("nowhere")  # a hub cache copied without its blobs looks so
     done = run_program("data/prepare.py", f"--model={checkpoint}", "--samples=8", "--bsz=2", "--steps=3")
     assert "tokenizer.json cannot be read: No such file or directory" in refusal(done)
 

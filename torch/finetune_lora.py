@@ -19,24 +19,25 @@ from tunebench.models.random_weights import lora_a
 from tunebench.plan import MicroBatch
 from tunebench.recipe import BETAS, EPSILON, WEIGHT_DECAY
 from tunebench.run.run import Run, recorded
-from tunebench.run.start import start_run
+from tunebench.run.start import start_run, without_collection
 
 FRAMEWORK, METHOD = "torch", "lora"
 # Flags, checkpoint and batch plan. It refuses bad input, and starts the workers of several, before the slow imports.
 JOB = start_run(FRAMEWORK, METHOD)
 
-import attention
-import built
-import compiling
-import device
-import kernels_seen
-import losses
-import numpy as np
-import parallel
-import peft
-import precision
-import torch
-import weights
+with without_collection():
+    import attention
+    import built
+    import compiling
+    import device
+    import kernels_seen
+    import losses
+    import numpy as np
+    import parallel
+    import peft
+    import precision
+    import torch
+    import weights
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> torch.nn.Module:

@@ -8,6 +8,7 @@ import itertools
 import os
 import platform
 import re
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
@@ -226,8 +227,10 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    names = {(each.metadata["Name"] or "").lower(): each.version for each in metadata.distributions()}
-    return versions | {name: names[name] for name in sorted(names) if name.startswith(("nvidia-c", "nvidia-nccl"))}
+    # By the folders' names: the metadata of all packages takes a third of a second to read.
+    found = (Path(path).glob(f"nvidia_{kind}*.dist-info") for path in sys.path for kind in ("c", "nccl"))
+    libraries = sorted((each.name, each.version) for each in map(metadata.Distribution.at, itertools.chain(*found)))
+    return versions | dict(libraries)
 
 
 def _machine() -> str:

@@ -1,4 +1,4 @@
-"""What each side built is read back from its own model: a framework that computes something else fails the run."""
+"""Each side reads back what its framework built. A framework that computes something else fails the run."""
 
 import pytest
 from conftest import FRAMEWORKS, assert_one_curve, assert_one_model, train, train_altered
@@ -8,7 +8,7 @@ from tunebench.models.random_weights import write_random
 
 pytestmark = pytest.mark.frameworks
 FEW = ["--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"]
-# Faults of a library that ignores a part of a config, by framework: what is put in its place, and what the run says.
+# Faults of a library that ignores part of a config, by framework: the code that causes one, and the run's message.
 FAULTS = [
     (
         "torch",

@@ -1,4 +1,4 @@
-"""The shared checkpoint: published sizes, the same bytes every time, and damage found before a run starts."""
+"""The shared checkpoint: published sizes, reproducible bytes, and damage found before a run starts."""
 
 import json
 import math
@@ -90,26 +90,26 @@ print([line for line in pathlib.Path("/proc/self/status").read_text().splitlines
 
 @pytest.fixture
 def spacious(tmp_path):
-    """A folder for gigabytes, which pytest would keep for its next three sessions."""
+    """A folder for gigabytes, removed after the test: pytest keeps its own folders for three sessions."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
 
 @pytest.mark.frameworks
 def test_large_weights_stream_shard_by_shard_and_show_progress(spacious):
-    """On a terminal, as a user would see it: what is shown is read as it comes, and compared with the files there."""
+    """On a terminal: each percentage is compared with the files on the disk when it is shown."""
     ours, its = pty.openpty()
     command = [sys.executable, "-P", "-c", WRITE_CUT_7B, ROOT / "data/prepare.py"]
     environment = os.environ | {"TUNEBENCH_CACHE": str(spacious), "TERM": "xterm", "COLUMNS": "120"}
     flags = ["--model=llama-7b", "--bsz=1", "--steps=1", "--samples=4"]
     child = subprocess.Popen([*command, *flags], stdin=its, stdout=its, stderr=its, cwd="/", env=environment)
     os.close(its)
-    shown, shards_there = "", {}  # the names of the shards on disk when a percentage is first seen
+    shown, shards_there = "", {}  # names of the shards on disk at each percentage
     try:
         while select.select([ours], [], [], 60)[0]:
             try:
                 shown += os.read(ours, 1 << 16).decode(errors="replace")
-            except OSError:  # the child has closed its end
+            except OSError:  # the child closed the terminal
                 break
             for percent in re.findall(r"random weights of llama-7b[^%]*?(\d+)%", shown):
                 if percent not in shards_there:
@@ -124,7 +124,7 @@ def test_large_weights_stream_shard_by_shard_and_show_progress(spacious):
     assert "model-00002-of-00002.safetensors" in shards_there["100"]
     sizes = [file.stat().st_size for file in sorted(spacious.rglob("model-*.safetensors"))]
     assert sizes == [pytest.approx(SHARD_BYTES, rel=0.01)] * 2
-    assert sum(sizes) > 2e9  # so all at once would not fit into what is asserted next
+    assert sum(sizes) > 2e9  # more than the memory asserted below
     assert 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", shown)[1]) < 2e9
 
 

@@ -1,4 +1,4 @@
-"""One reading of config.json: what is the same model, what is refused and how, and configs as they are on the hub."""
+"""Reading config.json: which configs are the same model, which are refused and how, and configs of the hub."""
 
 import copy
 import json
@@ -214,7 +214,7 @@ def test_what_paddle_does_not_offer(base, changes, reason):
     assert lacking is None if reason is None else reason in lacking
 
 
-# As they stand on the hub, with what training tools leave in them.
+# Configs of the hub, with keys that training tools leave in them.
 PUBLISHED = {
     "SmolLM2-135M": {
         "architectures": ["LlamaForCausalLM"],
@@ -389,7 +389,7 @@ def test_each_key_is_read_in_one_way():
 
 
 class TestTensors:
-    """Tensors for which the config has no place, or which contradict it."""
+    """Tensors that the config does not describe or contradicts."""
 
     @pytest.fixture
     def folder(self, tmp_path):

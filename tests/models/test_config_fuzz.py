@@ -36,7 +36,7 @@ BASES = [
     {"model_type": "bloom", "n_layer": 2, "n_head": 4} | SHARED,
     {"model_type": "bloom", "n_layer": 2, "num_attention_heads": 4, "n_embed": 32, "vocab_size": 96},
 ]
-# Keys that are mapped, known or foreign, and names that mean something to a config class of either library.
+# Keys that are mapped, known or foreign, and attribute names of the libraries' config classes.
 KEYS = sorted(
     {key for base in BASES for key in base}
     | {key for family in FAMILIES.values() for key in (*family.unused, *family.only)}
@@ -111,7 +111,7 @@ def configs(draw):
 
 @pytest.fixture(scope="module")
 def sides():
-    """What asks a side for its answer to a folder: tests/losses_of.py of both frameworks."""
+    """A function that asks a side about a folder: tests/losses_of.py runs for both frameworks."""
     started = {}
     for framework in FRAMEWORKS:
         command = [ROOT / ".venv" / framework / "bin/python", "-P", ROOT / "tests/losses_of.py", framework]
@@ -158,7 +158,7 @@ def write(folder: Path, config: dict) -> None:
         shape = normalise(config) | {"initializer_range": 0.2}
     except ValueError:
         shape = normalise(BASES[0]) | {"initializer_range": 0.2}
-    if shape["vocab_size"] > 1000 or shape["hidden_size"] > 1000:  # too large to be written; tensors are missed then
+    if shape["vocab_size"] > 1000 or shape["hidden_size"] > 1000:  # too large to write: tensors are missing
         shape = normalise(BASES[0]) | {"initializer_range": 0.2}
     write_random(folder, Preset(shape, "float32"), 0)
     (folder / "config.json").write_text(json.dumps(config))

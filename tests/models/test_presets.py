@@ -1,4 +1,4 @@
-"""Each preset as the framework of this environment builds it, full size included: shapes alone, no memory."""
+"""Each preset, also at full size, as this environment's framework builds it: shapes without memory."""
 
 import math
 import sys

@@ -1,4 +1,4 @@
-"""Checkpoints on both sides: those of others, and those whose layers are cut in another way in Paddle."""
+"""Checkpoints on both sides: of other programs, and with layers that Paddle splits differently."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def test_chatglm2_and_back(monkeypatch, tmp_path):
     ids=lambda part: "".join(part),
 )
 def test_weights_are_whole_where_paddle_copies_them_as_to_a_gpu(alone, short, tmp_path, family, method, setup):
-    """A strided weight would be a slice of something else there."""
+    """A strided weight would read other bytes: Paddle copies bytes and strides into an empty tensor."""
     flags = [f"--model={family}-tiny", *short, *setup, "--out", tmp_path / "r.json"]
     run_program("tests/built_lazily.py", *flags, check=True, env={"TUNEBENCH_PROBE": f"paddle/finetune_{method}.py"})
     assert_one_curve(read_record(tmp_path / "r.json"), alone("paddle", family, method))

@@ -1,4 +1,4 @@
-"""Records that are kept in the repository: whole, and without what belongs to the machine that they were made on."""
+"""Records kept in the repository: complete, and without names or paths of the machine that made them."""
 
 import pytest
 from conftest import ROOT, refusal, run_program
@@ -9,7 +9,7 @@ LINE = (ROOT / "tests" / "data" / "quick.jsonl").read_bytes().splitlines()[0]
 
 
 def written(folder, **changes):
-    """A real record, with changes, as a run would have written it in a folder of results."""
+    """A real record with changes, written to a results folder as a run writes it."""
     record = parse_record(LINE)
     argv = [*record.argv[:-1], "--out=/home/somebody/results/quick/pair/paddle-r1.json"]
     record = record.model_copy(update={"argv": argv, "log": ["/home/somebody"]} | changes)

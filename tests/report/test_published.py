@@ -1,4 +1,4 @@
-"""The published record: its runs as data give back its tables cell by cell, and stand beside runs of one's own."""
+"""The published record: its data give its tables cell by cell, and its rows stand beside a user's own runs."""
 
 import csv
 import io
@@ -193,7 +193,7 @@ def here(framework: str, rate: float, model: str = "llama-7b", status: str = "ok
 
 
 def beside(records: list[Record], runs: list[PublishedRecord]) -> dict[tuple[str, str, int], list]:
-    """What found a counterpart, by framework, setup and batch size."""
+    """The runs that found a counterpart, by framework, setup and batch size."""
     found = {}
     for row in against(records, runs):
         if row.here_setup is not None:

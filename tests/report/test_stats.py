@@ -1,4 +1,4 @@
-"""What the statistics claim: about real runs of a side against itself, and about numbers made for the purpose."""
+"""The statistics' claims, checked on real runs of a side against itself and on generated numbers."""
 
 import math
 from collections import defaultdict
@@ -23,7 +23,7 @@ def records() -> list[Record]:
 
 @pytest.fixture(scope="module")
 def itself(records) -> list[SelfComparison]:
-    """Their comparisons, one for each thing that was run."""
+    """The comparisons of the A/A runs, one per row."""
     found = against_itself(records)
     assert sum(len(each.log_ratios) for each in found) * 2 == len(records) == 240
     return found
@@ -72,7 +72,7 @@ def test_the_interval_covers_a_true_difference(itself, rounds):
     ],
 )
 def test_a_true_difference_is_found(itself, rounds, shift, least, most):
-    """Or the tests above could not fail: b is so much faster, with the machine's own noise."""
+    """A difference that exists is found: b is faster by `shift`, with the machine's own noise."""
     assert least <= share([low > 0 for low, _ in resampled(itself, rounds, shift)]) <= most
 
 
@@ -84,13 +84,13 @@ def test_a_single_round_lies_within_the_noise(itself):
 
 
 def test_nothing_disturbed_the_recorded_runs(records):
-    """Each was timed for the five seconds that tell 1% of a core, and others took less than what disturbs a run."""
+    """Each run was timed for at least five seconds (which resolve 1% of a core), and none was disturbed."""
     assert min(record.conditions.seconds for record in records) >= 5.0
     assert max(record.disturbance[0] for record in records) < DISTURBED
 
 
 def test_rounds_that_are_not_side_by_side_are_noisier(itself, records):
-    """What pairing by rounds is for: b of another round against a has more noise."""
+    """Pairs of one round have less noise than pairs of different rounds."""
     paired = pooled_noise([each.log_ratios for each in itself]).deviation
     series = defaultdict(lambda: {"a": [], "b": []})
     for record in sorted(records, key=lambda record: record.started_at):
@@ -121,7 +121,7 @@ def test_pooled_noise_is_within_rows_and_by_t_of_six_degrees_at_most():
 
 
 def test_nine_of_ten_differences_of_one_round_lie_within_the_noise():
-    """Or more, since t is taken of few degrees of freedom: the noise of 8 rows of 4 rounds against new rounds."""
+    """At least 95% of new rounds lie within the noise of 8 rows of 4 rounds."""
     generator = np.random.default_rng(5)
     inside = 0
     for _ in range(1000):
@@ -149,7 +149,7 @@ def test_what_stands_apart():
     assert outlying([100, 101, 99, 100.5, 150]) == [4]
     assert outlying([100, 101, 99, 100.5, 50, 102]) == [4]
     assert outlying([100, 101, 99, 100.5, 105]) == []
-    assert outlying([100, 100.1, 150]) == []  # three do not tell
+    assert outlying([100, 100.1, 150]) == []  # three values are too few
     assert outlying([100, 100, 100, 100]) == []
 
 
@@ -157,12 +157,12 @@ def test_drift_is_of_the_same_batches_and_no_noise():
     batches = [0.1, 0.2, 0.15, 0.3, 0.12]
     steady = [second * (1 + 0.01 * (-1) ** i) for i, second in enumerate([*batches, *batches])]
     assert drift([steady]) is None
-    assert drift([[*steady[:5], 9.0, *steady[5:]]]) is None  # of an odd number the middle one is left out
+    assert drift([[*steady[:5], 9.0, *steady[5:]]]) is None  # the middle one of an odd number is left out
     warming = [second * (1.3 if i < 5 else 1.0) for i, second in enumerate(steady)]
     assert drift([warming]) == pytest.approx(1 / 1.3 - 1, abs=0.03)
     slowing = [second * (1.0 if i < 5 else 1.3) for i, second in enumerate(steady)]
     assert drift([slowing]) == pytest.approx(0.3, abs=0.03)
-    assert drift([[second * 1.3 ** (i % 2) for i, second in enumerate(slowing)]]) is None  # the noise may be the reason
+    assert drift([[second * 1.3 ** (i % 2) for i, second in enumerate(slowing)]]) is None  # noise may explain it
     assert drift([[1.0, 1.0]]) is None
     assert drift([[1.0, 1.04, 1.0, 1.04]]) is None  # less than 5%
 

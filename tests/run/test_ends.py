@@ -1,4 +1,4 @@
-"""How a run of several processes ends when one is killed, hangs or gets no memory: named, and nothing is left."""
+"""A run of several processes in which one is killed, hangs or gets no memory: it is named, and no process is left."""
 
 import contextlib
 import json
@@ -32,14 +32,14 @@ class Started:
         )
 
     def wait_for(self, line):
-        """Reads what the run prints up to a line that starts so."""
+        """Reads the run's output up to a line that starts with `line`."""
         for printed in self.supervisor.stdout:
             if printed.startswith(line):
                 return
         raise AssertionError(f"ended with {self.supervisor.wait()}")
 
     def left(self):
-        """The launcher and all below it: they inherit what the supervisor tells its workers."""
+        """The launcher and all processes below it. They inherit the supervisor's environment variables."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -67,7 +67,7 @@ class Started:
 
 @pytest.fixture
 def start(tmp_path):
-    """Starts a run, up to its first step; what is left of it after the test is killed."""
+    """A function that starts a run and waits for its first step. What is left after the test is killed."""
     runs = []
 
     def start(framework, *flags):
@@ -111,7 +111,7 @@ class TestEnds:
     @pytest.mark.parametrize("nproc", [1, 2])
     def test_a_process_that_gets_no_memory(self, start, tmp_path, framework, nproc):
         data = tmp_path / "data.json"
-        lengths = [2] * 800 + [500] * 160  # that of the first 50 steps, which leave time to set the limit
+        lengths = [2] * 800 + [500] * 160  # the first 50 steps are short and leave time to set the limit
         data.write_text(json.dumps([{"instruction": "one " * length, "output": "two"} for length in lengths]))
         run = start(framework, f"--data={data}", "--bsz=16", "--steps=60", "--no-paired-halves", f"--nproc={nproc}")
         worker = run.worker(1) if nproc == 2 else psutil.Process(run.supervisor.pid)
@@ -125,13 +125,13 @@ class TestEnds:
 
 @pytest.mark.frameworks
 def test_a_rank_that_hangs_ends_at_the_timeout(start):
-    """On each framework; they wait at the same time."""
+    """Both frameworks run at the same time, because the test mostly waits."""
     runs = []
     for framework in FRAMEWORKS:
-        run = start(framework, *LONG, "--timeout=50")  # gloo's own limit is 30 s, from the stop on
+        run = start(framework, *LONG, "--timeout=40")  # before gloo's own limit, 30 s from the stop on
         run.worker(1).send_signal(signal.SIGSTOP)
         runs.append((framework, run, time.monotonic()))
     for framework, run, stopped in runs:
-        record = run.end(within=stopped + 70 - time.monotonic())
+        record = run.end(within=stopped + 60 - time.monotonic())
         assert (record.framework, record.status, run.supervisor.returncode) == (framework, "timeout", 124)
-        assert record.reason.startswith("not done within --timeout 50 s, after step ")
+        assert record.reason.startswith("not done within --timeout 40 s, after step ")

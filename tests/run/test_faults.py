@@ -1,4 +1,4 @@
-"""What goes wrong around runs: no room on the disk, no memory, kills at any moment. Named, and nothing lost."""
+"""Faults around runs: a full disk, no memory, kills at any moment. Each is named and loses nothing."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from tunebench.record import read_record
 
 pytestmark = pytest.mark.frameworks
 
-# Runs a shell script in $0, a disk of its own of 256 KiB; what is on it in the end is copied to $1.
+# Runs a shell script in $0, where a disk of 256 KiB is mounted. Its content is copied to $1 at the end.
 DISK = """
 mount -t tmpfs -o size=256k none "$0" || exit 99
 fill() { cat /dev/zero >"$0/filler" 2>/dev/null; }
@@ -26,7 +26,7 @@ cp -a "$0/." "$1"
 
 
 def on_a_small_disk(tmp_path: Path, script: str, environment: dict[str, str]) -> tuple[str, Path]:
-    """What the script printed, and the folder that what it left was copied to."""
+    """Returns the script's output and the folder that holds the copy of the disk."""
     disk, copy = tmp_path / "disk", tmp_path / "copy"
     disk.mkdir()
     copy.mkdir()
@@ -63,6 +63,19 @@ def test_a_full_disk_ends_a_suite_in_one_line_and_keeps_what_is_there(tmp_path):
     assert [read_record(file).status for file in copy.rglob("*.json")] == ["ok", "ok"]
 
 
+def test_weights_for_which_there_is_no_room_are_named_before_they_are_written(tmp_path):
+    script = f"'{ROOT}/.venv/torch/bin/python' '{ROOT}/torch/finetune_full.py' --model=llama-65b"
+    printed, copy = on_a_small_disk(
+        tmp_path, f'{script} 2>&1; echo "ended: $?"', {"TUNEBENCH_CACHE": str(tmp_path / "disk")}
+    )
+    expected = f"the random weights of llama-65b take 130.57 GB, and {tmp_path}/disk/checkpoints has 0.00 GB free"
+    assert printed.splitlines() == [
+        f"finetune_full.py: {expected}; make room there, or TUNEBENCH_CACHE names another folder",
+        "ended: 2",
+    ]
+    assert not [file for file in copy.rglob("*") if file.is_file() and file.suffix != ".lock"]
+
+
 @pytest.mark.parametrize(("framework", "nproc"), [("torch", 1), ("paddle", 2)])
 def test_a_record_that_has_no_room_is_named_and_the_old_one_stays(tmp_path, framework, nproc):
     script = f"'{ROOT}/.venv/{framework}/bin/python' '{ROOT}/{framework}/finetune_full.py'"
@@ -90,7 +103,7 @@ def test_a_record_that_has_no_room_is_named_and_the_old_one_stays(tmp_path, fram
 
 @pytest.fixture
 def cgroup():
-    """A function that puts the process which calls it into a cgroup of so many bytes."""
+    """A function that moves the calling process into a cgroup with a memory limit in bytes."""
     roots = [Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")]
     root = next((root for root in roots if (root / "cgroup.procs").exists()), roots[-1])
     group = root / f"tunebench-{os.getpid()}"
@@ -115,7 +128,7 @@ def cgroup():
 
 
 def test_a_process_that_the_kernel_ends_for_want_of_memory_is_oom(tmp_path, cgroup):
-    """In a cgroup that holds the runner, but no framework."""
+    """The cgroup's memory is enough for the runner and too little for a framework."""
     lora = 'name = "lora"\nscript = "finetune_lora.py"\nflags = { steps = 20, recompute = true }'
     assert lora in SUITE
     (tmp_path / "mini.toml").write_text(
@@ -147,6 +160,6 @@ def test_a_process_that_the_kernel_ends_for_want_of_memory_is_oom(tmp_path, cgro
 
 
 def test_a_random_kill_loses_no_finished_record():
-    """tests/stress.py, of which a long run is for a person to start: --kills 200."""
+    """Runs tests/stress.py briefly. A long run is started by hand: --kills 200."""
     done = run_program("tests/stress.py", "--kills=1", check=True)
     assert "none lost or broken" in done.stdout

@@ -1,4 +1,4 @@
-"""Who may start the processes of a run: torchrun, Paddle's launcher, Slurm, a launch per node; and what is refused."""
+"""What may start the processes of a run: torchrun, Paddle's launcher, Slurm, one launch per node; and refusals."""
 
 import os
 import socket
@@ -24,7 +24,7 @@ LAUNCHERS = {
 
 @pytest.fixture
 def launch(short, tmp_path):
-    """Starts a script, by this interpreter or by `launcher`; what still runs after the test is ended."""
+    """A function that starts a script, directly or by `launcher`. What still runs after the test is ended."""
     started = []
 
     def start(framework, out, *flags, launcher=(), env=None):
@@ -99,11 +99,11 @@ def test_two_nodes(alone, launch, tmp_path, framework):
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_two_runs_at_the_same_time(alone, launch, tmp_path, framework, monkeypatch):
-    """Each with the threads that a user's runs have: its processes share the cores."""
+    """Each run has as many threads as a user's: its processes share the cores."""
     for run in "ab":
         launch(framework, f"{run}.json", "--nproc=2", env={"OMP_NUM_THREADS": None})
     launch.wait()
-    one = alone(framework, "llama", "full")  # with the threads of all tests, which share it
+    one = alone(framework, "llama", "full")  # with the tests' one thread: other tests use this record too
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     cores = int(maths_settings()["OMP_NUM_THREADS"])
     for run in "ab":

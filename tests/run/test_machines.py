@@ -1,4 +1,4 @@
-"""Other people's machines: their environment variables, locales, streams, homes, users and host names."""
+"""Properties of other machines: environment variables, locales, streams, home folders, users and host names."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def data(tmp_path):
 
 
 def as_other_user(function):
-    """What `function` returns, or the error it raises, as text, in a process of a user with no rights."""
+    """Calls `function` as a user without rights; returns its result, or the error as text."""
     if os.geteuid():
         pytest.skip("only root can become another user")
     reader, writer = os.pipe()
@@ -62,7 +62,7 @@ def as_other_user(function):
 
 
 def opened_to_all(folder: Path) -> Path:
-    """The folder, after those above it let everyone through."""
+    """Lets every user enter the folders above `folder`; returns it."""
     for each in (folder, *folder.parents):
         if each != Path("/tmp") and each.stat().st_uid == os.geteuid() and each != Path("/"):
             each.chmod(each.stat().st_mode | 0o055)
@@ -72,7 +72,7 @@ def opened_to_all(folder: Path) -> Path:
 def test_what_is_recorded_of_the_environment(monkeypatch):
     recorded = {"ATEN_CPU_CAPABILITY": "default", "LD_PRELOAD": "/x.so", "FLAGS_use_mkldnn": "1", "OMP_PROC_BIND": "1"}
     recorded |= dict.fromkeys(("ONEDNN_MAX_CPU_ISA", "TORCHDYNAMO_DISABLE", "GLIBC_TUNABLES", "NCCL_ALGO"), "x")
-    recorded |= dict.fromkeys(("FLAGS_cudnn_dir", "TORCHINDUCTOR_FX_GRAPH_CACHE"), "0")  # switches, no places
+    recorded |= dict.fromkeys(("FLAGS_cudnn_dir", "TORCHINDUCTOR_FX_GRAPH_CACHE"), "0")  # switches, not paths
     recorded |= dict.fromkeys(("PYTORCH_ALLOC_CONF", "MALLOC_ARENA_MAX", "USE_CASUAL_MASK", "TRITON_DEBUG"), "x")
     left_out = (
         "TORCHELASTIC_RUN_ID",
@@ -92,7 +92,7 @@ def test_what_is_recorded_of_the_environment(monkeypatch):
     )
     for name in (*recorded, *left_out):
         monkeypatch.setenv(name, recorded.get(name, "x"))
-    monkeypatch.setenv("LD_LIBRARY_PATH", "/\udcff")  # a record holds text
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/\udcff")  # a record holds valid text
     found = hardware.read_environment.__wrapped__()
     assert recorded.items() <= found.items()
     assert not set(left_out) & set(found)
@@ -240,7 +240,7 @@ def test_the_lock_of_another_users_cache(monkeypatch, tmp_path):
         with only_one("things"):
             return "held"
 
-    assert as_other_user(hold) == "held"  # where nobody made one, and this user cannot
+    assert as_other_user(hold) == "held"  # nobody made the file, and this user cannot
     assert hold() == "held"
     assert as_other_user(hold) == "held"
     said = as_other_user(lambda: write_atomically(tmp_path / "x", b""))
@@ -325,5 +325,5 @@ def test_one_node_needs_no_name_and_records_what_the_user_had(data, tmp_path, fr
     given |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
     found = record.hardware.environment
     assert given.items() <= found.items()
-    # Nothing that a launcher or a framework has set.
+    # None is set by a launcher or a framework.
     assert set(found) - set(given) <= set(os.environ) | {"MKL_DEBUG_CPU_TYPE"}

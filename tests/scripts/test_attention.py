@@ -1,4 +1,4 @@
-"""The attention kernels: the same losses from each, on every family, and the record says which one ran."""
+"""The attention kernels: equal losses from each on every family, and the record names the one that ran."""
 
 import pytest
 from conftest import train, train_altered
@@ -31,7 +31,7 @@ def test_fused_with_adapters_and_recompute(alone, short, tmp_path, framework):
 
 
 def test_another_kernel_is_not_passed_off_as_flash(short, tmp_path):
-    """torch may be told, or find, that it cannot use its flash kernel: then a run of `flash` is no result."""
+    """A run of `flash` fails where torch does not use its flash kernel."""
     switch = "import torch; torch.backends.cuda.enable_flash_sdp(False)"
     flags = ["--model=llama-tiny", *short]
     flash = train_altered(switch, "torch", "full", tmp_path / "flash", *flags, "--attention=flash")

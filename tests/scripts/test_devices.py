@@ -27,7 +27,7 @@ KINDS = (
 
 
 class OneDevice(TorchDispatchMode):
-    """Raises where an operation meets a tensor of the CPU that has elements to copy. Scalars may come from there."""
+    """Raises where an operation gets a CPU tensor with elements to copy. CPU scalars are allowed."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for value in tree_leaves((args, kwargs or {})):
@@ -42,7 +42,7 @@ def test_a_step_meets_one_device_and_reads_nothing_back(script, family, kind):
     flags, _, plan, world = script["JOB"]
     flags = flags.model_copy(update=kind)
     if family == "bloom" and flags.padding_free:
-        flags = flags.model_copy(update={"attention": "sdpa"})  # its eager attention has no positions
+        flags = flags.model_copy(update={"attention": "sdpa"})  # eager attention has no positions there
     group = script["parallel"].join(flags, world)._replace(device=torch.device("meta"))
     model = script["build_model"](flags, find_checkpoint(f"{family}-tiny", "random", 0), group)
     held = [*model.named_parameters(), *model.named_buffers()]

@@ -1,4 +1,4 @@
-"""The frameworks' faults that the scripts work around: that they are there, and that the work-arounds are right.
+"""Faults of the frameworks that the scripts work around: each exists, and each work-around is correct.
 
 Where "is still needed" fails, the framework has mended its fault: remove the work-around.
 """
@@ -14,7 +14,7 @@ from conftest import HERE, ROOT
 
 @pytest.fixture
 def gradient():
-    """An embedding's: 8192 rows of 256, the first, frequent tokens' rows far larger than the last."""
+    """The gradient of an embedding: 8192 rows of 256. The rows of frequent tokens, the first, are the largest."""
     rows = np.random.default_rng(0).standard_normal((8192, 256)) / np.arange(1, 8193)[:, None]
     return rows.astype(np.float32)
 
@@ -59,7 +59,7 @@ def test_exact_norms_are_still_needed(gradient):
 
 @pytest.mark.parametrize("model", ["llama-tiny", "bloom-tiny"])
 def test_lora_with_recompute_runs_every_layer_twice(model, monkeypatch):
-    """On both sides, the first layer behind the frozen embedding too: else a pair would not do the same work."""
+    """Both sides recompute the first layer behind the frozen embedding too, and so do the same work."""
     monkeypatch.syspath_prepend(ROOT / HERE)
     arguments = [f"--model={model}", "--bsz=1", "--samples=2", "--steps=2", "--warmup-steps=1", "--recompute"]
     monkeypatch.setattr(sys, "argv", ["finetune_lora.py", *arguments])

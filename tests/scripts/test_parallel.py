@@ -1,4 +1,4 @@
-"""Several processes for real: the arithmetic of one."""
+"""Runs of several processes: their arithmetic is that of one process."""
 
 import itertools
 import os
@@ -11,8 +11,8 @@ from tunebench.record import read_record
 from tunebench.run.place import read_world
 from tunebench.world import expand, share_threads
 
-# Each way of splitting, and with accumulation those that tell the last pass of a step from others; numbers of
-# processes, families and methods by turns.
+# Each way of splitting work. Those that treat the last pass of a step differently also run with accumulation. Numbers
+# of processes, families and methods alternate.
 SETUPS = [
     ("llama", "full", ["--zero=3"]),
     ("llama", "full", ["--mp=2", "--micro-bsz=4"]),
@@ -64,7 +64,7 @@ def test_several_processes_do_the_arithmetic_of_one(alone, short, tmp_path, fram
     ],
 )
 def test_both_frameworks_do_the_same(alone, family, method):
-    """The families that test_scripts.py does not compare. ChatGLM2's layers differ between the sides."""
+    """The families that test_scripts.py does not compare. The layers of ChatGLM2 differ between the frameworks."""
     torch, paddle = (alone(framework, family, method) for framework in ("torch", "paddle"))
     assert_one_model(torch, paddle)
     assert_one_curve(torch, paddle)
@@ -77,7 +77,7 @@ def test_what_a_framework_does_not_offer_is_unsupported(short, tmp_path):
     record = read_record(tmp_path / "r.json")
     assert record.status == "unsupported"
     assert "peft" in record.reason
-    # Its LoRA is on layers that are cut by their inputs too, so that A is a slice: a test of these start values.
+    # Its LoRA also adapts layers split along their inputs. A is a slice there: this tests its start values.
     one = train("paddle", "lora", tmp_path / "1.json", "--model=chatglm2-tiny", *short)
     two = train("paddle", "lora", tmp_path / "2.json", "--model=chatglm2-tiny", "--mp=2", *short)
     assert two.steps.loss == pytest.approx(one.steps.loss, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Low precision: what is computed in it and what is not, and that a precision which is not obeyed is no result."""
+"""Low precision: what is computed in it and what is not. A run in another precision than asked for fails."""
 
 import pytest
 from conftest import run_program, train, train_altered
@@ -14,7 +14,7 @@ NAMES = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def assert_close(record, exact):
-    """Within what tunebench/report/parity.py takes for one training."""
+    """Asserts that two curves are one training by the limits of tunebench/report/parity.py."""
     tolerance = TOLERANCES[record.setup.dtype]
     assert record.steps.loss[0] == pytest.approx(exact.steps.loss[0], rel=tolerance.first_loss)
     assert record.steps.loss == pytest.approx(exact.steps.loss, rel=tolerance.loss)
@@ -51,7 +51,7 @@ def test_torch_trains_in_low_precision_on_a_cpu(alone, short, tmp_path, family, 
 
 @pytest.mark.parametrize(("setup", "ranks"), [([], 1), (["--zero=2", "--nproc=2"], 2)])
 def test_master_weights_are_float32(tmp_path, setup, ranks):
-    """O2, per weight: 2 bytes of it, 2 of its gradient, and over the ranks 4 of its master weight and 8 of moments."""
+    """Bytes per weight with O2: weight 2, gradient 2, and over the ranks master weight 4, moments 8."""
     flags = [f"--model={MODEL}", "--bsz=2", "--steps=2", "--warmup-steps=1", "--dtype=bf16", "--amp=O2"]
     held, record = probe("torch", "full", tmp_path, *flags, *setup)
     weights = record.model.parameters
@@ -68,13 +68,13 @@ FEW = ["--model=llama-tiny", "--bsz=4", "--steps=3", "--warmup-steps=1"]
 
 @pytest.fixture(scope="module")
 def still(tmp_path_factory):
-    """A run whose steps train nothing."""
+    """Every step of the run overflows and trains nothing."""
     return train("torch", "full", tmp_path_factory.mktemp("still") / "r.json", *FEW, "--lr=1e-30")
 
 
 @pytest.mark.parametrize("setup", [["--zero=1"], ["--nproc=2"]], ids=" ".join)
 def test_fp16_skips_the_steps_that_overflow(still, tmp_path, setup):
-    """The loss, scaled by 2**16 and doubled for the mean of two replicas, is too much for float16, once."""
+    """The loss, scaled by 2**16 and doubled for the mean of two replicas, overflows float16 once."""
     record = train("torch", "full", tmp_path / "r.json", *FEW, "--dtype=fp16", "--amp=O1", *setup)
     assert record.steps.grad_norm[0] is None
     assert record.skipped_steps == 1
@@ -93,7 +93,7 @@ def test_what_paddle_cannot_do_on_a_cpu_is_unsupported(short, tmp_path):
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "full"), ("llama", "lora"), ("bloom", "lora")])
 def test_paddle_gets_as_far_as_a_cpu_lets_it(short, tmp_path, family, method):
-    """At O2 the model, its adapters and its optimizer are made: what is missing is the first layer's kernel."""
+    """With O2 a CPU builds model, adapters and optimizer. The first layer has no kernel there."""
     offered = "import tunebench.run.start as start; start.not_offered = lambda *_: None"
     flags = [f"--model={family}-tiny", *short, "--dtype=bf16", "--amp=O2"]
     record = train_altered(offered, "paddle", method, tmp_path / "r.json", *flags)
@@ -106,7 +106,7 @@ def test_paddle_gets_as_far_as_a_cpu_lets_it(short, tmp_path, family, method):
 @pytest.mark.parametrize(
     ("framework", "code", "what"),
     [
-        # Paddle's own autocast, on a CPU: it warns and computes in float32.
+        # On a CPU, Paddle's autocast warns and computes in float32.
         ("paddle", "import tunebench.run.start as start; start.not_offered = lambda *_: None", "matrix products"),
         ("torch", "import precision; precision.autocast_forward = lambda *_: None", "matrix products"),
     ],

@@ -1,4 +1,4 @@
-"""The four scripts for real: both frameworks on the same work, the records they leave, and how they end."""
+"""The four scripts: both frameworks do the same work, the records that they leave, and how they end."""
 
 import csv
 import datetime
@@ -39,7 +39,7 @@ SHORT = ["--model=llama-tiny", "--bsz=2", "--samples=10", "--steps=3", "--warmup
 
 @pytest.fixture(scope="module")
 def records(alone):
-    """The records of 10 steps by (family, method, framework), all from the same start on the same tokens."""
+    """The records of 10 steps by (family, method, framework), all from the same start weights on the same tokens."""
     return {
         (family, method, framework): alone(framework, family, method)
         for family in FAMILIES
@@ -68,7 +68,7 @@ class TestPairs:
         assert parity(paddle, torch) < 1e-4
 
     def test_they_learn(self, records, family, method):
-        """The second half of the eight timed steps sees the batches of the first again."""
+        """The second half of the eight timed steps repeats the batches of the first."""
         loss = records[family, method, "torch"].steps.loss
         assert all(again < first for first, again in zip(loss[2:6], loss[6:], strict=True))
 
@@ -123,7 +123,7 @@ def test_accumulation_and_recompute_change_nothing(records, short, tmp_path, fra
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "full"), ("bloom", "lora")])
 def test_recompute_saves_memory_and_nothing_else(tmp_path, family, method):
-    """With this batch, activations are most of what a run holds. Its samples are of ordinary length.
+    """With this batch, activations are most of a run's memory. Samples have ordinary lengths.
 
     When the backward pass begins, those of all layers are held; with recompute, those of the layer that is at work.
     Eager attention's probabilities (samples x heads x width x width) are a part of them that the backward pass cannot
@@ -133,7 +133,7 @@ def test_recompute_saves_memory_and_nothing_else(tmp_path, family, method):
     layers = config.get("num_hidden_layers") or config["n_layer"]
     heads = config.get("num_attention_heads") or config["n_head"]
     flags = [f"--model={family}-tiny", f"--bsz={bsz}", "--samples=40", "--steps=2", "--warmup-steps=1", "--seed=1"]
-    # Large blocks go back to the system when freed: glibc keeps some, so that equal runs' peaks differ by up to 100 MB.
+    # Freed large blocks go back to the system. By default glibc keeps some, and peaks of equal runs differ by 100 MB.
     env = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     both = {}
     for framework in FRAMEWORKS:
@@ -152,7 +152,7 @@ def test_recompute_saves_memory_and_nothing_else(tmp_path, family, method):
 
 
 def test_a_checkpoint_folder_in_shards_with_its_own_tokenizer(tmp_path):
-    """--weights pretrained on both sides: shards, half precision on disk, and the checkpoint's tokenizer."""
+    """--weights pretrained on both sides: shards, half precision on the disk, the checkpoint's own tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     source = PRESETS["bloom-tiny"]
@@ -206,7 +206,7 @@ def with_setup(record: Record, **changes) -> Record:
 
 
 def steady(record: Record) -> Record:
-    """The record of a run as long as this one, but on a quiet machine without noise, so that no note is about that."""
+    """The record of a run of this length on a quiet machine without noise. No note mentions noise then."""
     timed, tokens = slice(record.timed_from, None), record.steps.padded_tokens
     cost = sum(record.steps.seconds[timed]) / sum(tokens[timed])
     steps = record.steps.model_copy(update={"seconds": [count * cost for count in tokens]})
@@ -214,7 +214,7 @@ def steady(record: Record) -> Record:
 
 
 def conditions(others: float = 0.0, **changes) -> Conditions:
-    """What ten seconds of a run on two cores were like, of which others took a share of a core."""
+    """Conditions of ten seconds on two cores of which other programs took `share` cores."""
     known = {"seconds": 10.0, "cores": 2, "busy_core_seconds": 20.0, "steal_core_seconds": 0.0}
     known |= {"idle_core_seconds": 0.0, "own_core_seconds": 20.0 - 10.0 * others, "run_delay_seconds": 0.1}
     known |= {"takers": [], "involuntary_switches": 3, "major_faults": 0, "swapped_bytes": 0, "gpus": []}
@@ -336,7 +336,7 @@ class TestTables:
             assert told == said, note
             ratio = "paddle's steps ÷ torch's changed by +20% in the second half of the timed ones" in note
             assert ratio == said, note
-            # Of batches that do not come twice nothing is said.
+            # Without repeated batches there is no statement.
             tokens = [count + i for i, count in enumerate(other.steps.effective_tokens)]
             steps = other.steps.model_copy(update={"effective_tokens": tokens})
             note = join([other.model_copy(update={"steps": steps}), paddle])[0].note or ""
@@ -454,7 +454,7 @@ class TestTables:
         assert row.round_noise == pytest.approx(statistics.stdev(ratios))
 
     def test_a_round_that_was_run_again_keeps_its_place(self, records):
-        """The first round was measured last: by the files' names it is still the first."""
+        """The first round was measured last. The files' names, not the times, number the rounds."""
         torch, paddle = records["llama", "full", "torch"], records["llama", "full", "paddle"]
         rounds = []
         for number, (factor, minute) in enumerate(((1.0, "09"), (2.0, "02"), (3.0, "03")), 1):
@@ -487,7 +487,7 @@ class TestTables:
         assert "2 round(s) left out" in row.note
         (row,) = join(stitched)
         assert (row.speedup, row.refusal) == (None, "no complete round")
-        # Three runs of half an hour may lie between the starts of two that take as long.
+        # Runs of half an hour: up to three of them may lie between two starts.
         long = [r.model_copy(update={"setup_seconds": 1800.0}) for r in stitched]
         assert join(long)[0].rounds == 1
 
@@ -592,7 +592,7 @@ class TestTables:
         assert "torch's runner-up is MP 4, fp32 (-22.8%, told apart)" in row.note
         assert "minutes apart" not in row.note
         far = [at(r, 40 * n + 8 * bool(r.setup.zero), n) for n, r in zip((1, 2, 3) * 4, runs, strict=True)]
-        long = [r.model_copy(update={"setup_seconds": 1800.0}) for r in far]  # so that no pause lies between them
+        long = [r.model_copy(update={"setup_seconds": 1800.0}) for r in far]  # then there is no pause between them
         *_, row = join(long)
         assert "its sides ran up to 8 minutes apart" in row.note
         one = [r.model_copy(update={"conditions": conditions(0.5)}) if i == 6 else r for i, r in enumerate(runs)]
@@ -728,7 +728,7 @@ sys.path.insert(0, {root!r})
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_the_root_is_not_on_the_path_of_a_process_that_trains(tmp_path, framework):
-    """Even where it was at first, as some editors have it."""
+    """Also where sys.path starts with the root, as some editors set it."""
     code = SPY.format(seen=str(tmp_path / "seen.json"), root=str(ROOT))
     train_altered(code, framework, "lora", tmp_path / "r.json", *SHORT)
     path, found = json.loads((tmp_path / "seen.json").read_text())

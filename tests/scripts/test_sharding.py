@@ -1,4 +1,4 @@
-"""It really shards: the bytes of weights, gradients and optimizer states that each process holds, against the stage.
+"""ZeRO and tensor parallel shard: bytes of weights, gradients and optimizer states per process, by stage.
 
 The bytes are those of tensors (tests/bytes_held.py), counted at the last of a few real steps. What the frameworks keep
 beyond an even share is stated where it is tested.
@@ -23,7 +23,7 @@ LARGEST_OF_A_LAYER = SHAPE["intermediate_size"] * HIDDEN * FLOAT
 
 
 class Whole(NamedTuple):
-    """What a single process holds, in bytes."""
+    """Bytes that a single process holds."""
 
     weights: int
     rest: int
@@ -48,7 +48,7 @@ def count(work, tmp_path):
 
 @pytest.fixture(scope="module")
 def alone(work, tmp_path_factory):
-    """What one process holds, by framework; checked against the model's size, which checks the counting."""
+    """Bytes that one process holds, by framework. They must match the model's size, which tests the counting."""
     made = {}
 
     def whole(framework):
@@ -66,7 +66,7 @@ def alone(work, tmp_path_factory):
 
 
 def most(framework: str, whole: Whole) -> int:
-    """What a process may hold beside the counted kinds; DeepSpeed sends gradients from a bucket of a million."""
+    """Bytes that a process may hold beside the counted kinds. DeepSpeed has a bucket of a million gradients."""
     return whole.rest + MIB + (2**20 * FLOAT if framework == "torch" else 0)
 
 
@@ -102,7 +102,7 @@ def test_zero_1_shards_optimizer_states(alone, count, framework):
 
 
 def test_zero_2_shards_gradients_on_torch(alone, count):
-    """As zero 1, but the others' gradients are let go in each pass."""
+    """As ZeRO 1, but each pass frees the gradients of other ranks."""
     whole, (ranks, _) = alone("torch"), count("torch", "full", "--zero=2", "--nproc=2", "--micro-bsz=1")
     share = whole.weights / 2
     for held in ranks:

@@ -1,4 +1,4 @@
-"""Less work, same result: without padding, packed, losses at labels alone, the leaner kernels, and --tuned."""
+"""The same result with less work: no padding, packing, losses at labels alone, leaner kernels, and --tuned."""
 
 import functools
 import json
@@ -17,7 +17,7 @@ from tunebench.plan import IGNORED, MicroBatch
 from tunebench.run.start import prepare_compiler
 from tunebench.run.unsupported import not_offered
 
-IN_ORDER = ["--tuned", "--order=plan"]  # in grouped batches the steps would be others
+IN_ORDER = ["--tuned", "--order=plan"]  # grouped batches would be other steps
 
 
 def same_curves(fast, plain):
@@ -71,7 +71,7 @@ def test_same_curves_on_two_processes(alone, short, tmp_path, framework, method,
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", ["torch", "paddle"])
 def test_packed_rows_train_as_their_samples_padded(short, tmp_path, framework):
-    """All eight samples are a step in either run; packed, in two rows."""
+    """A step has all eight samples in both runs; packed, they fill two rows."""
     samples = json.loads(Path(short[0].removeprefix("--data=")).read_text(encoding="utf-8"))[:8]
     (tmp_path / "eight.json").write_text(json.dumps(samples))
     flags = ["--model=llama-tiny", f"--data={tmp_path / 'eight.json'}", "--steps=4", "--warmup-steps=1"]
@@ -115,7 +115,7 @@ def test_no_token_of_a_sample_changes_another_sample(script, kind):
 @pytest.mark.skipif(HERE != "torch", reason="Paddle has no compiler for CPUs")
 @pytest.mark.parametrize("padding_free", [False, True])
 def test_the_layers_are_compiled(script, tmp_path, padding_free):
-    """More of them than the number of codes (8) after which Dynamo would leave the rest as they are."""
+    """There are more layers than Dynamo's limit of compiled variants (8), after which it runs code uncompiled."""
     from torch._dynamo.utils import counters
 
     flags, _, plan, world = script["JOB"]
@@ -150,7 +150,7 @@ def test_the_layers_are_compiled(script, tmp_path, padding_free):
 
 @pytest.mark.skipif(HERE != "paddle", reason="flashmask is Paddle's")
 def test_flashmask_hides_what_is_of_other_samples(script):
-    """What flashmask is told, by its documented meaning; and that it takes it, up to a question for GPUs alone."""
+    """The indices for flashmask have their documented meaning, and it accepts them up to a check for GPUs."""
     import paddle
 
     attention = script["attention"]
@@ -171,7 +171,7 @@ def test_flashmask_hides_what_is_of_other_samples(script):
     one = paddle.rand([1, 6, 4, 16])
     from paddlenlp.transformers.llama.modeling import scaled_dot_product_attention
 
-    with pytest.raises(ValueError, match="FLAGS_cudnn_deterministic"):  # after its checks of shapes and dtypes
+    with pytest.raises(ValueError, match="FLAGS_cudnn_deterministic"):  # it has checked shapes and dtypes before
         attend = functools.partial(attention.attend_by_flashmask, scaled_dot_product_attention)
         attend(one, config, one, one, None, False, attn_mask_startend_row_indices=samples)
 

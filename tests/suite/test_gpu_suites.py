@@ -1,4 +1,4 @@
-"""The suites for GPUs, as far as they can be checked without one: their rows, their flags, and the models they build.
+"""The suites for GPUs, as far as a CPU can check them: rows, flags, and the models that they build.
 
 tests/full_size.py builds each run's model by shapes, at full size, with the script's own functions and the run's flags.
 """
@@ -24,10 +24,10 @@ from tunebench.run.unsupported import multiplies_float16, not_offered
 from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
 
 GPUS = {"a100x4": 4, "a100x4-as-published": 4, "h100x8": 8, "gpu1-80g": 1, "gpu1-24g": 1}
-# The runs of the others are like those of these, with other batch sizes or --tuned.
+# Other suites have the same runs with other batch sizes or --tuned.
 BUILT = ("a100x4", "a100x4-as-published", "h100x8")
 PAIRS = [(suite, pair.name) for suite in BUILT for pair in read_suite(find_suite(suite)).pair]
-MODELS = {"chatglm-6b": "chatglm2-6b"}  # the record's that have a stand-in
+MODELS = {"chatglm-6b": "chatglm2-6b"}  # models of the published record that another one stands in for
 
 
 @functools.cache
@@ -73,7 +73,7 @@ def test_flash_has_its_counterpart():
     flags = [run.flags for run in runs("h100x8")]
     assert {each.model for each in flags} == {name for name in PRESETS if "tiny" not in name}
     for each in flags:
-        # Of llama-65b in ZeRO 3, which Paddle is not expected to fit, one is enough.
+        # One run of llama-65b with ZeRO 3 is enough: Paddle is not expected to fit it.
         if each.attention == "flash" and (each.model, each.zero) != ("llama-65b", 3):
             assert each.model_copy(update={"attention": "eager"}) in flags
 
@@ -130,7 +130,7 @@ def test_every_published_row_is_there_as_it_was():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """What each run builds, by suite/pair and number of processes; made when a framework is first asked for."""
+    """A function that returns what a framework's runs build, by suite/pair and number of processes."""
     folder, made = tmp_path_factory.mktemp("built"), {}
 
     def results(framework):
@@ -161,7 +161,7 @@ def parameters(config: dict, **cut: int) -> int:
 
 
 def adapters(config: dict, rank: int, **cut: int) -> int:
-    """LoRA's weights: A and B of each adapted layer."""
+    """The number of LoRA's weights: A and B of each adapted layer."""
     return sum(
         rank * sum(shape)
         for name, shape in family_of(config | cut).tensors(config | cut).items()
@@ -170,7 +170,7 @@ def adapters(config: dict, rank: int, **cut: int) -> int:
 
 
 def check_counts(facts: dict, run: Planned, **cut: int) -> None:
-    """Parameters and trained ones are those that config and method ask for; a process holds its slice of them."""
+    """Asserts the numbers of all and of trained parameters, and that a process holds its slice of them."""
     config = PRESETS[run.flags.model].config
     whole, added = parameters(config, **cut), adapters(config, run.flags.lora_r, **cut)
     whole, trained = (whole + added, added) if run.entry.method == "lora" else (whole, whole)

@@ -50,7 +50,7 @@ def test_a_peer_gets_the_batches_of_the_script_and_the_same_losses(mini):
     assert peer.steps.loss == pytest.approx(ours.steps.loss, rel=1e-3)
     assert peer.versions["paddlenlp"] == ours.versions["paddlenlp"]
     assert "### Paddle, llama-tiny, Finetune: beside other trainers" in printed
-    assert printed.count("| paddlenlp-trainer") == 1  # one table for the round, not one for each run
+    assert printed.count("| paddlenlp-trainer") == 1  # one table per round, not per run
     assert "runs: 2, done already: 2" in finish_suite(start_suite(mini), 0)
     alone = combined([peer])
     assert alone.startswith("### Paddle, llama-tiny, Finetune: beside other trainers")

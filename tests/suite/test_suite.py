@@ -1,4 +1,4 @@
-"""The suite runner for real: what it writes, what it skips, and what is left when it or a run is killed."""
+"""The suite runner: what it writes, what it skips, and what is left when it or a run is killed."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from tunebench.record import read_record
 
 
 def wait_for(what, timeout: float = 60):
-    """The first true value of `what()`."""
+    """Calls `what` until its result is true; returns it."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         if found := what():
@@ -29,7 +29,7 @@ def wait_for(what, timeout: float = 60):
 
 
 def descendants(running: subprocess.Popen, program: str) -> list[psutil.Process]:
-    """All that the runner started, once `program` is among it; none before."""
+    """All processes that the runner started, or none while `program` is not among them."""
     found = psutil.Process(running.pid).children(recursive=True)
     return found if any(program in " ".join(process.cmdline()) for process in found) else []
 
@@ -202,11 +202,11 @@ class TestRounds:
         folder, _ = rounds
         results = folder / "results" / "mini" / "full"
         before = {file: file.stat().st_mtime_ns for file in results.iterdir()}
-        (results / ".torch-r1.json.abc").write_text("{")  # of a run that was killed while it wrote
+        (results / ".torch-r1.json.abc").write_text("{")  # left by a run killed while it wrote
         printed = finish_suite(start_suite(folder, "--repeats=2", "--only=full/*"), 0)
         assert "runs: 4, done already: 4" in printed
         assert "done already: full/torch r2: ok, " in printed
-        assert "llama-tiny" in printed.split("| Model")[1]  # the tables all the same
+        assert "llama-tiny" in printed.split("| Model")[1]  # the tables are printed nevertheless
         assert before == {file: file.stat().st_mtime_ns for file in results.iterdir()}
 
         (folder / "mini.toml").write_text(SUITE.replace('"finetune_full.py"', '"finetune_full.py"\npaddle={lr=2e-4}'))
@@ -235,14 +235,14 @@ def test_each_side_against_itself(mini):
     *_, line = (line for line in printed.splitlines() if line.startswith("| llama-tiny | Finetune | 1 "))
     assert f"| torch, fp32 | {b / a - 1:+.1%} " in " ".join(line.split())
     assert "Noise: the rounds of a side" in printed or "| disturbed: torch: others took " in printed
-    assert "Speedup |" not in printed  # they are no rounds of a pair
+    assert "Speedup |" not in printed  # they are not rounds of a pair
     printed = finish_suite(start_suite(mini, "--aa", "--repeats=2", "--only=full/torch"), 0)
     assert "runs: 4, done already: 4" in printed
 
 
 @pytest.mark.frameworks
 def test_killed_and_interrupted_then_gone_on_with(mini):
-    """A run is killed and the suite goes on; it is interrupted in the next run; a second call does the rest."""
+    """A run is killed and the suite continues. It is interrupted in the next run. A second call does the rest."""
     results = mini / "results" / "mini"
     running = start_suite(mini, "--only=*/torch", "--fresh")
     child = wait_for(lambda: descendants(running, "finetune_full.py"))[0]
@@ -251,7 +251,7 @@ def test_killed_and_interrupted_then_gone_on_with(mini):
     child.kill()
     wait_for(lambda: (results / "lora" / "torch-r1.log").exists() and descendants(running, "finetune_lora.py"))
 
-    second = start_suite(mini, "--suite=quick")  # any suite: they share the machine
+    second = start_suite(mini, "--suite=quick")  # any other suite: suites share the machine
     _, errors = second.communicate(timeout=60)
     assert second.returncode == 2
     assert errors.startswith(f"run_all.sh: {mini / 'results'} is in use by process {running.pid} (run_all.sh --suite=")
@@ -284,7 +284,7 @@ def test_killed_and_interrupted_then_gone_on_with(mini):
 @pytest.mark.frameworks
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_nothing_outlives_the_runner(mini, number):
-    """It ends while a run has a child of its own, data/prepare.py."""
+    """The runner ends while a run has a child of its own, data/prepare.py."""
     running = start_suite(mini, TUNEBENCH_CACHE=str(mini / "cache"))
     started = wait_for(lambda: descendants(running, "prepare.py"))
     assert len(started) >= 2

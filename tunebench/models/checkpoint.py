@@ -22,7 +22,7 @@ from tunebench.files import cache_folder, only_one
 from tunebench.models.config import read_config
 from tunebench.models.families import HEAD, Family, family_of
 from tunebench.models.presets import PRESETS
-from tunebench.models.random_weights import FINGERPRINT, WRITER_VERSION, write_random
+from tunebench.models.random_weights import FINGERPRINT, WRITER_VERSION, random_bytes, write_random
 from tunebench.models.shards import INDEX, bytes_of, sha256_of, weight_file_name, weight_files
 from tunebench.record import Built, Work
 
@@ -185,14 +185,21 @@ def random_folder(name: str, seed: int, layers: int | None) -> Path:
 
 
 def _random_checkpoint(name: str, seed: int, layers: int | None) -> Checkpoint:
-    folder = random_folder(name, seed, layers)
+    folder, preset = random_folder(name, seed, layers), PRESETS[name].cut(layers)
     with only_one("checkpoints"):
         if not folder.exists():
             part = folder.with_name(f".{folder.name}.part")
             shutil.rmtree(part, ignore_errors=True)
             try:
                 part.mkdir(parents=True)
-                write_random(part, PRESETS[name].cut(layers), seed, description=f"random weights of {name}")
+                needed, free = random_bytes(preset), shutil.disk_usage(part).free
+                if needed > free:
+                    part.rmdir()
+                    raise BadInput(
+                        f"the random weights of {name} take {needed / 1e9:.2f} GB, and {folder.parent} has "
+                        f"{free / 1e9:.2f} GB free; make room there, or TUNEBENCH_CACHE names another folder"
+                    )
+                write_random(part, preset, seed, description=f"random weights of {name}")
                 part.rename(folder)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(part, ignore_errors=True)

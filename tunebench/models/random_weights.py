@@ -20,6 +20,12 @@ VALUES_AT_ONCE = 2**24  # random numbers per draw, which are in memory as float3
 FINGERPRINT = "fingerprint.json"  # the digest of the weights, in folders of the cache only
 
 
+def random_bytes(preset: Preset) -> int:
+    """The bytes of a preset's weights as `write_random` writes them."""
+    values = sum(map(math.prod, family_of(preset.config).tensors(preset.config).values()))
+    return values * np.dtype(preset.checkpoint_dtype).itemsize
+
+
 def write_random(
     folder: Path, preset: Preset, seed: int, shard_bytes: int = SHARD_BYTES, description: str = "weights"
 ) -> None:
@@ -47,8 +53,7 @@ def write_random(
         follow_umask(folder / file)
         weight_map |= dict.fromkeys(names, file)
     if len(shards) > 1:
-        total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-        index_json = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index_json = {"metadata": {"total_size": random_bytes(preset)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index_json, indent=2))
     fingerprint = {"weights_sha256": sha256_of(weight_files(folder))}
     (folder / FINGERPRINT).write_text(json.dumps(fingerprint))

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import numpy as np
 import pynvml
 
 from tunebench import conditions
@@ -27,6 +26,7 @@ from tunebench.hardware import Hardware, ask, read_hardware, visible_gpus
 from tunebench.models.checkpoint import Checkpoint, random_folder
 from tunebench.models.config import normalise, read_config
 from tunebench.models.presets import PRESETS
+from tunebench.models.random_weights import random_bytes
 from tunebench.run.start import check_tensor_parallel, prepare_compiler
 from tunebench.run.unsupported import not_offered
 from tunebench.suite.file import Planned, Suite, plan_runs
@@ -209,17 +209,12 @@ def check_room(runs: Iterable[Planned]) -> Iterator[Finding]:
     """Free space for the random weights that are still to be written, and for records."""
     wanted = {(run.flags.model, run.flags.seed, run.flags.layers) for run in runs if run.flags.weights == "random"}
     missing = {key for key in wanted if not random_folder(*key).exists()}
-    size = sum(weight_bytes(model, layers) for model, _, layers in missing)
+    size = sum(random_bytes(PRESETS[model].cut(layers)) for model, _, layers in missing)
     for what, folder, needed in (("weights", cache_folder(), size), ("records", results_folder(), ROOM_FOR_RESULTS)):
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         free = shutil.disk_usage(existing).free
         text = f"{needed / GB:.1f} GB to write in {folder}, {free / GB:.1f} GB free"
         yield Finding("ok" if free > needed else "fault", what, text + "; make room" * (free <= needed))
-
-
-def weight_bytes(model: str, layers: int | None) -> int:
-    """The bytes of a preset's random weights on disk."""
-    return of_preset(model, layers).parameters * np.dtype(PRESETS[model].checkpoint_dtype).itemsize
 
 
 def of_preset(model: str, layers: int | None) -> Checkpoint:
