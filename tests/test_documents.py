@@ -71,6 +71,7 @@ RUN_ELSEWHERE = {
     "python3 torch/finetune_full.py --nnodes 2 --node-rank 0 --master HOST:29500 --nproc 4 --bsz 16": "test_launch.py",
     "srun --ntasks 2 python3 torch/finetune_full.py": "needs Slurm; test_launch.py sets its variables",
     ".venv/torch/bin/python -P tests/stress.py --kills 200": "takes an hour",
+    ".venv/torch/bin/python -P tests/two_nodes.py FOLDER": "measures one machine; test_nodes.py uses its nodes",
     "python3 benchmarks/matmul.py": "measures one machine",
     "python3 benchmarks/data.py": "measures one machine",
     "python3 benchmarks/growth.py": "test_growth.py runs it with small sizes",
