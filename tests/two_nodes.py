@@ -83,10 +83,12 @@ class Nodes:
     def train(self, framework: str, *flags: object) -> dict[str, subprocess.Popen]:
         """Starts finetune_full.py on both nodes; the processes by node. Node a writes the record a.json."""
         script, python = ROOT / framework / "finetune_full.py", ROOT / ".venv" / framework / "bin" / "python"
+        threads = str(max(1, len(os.sched_getaffinity(0)) // 2))  # the nodes share the cores
         started = {}
         for rank, node in ((1, "b"), (0, "a")):
             place = ["--nnodes=2", f"--node-rank={rank}", f"--master=node-a:{PORT}"]
-            started[node] = self.start(node, python, script, *place, *flags, f"--out={self.folder / f'{node}.json'}")
+            command = [python, script, *place, *flags, f"--out={self.folder / f'{node}.json'}"]
+            started[node] = self.start(node, *command, OMP_NUM_THREADS=threads)
         return started
 
     def log(self, node: str) -> str:
