@@ -59,9 +59,6 @@ WITHOUT_EFFECT = (
     "node_rank",
 )
 
-# Flags that, beside these, change the batches and not the model.
-OF_BATCHES = (*WITHOUT_EFFECT, "micro_bsz", "accumulation")
-
 Facts = dict[str, Any]
 Script = dict[str, Any]  # the names that it defines
 Cases = dict[str, tuple[str, Flags]]  # method and flags by name
@@ -113,7 +110,7 @@ def build_all(framework: str, scripts: dict[str, Script], world: World, cases: C
     results: dict[str, Facts] = {}
     for name, (method, given) in cases.items():
         flags = builder.share(given)
-        key = key_of(method, flags, WITHOUT_EFFECT)
+        key = json.dumps([method, {k: v for k, v in flags.model_dump().items() if k not in WITHOUT_EFFECT}])
         try:
             if key not in built:
                 built[key] = builder.build(method, flags)
@@ -123,11 +120,6 @@ def build_all(framework: str, scripts: dict[str, Script], world: World, cases: C
         gc.collect()  # models hold reference cycles
     said.write_text(json.dumps(results))
     os._exit(0)  # as run.py's `_leave` does: destroying gloo's groups can deadlock
-
-
-def key_of(method: str, flags: Flags, without: tuple[str, ...]) -> str:
-    """The method and the flags but those in `without`, as a key."""
-    return json.dumps([method, {name: value for name, value in flags.model_dump().items() if name not in without}])
 
 
 # Numbers of processes for which a run's flags are built. One process goes through the passes: ZeRO does not change
@@ -198,7 +190,6 @@ class Torch:
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
         self.scripts, self.world = scripts, world
-        self.models: dict[str, Facts] = {}
         import torch
         import transformers
 
@@ -223,15 +214,13 @@ class Torch:
         """Facts of what the flags build: the whole model in one process, or the last rank's part of several."""
         script = self.scripts[method]
         if flags.zero:
-            return self.shard(script, method, flags)
+            return self.shard(script, flags)
         if self.world.size > 1:
             return self.step(script, method, flags, layers=1)
         group = self.join(script, flags)
-        key = key_of(method, flags, OF_BATCHES)
-        if key not in self.models:
-            with hollow_checkpoint(flags) as checkpoint:
-                self.models[key] = self.counts(script, script["build_model"](flags, checkpoint, group), group)
-        return self.step(script, method, flags, layers=2) | self.models[key]
+        with hollow_checkpoint(flags) as checkpoint:
+            model = script["build_model"](flags, checkpoint, group)
+        return self.step(script, method, flags, layers=2) | self.counts(script, model, group)
 
     def join(self, script: Script, flags: Flags) -> Any:
         """Replaces parallel.join where the process group exists already."""
@@ -291,7 +280,7 @@ class Torch:
             facts | run.about["kernels"].model_dump() | {"logits": [*outputs.logits.shape], "inputs": [*labels.shape]}
         )
 
-    def shard(self, script: Script, method: str, flags: Flags) -> Facts:
+    def shard(self, script: Script, flags: Flags) -> Facts:
         """What DeepSpeed makes of the flags: its configuration, the model that it loads, and its engine of a tiny one.
 
         It holds each tensor whole for a moment: the vocabulary is cut too.
@@ -306,11 +295,9 @@ class Torch:
             "stage": config.zero_optimization_stage,
             "precision": [name for name, part in low.items() if part.enabled],
         }
-        key = key_of(method, flags, OF_BATCHES)
-        if key not in self.models:
-            with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
-                self.models[key] = self.counts(script, script["build_model"](flags, checkpoint, group), group)
-        facts |= self.models[key]
+        with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
+            facts |= self.counts(script, script["build_model"](flags, checkpoint, group), group)
+            facts["whole"] = checkpoint.parameters
         model = script["build_model"](flags, tiny_checkpoint(flags), group)
         trainable = [p for p in model.parameters() if p.requires_grad]
         try:
@@ -326,7 +313,6 @@ class Paddle:
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
         self.scripts, self.world, self.group = scripts, world, None
-        self.models: dict[str, Facts] = {}
         export_place(world, "paddle")
 
     def share(self, flags: Flags) -> Flags:
@@ -343,10 +329,8 @@ class Paddle:
         script = self.scripts[method]
         if self.group is None or self.world.size == 1:
             self.group = script["parallel"].join(flags, self.world)
-        key = key_of(method, flags, OF_BATCHES)
-        if key not in self.models:
-            self.models[key] = self.shapes(script, flags) | {"tiny": self.tiny(script, flags)}
-        return self.models[key] | (self.forward(script, flags) if flags.mp == 1 else {})
+        facts = self.shapes(script, flags) | {"tiny": self.tiny(script, flags)}
+        return facts | (self.forward(script, flags) if flags.mp == 1 else {})
 
     def lazily(self, script: Script, flags: Flags, checkpoint: Checkpoint) -> Any:
         """The script's model without weights."""

@@ -7,17 +7,19 @@ tokens/s and their ratio to the first rate's. FLAG is the scripts'. Records: FOL
 """
 
 import argparse
-import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-FRAMEWORKS = ("torch", "paddle")
+from tunebench import processes
+from tunebench.bootstrap import ROOT, python_of
+from tunebench.errors import BadInput, one_line_refusals
+from tunebench.frameworks import FRAMEWORKS
+from tunebench.record import read_record
+
 ADDRESSES = {"a": "10.213.7.1", "b": "10.213.7.2"}
 PORT = 29533
 DEFAULT_FLAGS = ["--model=llama-tiny", "--bsz=8", "--steps=12", "--warmup-steps=4"]
@@ -26,7 +28,7 @@ DEFAULT_FLAGS = ["--model=llama-tiny", "--bsz=8", "--steps=12", "--warmup-steps=
 class Nodes:
     """Two nodes, a and b. Their programs end with them. Logs and records are in `folder`, named by node.
 
-    Raises OSError or CalledProcessError where namespaces cannot be made.
+    Raises `BadInput` where namespaces cannot be made.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -47,13 +49,13 @@ class Nodes:
 
     def _connect(self) -> None:
         for name in self.names.values():
-            ip("netns", "add", name)
-            ip("-n", name, "link", "set", "lo", "up")
+            run("ip", "netns", "add", name)
+            run("ip", "-n", name, "link", "set", "lo", "up")
         ends = [["netns", self.names[node]] for node in ADDRESSES]
-        ip("link", "add", "cable", *ends[0], "type", "veth", "peer", "name", "cable", *ends[1])
+        run("ip", "link", "add", "cable", *ends[0], "type", "veth", "peer", "name", "cable", *ends[1])
         for node, name in self.names.items():
-            ip("-n", name, "addr", "add", f"{ADDRESSES[node]}/30", "dev", "cable")
-            ip("-n", name, "link", "set", "cable", "up")
+            run("ip", "-n", name, "addr", "add", f"{ADDRESSES[node]}/30", "dev", "cable")
+            run("ip", "-n", name, "link", "set", "cable", "up")
             folder = Path("/etc/netns") / name  # `ip netns exec` shows these files as those in /etc
             folder.mkdir(parents=True)
             known = "".join(f"{address} node-{other}\n" for other, address in ADDRESSES.items())
@@ -65,31 +67,34 @@ class Nodes:
         """Limits the link to `rate` in both directions, in tc's words (`100mbit`)."""
         limit = ["tbf", "rate", rate, "burst", "1mb", "latency", "50ms"]
         for name in self.names.values():
-            run(["tc", "-n", name, "qdisc", "add", "dev", "cable", "root", *limit])
+            run("tc", "-n", name, "qdisc", "add", "dev", "cable", "root", *limit)
 
     def cut(self) -> None:
         """Takes the link down, as a pulled cable does: neither side is told."""
-        ip("-n", self.names["a"], "link", "set", "cable", "down")
+        run("ip", "-n", self.names["a"], "link", "set", "cable", "down")
 
-    def start(self, node: str, *command: object, **environment: str) -> subprocess.Popen:
-        """Starts a program on a node. Its process is the program's own: each command here replaces the one before."""
+    def start(self, node: str, framework: str, *flags: object, **environment: str) -> subprocess.Popen:
+        """Starts finetune_full.py on a node; its record is NODE.json. The process is the script's own.
+
+        Each command here replaces the one before.
+        """
         inside = ["ip", "netns", "exec", self.names[node], "unshare", "--uts", "--", "sh", "-c"]
-        inside += [f'hostname node-{node} && exec "$@"', "sh", *map(str, command)]
+        inside += [f'hostname node-{node} && exec "$@"', "sh", python_of(framework)]
+        inside += [ROOT / framework / "finetune_full.py", *map(str, flags), f"--out={self.folder / f'{node}.json'}"]
+        threads = max(1, len(os.sched_getaffinity(0)) // len(ADDRESSES))  # the nodes share the cores
+        known = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+        known |= {"OMP_NUM_THREADS": str(threads)}
         with (self.folder / f"{node}.log").open("a") as log:
-            known = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-            self.running.append(subprocess.Popen(inside, stdout=log, stderr=log, cwd="/", env=known | environment))
+            self.running.append(processes.start(inside, stdout=log, stderr=log, cwd="/", env=known | environment))
         return self.running[-1]
 
     def train(self, framework: str, *flags: object) -> dict[str, subprocess.Popen]:
-        """Starts finetune_full.py on both nodes; the processes by node. Node a writes the record a.json."""
-        script, python = ROOT / framework / "finetune_full.py", ROOT / ".venv" / framework / "bin" / "python"
-        threads = str(max(1, len(os.sched_getaffinity(0)) // 2))  # the nodes share the cores
-        started = {}
-        for rank, node in ((1, "b"), (0, "a")):
-            place = ["--nnodes=2", f"--node-rank={rank}", f"--master=node-a:{PORT}"]
-            command = [python, script, *place, *flags, f"--out={self.folder / f'{node}.json'}"]
-            started[node] = self.start(node, *command, OMP_NUM_THREADS=threads)
-        return started
+        """Starts one run on both nodes, node b first; the processes by node. Node a writes the record."""
+        place = ["--nnodes=2", f"--master=node-a:{PORT}"]
+        return {
+            node: self.start(node, framework, *place, f"--node-rank={rank}", *flags)
+            for rank, node in ((1, "b"), (0, "a"))
+        }
 
     def log(self, node: str) -> str:
         """What the programs of a node have printed so far."""
@@ -105,37 +110,29 @@ class Nodes:
         return list(map(int, found.stdout.split()))
 
     def _remove(self) -> None:
-        for pid in (pid for node in ADDRESSES for pid in self.pids(node)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         for process in self.running:
-            process.kill()
-            process.wait()
+            processes.end(process, patience=1)
         for name in self.names.values():
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
             shutil.rmtree(Path("/etc/netns") / name, ignore_errors=True)
 
 
-def run(command: list[str]) -> None:
-    """Runs a command. Raises CalledProcessError with its output where it fails."""
-    subprocess.run(command, capture_output=True, check=True, text=True)
-
-
-def ip(*arguments: str) -> None:
-    """Runs iproute2's ip."""
-    run(["ip", *arguments])
+def run(*command: str) -> None:
+    """Runs a command. Raises `BadInput` with its words where it fails or is missing."""
+    try:
+        subprocess.run(command, capture_output=True, check=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise BadInput(f"{' '.join(command)}: {getattr(error, 'stderr', None) or error}") from None
 
 
 def measure(framework: str, rate: str, flags: list[str], out: Path) -> float:
-    """Trains over a link of this rate and moves the record to `out`; effective tokens/s. Raises RuntimeError."""
-    from tunebench.record import read_record
-
+    """Trains over a link of this rate and moves the record to `out`; effective tokens/s. Exits where a node fails."""
     with tempfile.TemporaryDirectory() as folder, Nodes(Path(folder)) as nodes:
         if rate != "full":
             nodes.slow(rate)
         codes = [process.wait() for process in nodes.train(framework, *flags).values()]
         if any(codes):
-            raise RuntimeError(f"{framework} at {rate} ended with {codes}:\n{nodes.logs()}")
+            sys.exit(f"{framework} at {rate} ended with {codes}:\n{nodes.logs()}")
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.move(Path(folder) / "a.json", out)
     return read_record(out).effective_tokens_per_second
@@ -156,5 +153,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    main()
+    with one_line_refusals("two_nodes.py"):
+        main()

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -31,6 +32,11 @@ def _folder(variable: str, name: str) -> Path:
         return Path(given or ROOT / name).expanduser().resolve()
     except (OSError, RuntimeError) as error:
         raise BadInput(f"{variable}={given}: no such folder: {error}") from None
+
+
+def free_bytes(folder: Path) -> int:
+    """The free bytes of the disk of a folder, which need not exist yet."""
+    return shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -227,8 +227,9 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     for name in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
-    # By the folders' names: the metadata of all packages takes a third of a second to read.
-    found = (Path(path).glob(f"nvidia_{kind}*.dist-info") for path in sys.path for kind in ("c", "nccl"))
+    # By the folders' names: the metadata of all packages takes a fifth of a second to read.
+    readable = [Path(path) for path in sys.path if os.access(path, os.R_OK)]
+    found = (path.glob(f"nvidia_{kind}*.dist-info") for path in readable for kind in ("c", "nccl"))
     libraries = sorted((each.name, each.version) for each in map(metadata.Distribution.at, itertools.chain(*found)))
     return versions | dict(libraries)
 

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from tunebench.errors import BadInput, cannot_write
-from tunebench.files import cache_folder, only_one
+from tunebench.files import cache_folder, free_bytes, only_one
 from tunebench.models.config import read_config
 from tunebench.models.families import HEAD, Family, family_of
 from tunebench.models.presets import PRESETS
@@ -191,14 +191,13 @@ def _random_checkpoint(name: str, seed: int, layers: int | None) -> Checkpoint:
             part = folder.with_name(f".{folder.name}.part")
             shutil.rmtree(part, ignore_errors=True)
             try:
-                part.mkdir(parents=True)
-                needed, free = random_bytes(preset), shutil.disk_usage(part).free
+                needed, free = random_bytes(preset), free_bytes(folder)
                 if needed > free:
-                    part.rmdir()
                     raise BadInput(
                         f"the random weights of {name} take {needed / 1e9:.2f} GB, and {folder.parent} has "
                         f"{free / 1e9:.2f} GB free; make room there, or TUNEBENCH_CACHE names another folder"
                     )
+                part.mkdir(parents=True)
                 write_random(part, preset, seed, description=f"random weights of {name}")
                 part.rename(folder)
             except (OSError, SafetensorError) as error:

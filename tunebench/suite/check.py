@@ -20,7 +20,7 @@ import pynvml
 from tunebench import conditions
 from tunebench.bootstrap import ROOT, python_of
 from tunebench.errors import BadInput
-from tunebench.files import cache_folder, results_folder
+from tunebench.files import cache_folder, free_bytes, results_folder
 from tunebench.flags import HUB
 from tunebench.hardware import Hardware, ask, read_hardware, visible_gpus
 from tunebench.models.checkpoint import Checkpoint, random_folder
@@ -211,8 +211,7 @@ def check_room(runs: Iterable[Planned]) -> Iterator[Finding]:
     missing = {key for key in wanted if not random_folder(*key).exists()}
     size = sum(random_bytes(PRESETS[model].cut(layers)) for model, _, layers in missing)
     for what, folder, needed in (("weights", cache_folder(), size), ("records", results_folder(), ROOM_FOR_RESULTS)):
-        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        free = shutil.disk_usage(existing).free
+        free = free_bytes(folder)
         text = f"{needed / GB:.1f} GB to write in {folder}, {free / GB:.1f} GB free"
         yield Finding("ok" if free > needed else "fault", what, text + "; make room" * (free <= needed))
 
