@@ -12,17 +12,61 @@ from paddle.distributed.fleet.meta_parallel import ParallelCrossEntropy
 from tunebench.flags import Flags
 from tunebench.plan import IGNORED
 
-POSITIONS = 1024  # of which logits are held at once
+POSITIONS = 1024  # of which `SumOfLosses` holds logits at once
+MOST_LOGITS = 2**29  # of which `total` holds the float32 copy (2 GiB), its softmax and its gradient at once
 
 
 def total(flags: Flags, outputs: Any, labels: paddle.Tensor, group: parallel.Group) -> paddle.Tensor:
     """The sum of the token losses over the positions that have a label, a scalar; logits may be sliced by --mp."""
     if flags.head == "labels":
         return outputs  # `sum_in_head` has made the model's forward pass end with this sum
-    logits, labels = outputs[0].flatten(0, 1).astype("float32"), labels.flatten()
+    logits, labels = outputs[0].flatten(0, 1), labels.flatten()
+    if logits.size <= MOST_LOGITS:
+        return sum_of_losses(logits, labels, group)
+    return SumInStretches.apply(logits, labels, group)
+
+
+def sum_of_losses(logits: paddle.Tensor, labels: paddle.Tensor, group: parallel.Group) -> paddle.Tensor:
+    """The sum of the token losses in float32, a scalar, from (n, vocabulary or its slice) and (n,)."""
+    logits = logits.astype("float32")
     if group.mp == 1:
         return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
     return ParallelCrossEntropy(ignore_index=IGNORED)(logits, labels.unsqueeze(-1)).sum()
+
+
+class SumInStretches(PyLayer):
+    """`sum_of_losses` of more logits than a GPU has room for in float32.
+
+    Both passes take a stretch of positions at a time. The backward pass computes the stretch's losses again, so that
+    each gradient is scaled in float32 before it is cast, as it is without stretches.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: paddle.Tensor, labels: paddle.Tensor, group: parallel.Group) -> paddle.Tensor:
+        """A scalar, from (n, vocabulary or its slice) and (n,)."""
+        ctx.save_for_backward(logits, labels)
+        ctx.group = group
+        return sum(sum_of_losses(logits[stretch], labels[stretch], group) for stretch in stretches(logits))
+
+    @staticmethod
+    def backward(ctx, gradient: paddle.Tensor) -> tuple[paddle.Tensor, None]:
+        """By logits."""
+        logits, labels = ctx.saved_tensor()
+        by_logits = paddle.empty_like(logits)
+        for stretch in stretches(logits):
+            some = logits[stretch].detach()
+            some.stop_gradient = False
+            with paddle.enable_grad():
+                loss = sum_of_losses(some, labels[stretch], ctx.group)
+            [by_logits[stretch]] = paddle.grad(loss, [some], [gradient])
+        return by_logits, None
+
+
+def stretches(logits: paddle.Tensor) -> list[slice]:
+    """Slices of positions with at most `MOST_LOGITS` logits each, or one position."""
+    positions, vocabulary = logits.shape
+    rows = max(1, MOST_LOGITS // vocabulary)
+    return [slice(first, first + rows) for first in range(0, positions, rows)]
 
 
 def sum_in_head(flags: Flags, model: paddle.nn.Layer) -> None:

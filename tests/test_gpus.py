@@ -1,6 +1,7 @@
 """Pretended GPUs: the answers of NVIDIA's library are those of other machines. The frameworks are real."""
 
 import importlib
+import os
 import re
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from tunebench import hardware
 from tunebench.errors import BadInput
 from tunebench.frameworks import FRAMEWORKS, Framework
 from tunebench.hardware import installed_versions
+from tunebench.record import read_record
 from tunebench.run.run import find_memory_fault
 from tunebench.run.start import check_build
 
@@ -103,6 +105,49 @@ def test_a_lost_gpu_keeps_the_numbers_of_the_others(gpus, monkeypatch):
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", find)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     assert hardware.gpu_indices() == [2]
+
+
+def test_a_process_is_bound_to_the_cores_nearest_to_its_gpu(gpus, monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    usable, bound = {0, 1, 5, 64, 70}, []
+    near = {GPUS[0]: {0, 1, 2, 70, 130}, GPUS[1]: {5, 65}, GPUS[2]: {9}}
+
+    def masks(gpu, words):
+        return [sum(1 << core % 64 for core in near[gpu] if core // 64 == word) for word in range(words)]
+
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCpuAffinity", masks)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: usable)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, cores: bound.append(cores))
+    assert [hardware.bind_to_gpu(i) for i in range(4)] == [{0, 1, 70}, {5}, set(), set()]
+    assert bound == [{0, 1, 70}, {5}]
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_run_stays_on_the_cores_nearest_to_its_gpu(tmp_path, framework):
+    """The GPU is pretended, and what a run sees of its own cores is the system's."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("this machine has one core")
+    last = max(os.sched_getaffinity(0))
+    code = f"""
+import atexit, contextlib, os, pynvml, tunebench.hardware as h, tunebench.run.run as r
+nearest = [1 << {last} % 64 if word == {last} // 64 else 0 for word in range({last} // 64 + 1)]
+def bind(index):
+    with contextlib.ExitStack() as stack:
+        for module, name, value in ((h, "visible_gpus", lambda: contextlib.nullcontext(["a GPU"])),
+                                    (pynvml, "nvmlDeviceGetCpuAffinity", lambda gpu, words: nearest)):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        return h.bind_to_gpu(index)
+r.bind_to_gpu = bind
+leave, r._leave = r._leave, lambda run, code: (print("cores:", os.sched_getaffinity(0)), leave(run, code))
+"""
+    flags = ["--model=llama-tiny", "--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"]
+    done = run_altered(code, framework, "full", *flags, f"--out={tmp_path / 'r.json'}")
+    assert done.returncode == 0, done.stderr
+    assert f"cores: {{{last}}}" in done.stdout
+    assert "cores nearest to the GPU: 1" in done.stdout
+    assert read_record(tmp_path / "r.json").hardware.cores == len(os.sched_getaffinity(0))
 
 
 A100 = "import tunebench.hardware as h; h.visible_accelerators = lambda: ['NVIDIA A100']"

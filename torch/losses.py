@@ -10,16 +10,54 @@ import torch.nn.functional as F
 from tunebench.flags import Flags
 from tunebench.plan import IGNORED
 
-POSITIONS = 1024  # of which logits are held at once
+POSITIONS = 1024  # of which `SumOfLosses` holds logits at once
+MOST_LOGITS = 2**29  # of which `total` holds the float32 copy (2 GiB), its softmax and its gradient at once
 
 
 def total(flags: Flags, outputs: Any, labels: torch.Tensor, group: parallel.Group) -> torch.Tensor:
     """The sum of the token losses over the positions that have a label, a scalar; each process has all logits."""
     if flags.head == "labels":
         return outputs  # `sum_in_head` has made the model's forward pass end with this sum
-    return F.cross_entropy(
-        outputs.logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    logits, labels = outputs.logits.flatten(0, 1), labels.flatten()
+    return sum_of_losses(logits, labels) if logits.numel() <= MOST_LOGITS else SumInStretches.apply(logits, labels)
+
+
+def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The sum of the token losses in float32, a scalar, from (n, vocabulary) and (n,)."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+
+
+class SumInStretches(torch.autograd.Function):
+    """`sum_of_losses` of more logits than a GPU has room for in float32.
+
+    Both passes take a stretch of positions at a time. The backward pass computes the stretch's losses again, so that
+    each gradient is scaled in float32 before it is cast, as it is without stretches.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """A scalar, from (n, vocabulary) and (n,)."""
+        ctx.save_for_backward(logits, labels)
+        return sum(sum_of_losses(logits[stretch], labels[stretch]) for stretch in stretches(logits))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """By logits."""
+        logits, labels = ctx.saved_tensors
+        by_logits = torch.empty_like(logits)
+        for stretch in stretches(logits):
+            some = logits[stretch].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = sum_of_losses(some, labels[stretch])
+            [by_logits[stretch]] = torch.autograd.grad(loss, some, gradient)
+        return by_logits, None
+
+
+def stretches(logits: torch.Tensor) -> list[slice]:
+    """Slices of positions with at most `MOST_LOGITS` logits each, or one position."""
+    positions, vocabulary = logits.shape
+    rows = max(1, MOST_LOGITS // vocabulary)
+    return [slice(first, first + rows) for first in range(0, positions, rows)]
 
 
 def sum_in_head(flags: Flags, model: torch.nn.Module) -> None:

@@ -6,10 +6,13 @@ Where "is still needed" fails, the framework has mended its fault: remove the wo
 import importlib
 import runpy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import HERE, ROOT
+
+from tunebench.plan import IGNORED
 
 
 @pytest.fixture
@@ -55,6 +58,37 @@ def test_exact_norms_are_still_needed(gradient):
     error = abs(norm / np.linalg.norm(gradient.astype(np.float64)) - 1)
     print(f"{HERE}: clip_grad_norm_ is off by {error:.2e} for {gradient.size} elements")
     assert error > 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_losses_in_stretches_are_the_losses_of_all_logits(script, monkeypatch, dtype):
+    """A scale as fp16 has it: gradients cast before they are scaled would lose their small values."""
+    rng, losses = np.random.default_rng(0), script["losses"]
+    group = script["parallel"].join(script["JOB"].flags, script["JOB"].world)
+    values, labels = rng.standard_normal((2, 7, 300)).astype(dtype) * 8, rng.integers(0, 300, (2, 7))
+    labels[0, :3] = IGNORED
+    library = importlib.import_module(HERE)
+
+    def loss_and_gradient() -> tuple[float, np.ndarray]:
+        if HERE == "torch":
+            logits = library.from_numpy(values.copy()).requires_grad_()
+            outputs, targets = SimpleNamespace(logits=logits), library.from_numpy(labels)
+        else:
+            logits = library.to_tensor(values, stop_gradient=False)
+            outputs, targets = [logits], library.to_tensor(labels)
+        loss = losses.total(script["JOB"].flags, outputs, targets, group)
+        (loss * 1024).backward()
+        return loss.item(), logits.grad.numpy()
+
+    whole, gradient = loss_and_gradient()
+    monkeypatch.setattr(losses, "MOST_LOGITS", 4 * 300 + 1)
+    assert [each.stop - each.start for each in losses.stretches(library.zeros([14, 300]))] == [4] * 4
+    found = loss_and_gradient()
+    assert found[0] == pytest.approx(whole, rel=1e-6)
+    assert found[1].dtype == dtype
+    assert (found[1] == gradient).all()
+    monkeypatch.setattr(losses, "MOST_LOGITS", 1)
+    assert (loss_and_gradient()[1] == gradient).all()
 
 
 @pytest.mark.parametrize("model", ["llama-tiny", "bloom-tiny"])

@@ -129,7 +129,7 @@ def test_recompute_saves_memory_and_nothing_else(tmp_path, family, method):
     Eager attention's probabilities (samples x heads x width x width) are a part of them that the backward pass cannot
     do without. So those of all layers but one are the least that is saved; what else a layer holds is the margin.
     """
-    config, bsz = PRESETS[f"{family}-tiny"].config, 8
+    config, bsz = PRESETS[f"{family}-tiny"].config, 4
     layers = config.get("num_hidden_layers") or config["n_layer"]
     heads = config.get("num_attention_heads") or config["n_head"]
     flags = [f"--model={family}-tiny", f"--bsz={bsz}", "--samples=40", "--steps=2", "--warmup-steps=1", "--seed=1"]

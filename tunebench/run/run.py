@@ -19,7 +19,7 @@ from tunebench.errors import NO_ROOM, BadInput, forget_stdout
 from tunebench.files import results_folder
 from tunebench.flags import Flags
 from tunebench.frameworks import FRAMEWORKS
-from tunebench.hardware import Hardware, read_hardware
+from tunebench.hardware import Hardware, bind_to_gpu, read_hardware
 from tunebench.models.checkpoint import Checkpoint
 from tunebench.plan import Plan
 from tunebench.record import LOG_LINES, MARKED, Built, Kernels, Model, Record, Setup, Steps
@@ -267,6 +267,8 @@ def recorded(framework: str, method: str, job: Job) -> Iterator[Run]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         run.watchdog.start()
     try:
+        if near := bind_to_gpu(run.world.local_rank):
+            run.say(f"cores nearest to the GPU: {len(near)}")
         yield run
         _leave(run, 0)
     except KeyboardInterrupt:
