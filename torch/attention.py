@@ -21,8 +21,8 @@ from transformers.models.bloom.modeling_bloom import BloomAttention, build_alibi
 from tunebench.flags import Flags
 from tunebench.models.checkpoint import Checkpoint
 
-# Names under which transformers keeps attention functions, for the whole process; --attention is added to the second.
-# transformers makes no mask for a name for which it has no mask function.
+# Names of attention functions in transformers, for the whole process; "eager" or "fused" is added to the second.
+# transformers makes no mask for a name for which it has no mask function. It wants a package for a name with "flash".
 CAUSAL, BY_SAMPLE = "causal", "by_sample_"
 
 
@@ -45,8 +45,9 @@ class Samples:
 def implementation(flags: Flags, checkpoint: Checkpoint) -> str:
     """The attention function's name for `from_pretrained`. `use_one_kernel` replaces Bloom's attention afterwards."""
     if flags.padding_free and checkpoint.config["model_type"] != "bloom":
-        name = BY_SAMPLE + flags.attention
-        AttentionInterface.register(name, functools.partial(attend_by_sample, flags.attention))
+        kind = "eager" if flags.attention == "eager" else "fused"
+        name = BY_SAMPLE + kind
+        AttentionInterface.register(name, functools.partial(attend_by_sample, kind))
         return name
     if flags.attention == "eager":
         return "eager"
@@ -75,7 +76,7 @@ def use_one_kernel(flags: Flags, model: torch.nn.Module) -> None:
 
 @torch.compiler.disable  # the compiler would make other code for other lengths
 def attend_by_sample(
-    attention: str,
+    kind: str,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -90,7 +91,7 @@ def attend_by_sample(
     In low precision on a GPU torch's flash kernel takes all samples at once. `eager` is the model's own function.
     """
     grouped = query.shape[1] != key.shape[1]
-    if attention != "eager" and query.is_cuda and value.dtype != torch.float32:
+    if kind != "eager" and query.is_cuda and value.dtype != torch.float32:
         # At O1 the rotary embedding leaves queries and keys in float32.
         query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
         ends, longest = samples.ends, samples.longest
@@ -98,7 +99,7 @@ def attend_by_sample(
         return varlen_attn(query, key, value, ends, ends, longest, longest, **how).unsqueeze(0), None
     parts = []
     for q, k, v in zip(*(x.split(samples.lengths, dim=2) for x in (query, key, value)), strict=True):
-        if attention == "eager":
+        if kind == "eager":
             later = torch.full((q.shape[2],) * 2, torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
             eager = sys.modules[type(module).__module__].eager_attention_forward
             parts.append(eager(module, q, k, v, later[None, None], scaling)[0])

@@ -37,6 +37,7 @@ def same_curves(fast, plain):
         ("torch", "chatglm2", "full", IN_ORDER),
         ("paddle", "bloom", "full", ["--head=labels", "--keep-memory"]),
         ("torch", "llama", "full", ["--padding-free"]),
+        ("torch", "qwen2", "full", ["--padding-free", "--attention=flash"]),
         ("paddle", "llama", "full", ["--padding-free"]),
         ("paddle", "llama", "full", ["--lean", "--recompute"]),
     ],
