@@ -185,6 +185,22 @@ def test_an_interpreter_of_the_users_own(own, short, tmp_path):
 
 
 @pytest.mark.frameworks
+def test_an_interpreter_without_deepspeed_refuses_zero(own):
+    python = own(True)
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    (there,) = (ROOT / ".venv" / "torch").glob("lib/python*/site-packages")
+    (site / "others.pth").unlink()
+    for package in there.iterdir():
+        if not package.name.startswith("deepspeed") and package.suffix != ".pth":
+            (site / package.name).symlink_to(package)
+    command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny", "--zero=3"]
+    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
+    line = refusal(subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False))
+    needs = f"finetune_full.py: --zero needs deepspeed, which {python} lacks; install it there, or use --nproc or --mp"
+    assert line == needs
+
+
+@pytest.mark.frameworks
 def test_an_interpreter_that_lacks_packages_is_named(own):
     python = own(False)
     command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny"]

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import importlib.util
 import os
 import shutil
 import sys
@@ -46,6 +47,7 @@ def start_run(framework: str, method: str) -> Job:
                 check_folder(results_folder() / "runs", "TUNEBENCH_RESULTS")
             checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed, flags.layers)
             check_tensor_parallel(flags, checkpoint)
+            check_packages(framework, flags)
             prepare_compiler(framework, flags)
             plan = load_plan(flags, checkpoint)
             flags = fit_to_steps(flags, plan.steps)
@@ -108,6 +110,14 @@ def check_tensor_parallel(flags: Flags, checkpoint: Checkpoint) -> None:
             smaller = range(1, min(flags.mp, width + 1))
             works = [str(mp) for mp in smaller if not any(width % mp for width in needed.values())]
             raise BadInput(f"--mp {flags.mp} does not divide the model's {width} ({name}); use {' or '.join(works)}")
+
+
+def check_packages(framework: str, flags: Flags) -> None:
+    """Raises `BadInput` where the flags need a package that the user's own interpreter lacks."""
+    if framework == "torch" and flags.zero and not importlib.util.find_spec("deepspeed"):
+        raise BadInput(
+            f"--zero needs deepspeed, which {sys.executable} lacks; install it there, or use --nproc or --mp"
+        )
 
 
 def prepare_compiler(framework: str, flags: Flags) -> None:
