@@ -20,8 +20,9 @@ THREADS_LEFT_TO_US = "TUNEBENCH_THREADS"  # the cores to share out, where the us
 MOST_THREADS = 4096
 STARTED = "TUNEBENCH_STARTED"  # tells the interpreter that `enter_environment` starts by which name it did
 OLDEST_PYTHON = (3, 11)
-# What a user's own interpreter must have beside the dependencies in pyproject.toml. --zero needs deepspeed too.
-PACKAGES = {"torch": ("torch", "transformers", "peft", "accelerate"), "paddle": ("paddlenlp",)}
+# What a user's own interpreter must have beside the dependencies in pyproject.toml: the oldest versions that were
+# tried. `check_packages` in run/start.py says what single flags need.
+PACKAGES = {"torch": ("torch>=2.12", "transformers>=5.2", "peft>=0.19", "accelerate>=1.12"), "paddle": ("paddlenlp",)}
 # They put other libraries before the locked ones, or drop asserts and docstrings.
 UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PYTHONOPTIMIZE")
 
@@ -147,14 +148,18 @@ def _use_own(environment: str, program: str) -> None:
     from importlib import metadata
 
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
-    missing = []
+    missing, old = [], []
     for requirement in [*wanted, *PACKAGES[environment]]:
+        name, _, oldest = requirement.replace("==", ">=").partition(">=")
         try:
-            metadata.version(requirement.partition("==")[0])
+            found = metadata.version(name)
         except metadata.PackageNotFoundError:
             missing.append(requirement)
-    if missing:
-        refuse(f"{said} lacks {', '.join(missing)}; install them there, or unset the variable")
+            continue
+        if ">=" in requirement and numbers_of(found) < numbers_of(oldest):
+            old.append(f"{requirement} (it has {found})")
+    if missing or old:
+        refuse(f"{said} lacks {', '.join(missing + old)}; install them there, or unset the variable")
     if not _importable("tunebench"):
         # A folder with nothing else: torch/ and paddle/ beside tunebench/ would pass for packages.
         folder = own_home() / "path"
@@ -167,6 +172,11 @@ def _use_own(environment: str, program: str) -> None:
         sys.path.append(str(folder))
     if not _importable(environment):
         refuse(f"{said} has no {environment} that can be imported; install it there, or unset the variable")
+
+
+def numbers_of(version: str) -> list:
+    """The leading numbers of a version, to compare: [5, 22, 2] of 5.22.2 and [2, 13] of 2.13.rc1."""
+    return [int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version)[0])]
 
 
 def is_complete(name: str, made_from: str = "") -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -201,6 +202,28 @@ def test_an_interpreter_without_deepspeed_refuses_zero(own):
 
 
 @pytest.mark.frameworks
+def test_packages_that_are_too_old_are_named(own):
+    """Made-up metadata, which comes first on the path: `--mp` needs a newer transformers than the rest."""
+    python = own(True)
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny", "--mp=2"]
+    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
+    lines = []
+    for version in ("5.1.9", "5.17.0"):
+        folder = site / f"transformers-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
+        lines.append(refusal(done))
+        shutil.rmtree(folder)
+    assert lines == [
+        f"finetune_full.py: TUNEBENCH_TORCH={python} lacks transformers>=5.2 (it has 5.1.9); install them there, "
+        "or unset the variable",
+        f"finetune_full.py: --mp needs transformers 5.18.0 or newer, and {python} has 5.17.0",
+    ]
+
+
+@pytest.mark.frameworks
 def test_an_interpreter_that_lacks_packages_is_named(own):
     python = own(False)
     command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny"]
@@ -208,7 +231,8 @@ def test_an_interpreter_that_lacks_packages_is_named(own):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
     line = refusal(done)
     assert line.startswith(f"finetune_full.py: TUNEBENCH_TORCH={python} lacks datasets, numpy, nvidia-ml-py==")
-    assert line.endswith("torch, transformers, peft, accelerate; install them there, or unset the variable")
+    wanted = "torch>=2.12, transformers>=5.2, peft>=0.19, accelerate>=1.12"
+    assert line.endswith(f"{wanted}; install them there, or unset the variable")
     environment["TUNEBENCH_TORCH"] = "/no/python"
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
     assert refusal(done) == (

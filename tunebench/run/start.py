@@ -8,10 +8,11 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 from tunebench import processes
-from tunebench.bootstrap import own_home
+from tunebench.bootstrap import numbers_of, own_home
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder, results_folder
 from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
@@ -25,6 +26,8 @@ from tunebench.run.run import Job, Run
 from tunebench.run.supervisor import run_workers
 from tunebench.run.unsupported import not_offered
 from tunebench.world import ALONE, share_threads
+
+MP_NEEDS = "5.18.0"  # the oldest transformers that was seen to split a model; 5.16.0 does not
 
 
 def start_run(framework: str, method: str) -> Job:
@@ -113,11 +116,13 @@ def check_tensor_parallel(flags: Flags, checkpoint: Checkpoint) -> None:
 
 
 def check_packages(framework: str, flags: Flags) -> None:
-    """Raises `BadInput` where the flags need a package that the user's own interpreter lacks."""
+    """Raises `BadInput` where the flags need a package that the user's own interpreter lacks or has too old."""
     if framework == "torch" and flags.zero and not importlib.util.find_spec("deepspeed"):
         raise BadInput(
             f"--zero needs deepspeed, which {sys.executable} lacks; install it there, or use --nproc or --mp"
         )
+    if framework == "torch" and flags.mp > 1 and numbers_of(found := version("transformers")) < numbers_of(MP_NEEDS):
+        raise BadInput(f"--mp needs transformers {MP_NEEDS} or newer, and {sys.executable} has {found}")
 
 
 def prepare_compiler(framework: str, flags: Flags) -> None:
