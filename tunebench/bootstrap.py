@@ -150,13 +150,13 @@ def _use_own(environment: str, program: str) -> None:
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     missing, old = [], []
     for requirement in [*wanted, *PACKAGES[environment]]:
-        name, _, oldest = requirement.replace("==", ">=").partition(">=")
+        name, _, oldest = requirement.partition("==")[0].partition(">=")
         try:
             found = metadata.version(name)
         except metadata.PackageNotFoundError:
             missing.append(requirement)
             continue
-        if ">=" in requirement and numbers_of(found) < numbers_of(oldest):
+        if numbers_of(found) < numbers_of(oldest):
             old.append(f"{requirement} (it has {found})")
     if missing or old:
         refuse(f"{said} lacks {', '.join(missing + old)}; install them there, or unset the variable")

@@ -165,6 +165,13 @@ def own(tmp_path):
     return make
 
 
+def refusal_with(python: object, *flags: str) -> str:
+    """Asserts that a script refused to run in the user's own interpreter; returns its line."""
+    command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny", *flags]
+    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
+    return refusal(subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False))
+
+
 @pytest.mark.frameworks
 def test_an_interpreter_of_the_users_own(own, short, tmp_path):
     python, out = own(True), tmp_path / "r.json"
@@ -187,18 +194,14 @@ def test_an_interpreter_of_the_users_own(own, short, tmp_path):
 
 @pytest.mark.frameworks
 def test_an_interpreter_without_deepspeed_refuses_zero(own):
-    python = own(True)
+    python = own(False)
     (site,) = python.parents[1].glob("lib/python*/site-packages")
     (there,) = (ROOT / ".venv" / "torch").glob("lib/python*/site-packages")
-    (site / "others.pth").unlink()
     for package in there.iterdir():
         if not package.name.startswith("deepspeed") and package.suffix != ".pth":
             (site / package.name).symlink_to(package)
-    command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny", "--zero=3"]
-    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
-    line = refusal(subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False))
     needs = f"finetune_full.py: --zero needs deepspeed, which {python} lacks; install it there, or use --nproc or --mp"
-    assert line == needs
+    assert refusal_with(python, "--zero=3") == needs
 
 
 @pytest.mark.frameworks
@@ -206,15 +209,12 @@ def test_packages_that_are_too_old_are_named(own):
     """Made-up metadata, which comes first on the path: `--mp` needs a newer transformers than the rest."""
     python = own(True)
     (site,) = python.parents[1].glob("lib/python*/site-packages")
-    command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny", "--mp=2"]
-    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
     lines = []
     for version in ("5.1.9", "5.17.0"):
         folder = site / f"transformers-{version}.dist-info"
         folder.mkdir()
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
-        lines.append(refusal(done))
+        lines.append(refusal_with(python, "--mp=2"))
         shutil.rmtree(folder)
     assert lines == [
         f"finetune_full.py: TUNEBENCH_TORCH={python} lacks transformers>=5.2 (it has 5.1.9); install them there, "
@@ -226,16 +226,11 @@ def test_packages_that_are_too_old_are_named(own):
 @pytest.mark.frameworks
 def test_an_interpreter_that_lacks_packages_is_named(own):
     python = own(False)
-    command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny"]
-    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
-    line = refusal(done)
+    line = refusal_with(python)
     assert line.startswith(f"finetune_full.py: TUNEBENCH_TORCH={python} lacks datasets, numpy, nvidia-ml-py==")
     wanted = "torch>=2.12, transformers>=5.2, peft>=0.19, accelerate>=1.12"
     assert line.endswith(f"{wanted}; install them there, or unset the variable")
-    environment["TUNEBENCH_TORCH"] = "/no/python"
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
-    assert refusal(done) == (
+    assert refusal_with("/no/python") == (
         "finetune_full.py: TUNEBENCH_TORCH: /no/python cannot be started (/no/python: No such file or directory); "
         "name another Python, or unset it"
     )
