@@ -19,13 +19,13 @@ from tunebench.models.random_weights import lora_a
 from tunebench.plan import MicroBatch
 from tunebench.recipe import BETAS, EPSILON, WEIGHT_DECAY
 from tunebench.run.run import Run, recorded
-from tunebench.run.start import start_run, without_collection
+from tunebench.run.start import importing, start_run
 
 FRAMEWORK, METHOD = "paddle", "lora"
 # Flags, checkpoint and batch plan. It refuses bad input, and starts the workers of several, before the slow imports.
 JOB = start_run(FRAMEWORK, METHOD)
 
-with without_collection():
+with importing(FRAMEWORK, METHOD, JOB):
     import attention
     import built
     import cpu_kernels

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -193,15 +194,39 @@ def test_an_interpreter_of_the_users_own(own, short, tmp_path):
 
 
 @pytest.mark.frameworks
-def test_an_interpreter_without_deepspeed_refuses_zero(own):
+def test_an_interpreter_without_deepspeed_refuses_zero(own, mini):
     python = own(False)
     (site,) = python.parents[1].glob("lib/python*/site-packages")
     (there,) = (ROOT / ".venv" / "torch").glob("lib/python*/site-packages")
     for package in there.iterdir():
         if not package.name.startswith("deepspeed") and package.suffix != ".pth":
             (site / package.name).symlink_to(package)
-    needs = f"finetune_full.py: --zero needs deepspeed, which {python} lacks; install it there, or use --nproc or --mp"
-    assert refusal_with(python, "--zero=3") == needs
+    needs = f"--zero needs deepspeed, which {python} lacks; install it there, or use --nproc or --mp"
+    assert refusal_with(python, "--zero=3") == f"finetune_full.py: {needs}"
+    pair = '[[pair]]\nname = "zero"\nscript = "finetune_full.py"\nflags = { zero = 3, bsz = 2 }\n'
+    (mini / "mini.toml").write_text(SUITE + pair)
+    printed = finish_suite(start_suite(mini, "--check", TUNEBENCH_TORCH=str(python)), 1)
+    assert f"fault  zero/torch: {needs}\n" in printed
+    assert "ok     runs: 5 would start, of 6" in printed
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_failed_import_leaves_a_record(own, short, tmp_path, nproc):
+    """transformers is there by its metadata, and its import fails as that of a library without its own libraries."""
+    python, out, fault = own(True), tmp_path / "r.json", "libtorch_cuda.so: cannot open shared object file"
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    (site / "transformers.py").write_text(f"raise ImportError({fault!r})")
+    flags = ["--model=llama-tiny", *short, f"--nproc={nproc}", f"--out={out}"]
+    command = ["python3", ROOT / "torch" / "finetune_full.py", *flags]
+    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
+    assert done.returncode == 1, done.stdout + done.stderr
+    record = read_record(out)
+    assert (record.status, record.model.name) == ("failed", "llama-tiny")
+    assert re.fullmatch(f"(rank [01]: )?an import failed: ImportError: {fault}", record.reason), record.reason
+    assert record.log[-1] == f"ImportError: {fault}"
+    assert nproc > 1 or done.stderr == f"finetune_full.py: failed: {record.reason} (record: {out})\n"
 
 
 @pytest.mark.frameworks
@@ -224,12 +249,15 @@ def test_packages_that_are_too_old_are_named(own):
 
 
 @pytest.mark.frameworks
-def test_an_interpreter_that_lacks_packages_is_named(own):
+def test_an_interpreter_that_lacks_packages_is_named(own, mini):
     python = own(False)
     line = refusal_with(python)
     assert line.startswith(f"finetune_full.py: TUNEBENCH_TORCH={python} lacks datasets, numpy, nvidia-ml-py==")
     wanted = "torch>=2.12, transformers>=5.2, peft>=0.19, accelerate>=1.12"
     assert line.endswith(f"{wanted}; install them there, or unset the variable")
+    printed = finish_suite(start_suite(mini, "--check", TUNEBENCH_TORCH=str(python)), 1)
+    lacks = f"gpus_seen.py: TUNEBENCH_TORCH={python} lacks datasets, "
+    assert f"fault  torch: does not start in {python}: {lacks}" in printed
     assert refusal_with("/no/python") == (
         "finetune_full.py: TUNEBENCH_TORCH: /no/python cannot be started (/no/python: No such file or directory); "
         "name another Python, or unset it"

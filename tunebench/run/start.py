@@ -2,13 +2,12 @@
 
 import contextlib
 import gc
-import importlib.util
 import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
-from importlib.metadata import version
+import traceback
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tunebench import processes
@@ -50,7 +49,7 @@ def start_run(framework: str, method: str) -> Job:
                 check_folder(results_folder() / "runs", "TUNEBENCH_RESULTS")
             checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed, flags.layers)
             check_tensor_parallel(flags, checkpoint)
-            check_packages(framework, flags)
+            check_packages(framework, flags, FRAMEWORKS[framework].versions(), sys.executable)
             prepare_compiler(framework, flags)
             plan = load_plan(flags, checkpoint)
             flags = fit_to_steps(flags, plan.steps)
@@ -72,15 +71,19 @@ def start_run(framework: str, method: str) -> Job:
 
 
 @contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """Keeps Python's garbage collector from the slow imports and from what they leave, during them and afterwards.
+def importing(framework: str, method: str, job: Job) -> Iterator[None]:
+    """The script imports its framework within this. A failed import ends the process with exit code 1 and a record.
 
-    It took a sixth of the imports' time. Later collections would go through these 400,000 objects again, for 0.3 s at
-    a time, also within a timed step.
+    Python's garbage collector passes over the imports and over what they leave. It took a sixth of the imports' time.
+    Later collections would go through these 400,000 objects again, for 0.3 s at a time, also within a timed step.
     """
     gc.disable()
     try:
         yield
+    except Exception as error:
+        reason = f"an import failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        Run(framework, method, job).fail("failed", reason, traceback.format_exc().splitlines())
+        sys.exit(1)
     finally:
         gc.freeze()
         gc.enable()
@@ -115,14 +118,17 @@ def check_tensor_parallel(flags: Flags, checkpoint: Checkpoint) -> None:
             raise BadInput(f"--mp {flags.mp} does not divide the model's {width} ({name}); use {' or '.join(works)}")
 
 
-def check_packages(framework: str, flags: Flags) -> None:
-    """Raises `BadInput` where the flags need a package that the user's own interpreter lacks or has too old."""
-    if framework == "torch" and flags.zero and not importlib.util.find_spec("deepspeed"):
-        raise BadInput(
-            f"--zero needs deepspeed, which {sys.executable} lacks; install it there, or use --nproc or --mp"
-        )
-    if framework == "torch" and flags.mp > 1 and numbers_of(found := version("transformers")) < numbers_of(MP_NEEDS):
-        raise BadInput(f"--mp needs transformers {MP_NEEDS} or newer, and {sys.executable} has {found}")
+def check_packages(framework: str, flags: Flags, packages: Mapping[str, str], python: str | Path) -> None:
+    """Raises `BadInput` where the flags need a package that a user's own interpreter lacks or has too old.
+
+    `packages` has the versions of the packages of the interpreter `python`.
+    """
+    if framework != "torch":
+        return
+    if flags.zero and "deepspeed" not in packages:
+        raise BadInput(f"--zero needs deepspeed, which {python} lacks; install it there, or use --nproc or --mp")
+    if flags.mp > 1 and numbers_of(found := packages["transformers"]) < numbers_of(MP_NEEDS):
+        raise BadInput(f"--mp needs transformers {MP_NEEDS} or newer, and {python} has {found}")
 
 
 def prepare_compiler(framework: str, flags: Flags) -> None:

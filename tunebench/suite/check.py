@@ -13,12 +13,12 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pynvml
 
 from tunebench import conditions
-from tunebench.bootstrap import ROOT, python_of
+from tunebench.bootstrap import ROOT, own_python, python_of
 from tunebench.errors import BadInput
 from tunebench.files import cache_folder, free_bytes, results_folder
 from tunebench.flags import HUB
@@ -27,7 +27,7 @@ from tunebench.models.checkpoint import Checkpoint, random_folder
 from tunebench.models.config import normalise, read_config
 from tunebench.models.presets import PRESETS
 from tunebench.models.random_weights import random_bytes
-from tunebench.run.start import check_tensor_parallel, prepare_compiler
+from tunebench.run.start import check_packages, check_tensor_parallel, prepare_compiler
 from tunebench.run.unsupported import not_offered
 from tunebench.suite.file import Planned, Suite, plan_runs
 
@@ -71,11 +71,18 @@ def findings(path: Path, suite: Suite, only: str | None, hardware: Hardware) -> 
     yield from check_quiet()
     runs, refused = planned(path, suite, only)
     yield from refused
+    packages: dict[str, dict[str, str]] = {}
     for framework in sorted({run.entry.framework for run in runs}):
-        yield check_framework(framework, hardware)
+        try:
+            seen = ask_framework(framework)
+        except BadInput as error:
+            yield Finding("fault", framework, str(error))
+            continue
+        packages[framework] = seen["packages"]
+        yield check_framework(framework, seen, hardware)
     yield from check_data(runs)
     yield from check_room(runs)
-    yield from check_runs(runs)
+    yield from check_runs(runs, packages)
 
 
 def check_gpus(hardware: Hardware) -> Iterator[Finding]:
@@ -171,14 +178,22 @@ def planned(path: Path, suite: Suite, only: str | None) -> tuple[list[Planned], 
     return runs, refused
 
 
-def check_framework(framework: str, hardware: Hardware) -> Finding:
-    """What the framework itself finds, asked in its own environment."""
+def ask_framework(framework: str) -> dict[str, Any]:
+    """What the framework finds in its own environment. Raises `BadInput` where it does not start there."""
     command = [str(python_of(framework)), str(ROOT / framework / "gpus_seen.py")]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_SECONDS, check=True)
-        seen = json.loads(done.stdout.splitlines()[-1])
+        return json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
-        return Finding("fault", framework, f"does not start in {command[0]}: {error}; run: bash setup.sh {framework}")
+        said = str(error)
+        if isinstance(error, subprocess.CalledProcessError) and error.stderr.strip():
+            said = error.stderr.strip().splitlines()[-1]
+        mended = "" if own_python(framework) else f"; run: bash setup.sh {framework}"
+        raise BadInput(f"does not start in {command[0]}: {said}{mended}") from None
+
+
+def check_framework(framework: str, seen: dict[str, Any], hardware: Hardware) -> Finding:
+    """What the framework found, against what the driver shows."""
     text = (
         f"{seen['version']}, built for {seen['built_for']}, finds {seen['gpus']} GPU(s), NCCL {seen['nccl'] or 'none'}"
     )
@@ -221,19 +236,25 @@ def of_preset(model: str, layers: int | None) -> Checkpoint:
     return Checkpoint(Path(), normalise(PRESETS[model].cut(layers).config), [], "")
 
 
-def check_runs(runs: Iterable[Planned]) -> Iterator[Finding]:
-    """Whether each run's framework offers it; runs that are alike in this share a line."""
+def check_runs(runs: Iterable[Planned], packages: dict[str, dict[str, str]]) -> Iterator[Finding]:
+    """Whether each run's framework offers it; runs that are alike in this share a line.
+
+    `packages` has the versions of each framework's packages.
+    """
     offered = 0
     reasons: dict[tuple[Level, str], list[str]] = {}
     for run in runs:
+        framework = run.entry.framework
         try:
             checkpoint = described(run)
             check_tensor_parallel(run.flags, checkpoint)
-            prepare_compiler(run.entry.framework, run.flags)
+            if framework in packages:
+                check_packages(framework, run.flags, packages[framework], python_of(framework))
+            prepare_compiler(framework, run.flags)
         except BadInput as error:
             reasons.setdefault(("fault", str(error)), []).append(run.entry.name)
             continue
-        reason = not_offered(run.entry.framework, run.entry.method, run.flags, checkpoint)
+        reason = not_offered(framework, run.entry.method, run.flags, checkpoint)
         if reason:
             reasons.setdefault(("note", f"unsupported: {reason}"), []).append(run.entry.name)
         else:
