@@ -24,7 +24,7 @@ import socket
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def build_all(framework: str, scripts: dict[str, Script], world: World, cases: C
     results: dict[str, Facts] = {}
     for name, (method, given) in cases.items():
         flags = builder.share(given)
-        key = json.dumps([method, {k: v for k, v in flags.model_dump().items() if k not in WITHOUT_EFFECT}])
+        key = key_of(method, flags)
         try:
             if key not in built:
                 built[key] = builder.build(method, flags)
@@ -120,6 +120,11 @@ def build_all(framework: str, scripts: dict[str, Script], world: World, cases: C
         gc.collect()  # models hold reference cycles
     said.write_text(json.dumps(results))
     os._exit(0)  # as run.py's `_leave` does: destroying gloo's groups can deadlock
+
+
+def key_of(method: str, flags: Flags) -> str:
+    """The same text for the same model and shapes."""
+    return json.dumps([method, {k: v for k, v in flags.model_dump().items() if k not in WITHOUT_EFFECT}])
 
 
 # Numbers of processes for which a run's flags are built. One process goes through the passes: ZeRO does not change
@@ -313,6 +318,7 @@ class Paddle:
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
         self.scripts, self.world, self.group = scripts, world, None
+        self.known: dict[str, Any] = {}  # what `once` has returned
         export_place(world, "paddle")
 
     def share(self, flags: Flags) -> Flags:
@@ -329,8 +335,18 @@ class Paddle:
         script = self.scripts[method]
         if self.group is None or self.world.size == 1:
             self.group = script["parallel"].join(flags, self.world)
-        facts = self.shapes(script, flags) | {"tiny": self.tiny(script, flags)}
-        return facts | (self.forward(script, flags) if flags.mp == 1 else {})
+        # The dtype is not that of the forward pass: CPUs have no kernels of others than float32.
+        tiny = flags.model_copy(update={"model": TINY[PRESETS[flags.model].config["model_type"]]})
+        fp32 = flags.model_copy(update={"dtype": "fp32", "amp": None})
+        facts = self.shapes(script, flags) | {"tiny": self.once(self.tiny, method, tiny)}
+        return facts | (self.once(self.forward, method, fp32) if flags.mp == 1 else {})
+
+    def once(self, facts_of: Callable[[Script, Flags], Any], method: str, flags: Flags) -> Any:
+        """What `facts_of` returns for these flags, asked once."""
+        key = facts_of.__name__ + key_of(method, flags)
+        if key not in self.known:
+            self.known[key] = facts_of(self.scripts[method], flags)
+        return self.known[key]
 
     def lazily(self, script: Script, flags: Flags, checkpoint: Checkpoint) -> Any:
         """The script's model without weights."""
@@ -366,12 +382,11 @@ class Paddle:
         return sorted({script["kernels_seen"].name_of(p.dtype) for p in model.parameters()})
 
     def forward(self, script: Script, flags: Flags) -> Facts:
-        """Shapes of the forward pass, from a static program. It is in float32: CPUs have no kernels of other dtypes."""
+        """Shapes of the forward pass, from a static program."""
         import paddle
         from paddle.static import InputSpec
 
-        flags = flags.model_copy(update={"dtype": "fp32", "amp": None})
-        with hollow_checkpoint(flags, layers=2) as checkpoint:
+        with hollow_checkpoint(flags, layers=1) as checkpoint:
             model = self.lazily(script, flags, checkpoint)
         arrays = script["JOB"].plan.micro_batches(0, flags.micro_bsz, 0, BSZ // flags.micro_bsz)[0][1]
         inputs = [InputSpec(array.shape, "int64") for array in (arrays.input_ids, arrays.attention_mask)]

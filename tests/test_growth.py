@@ -17,6 +17,7 @@ def table(text: str) -> list[dict[str, str]]:
     return [dict(zip(header, line, strict=True)) for line in lines]
 
 
+@pytest.mark.frameworks
 def test_joins_of_two_sizes_have_the_rows_of_their_records():
     lines = table(run_program(*QUICK, "records", check=True).stdout)
     assert [(line["Shape"], line["Records"], line["Rows"]) for line in lines if line["Records"] != "exponent"] == [
@@ -31,6 +32,7 @@ def test_joins_of_two_sizes_have_the_rows_of_their_records():
     assert all(math.isfinite(float(line[name])) for line in exponents for name in ("Reading s", "Joining s"))
 
 
+@pytest.mark.frameworks
 def test_data_preparation_by_samples(tmp_path):
     file = tmp_path / "growth.json"
     printed = run_program(*QUICK, "samples", "--samples=300", "--out", file, check=True).stdout

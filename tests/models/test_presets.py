@@ -27,8 +27,11 @@ def built_by_paddle(checkpoint):
     from paddlenlp import transformers
     from paddlenlp.transformers.model_utils import no_init_weights
 
+    config = weights.read_config(checkpoint)
+    if hasattr(config, "max_position_embeddings"):  # each layer fills tables of this length, which are no parameters
+        config.max_position_embeddings = 16
     with paddle.LazyGuard(), no_init_weights():
-        return transformers.AutoModelForCausalLM.from_config(weights.read_config(checkpoint)).parameters()
+        return transformers.AutoModelForCausalLM.from_config(config).parameters()
 
 
 @pytest.mark.parametrize("name", PRESETS)
