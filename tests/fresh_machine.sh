@@ -30,10 +30,10 @@ unset TMPDIR  # that folder is not in the new system
 say() { printf '\nfresh_machine: %s\n' "$*"; }
 say "makes a minimal $release in $system"
 case $release in
-  noble) source=(http://archive.ubuntu.com/ubuntu gutsy) ;;
-  *) source=(http://deb.debian.org/debian sid) ;;
+  noble) source=(http://archive.ubuntu.com/ubuntu gutsy main,universe) ;;  # both are in Ubuntu's own images
+  *) source=(http://deb.debian.org/debian sid main) ;;
 esac
-debootstrap --variant=minbase "$release" "$system" "${MIRROR:-${source[0]}}" "/usr/share/debootstrap/scripts/${source[1]}" >"$system.log" 2>&1 ||
+debootstrap --variant=minbase --components="${source[2]}" "$release" "$system" "${MIRROR:-${source[0]}}" "/usr/share/debootstrap/scripts/${source[1]}" >"$system.log" 2>&1 ||
   { tail -n 5 "$system.log" >&2; exit 1; }
 rm -f "$system.log"
 mount --rbind --make-rslave /dev "$system/dev"
