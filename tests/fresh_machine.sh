@@ -9,7 +9,7 @@
 # It needs root, debootstrap (for noble also Ubuntu's package ubuntu-keyring), 12 GB in TMPDIR, and about ten minutes:
 # for a person before a release, not for CI. The system lies in a folder of its own with mounts that end with this
 # script. FRESH_MOUNTS names folders to show in it, separated by spaces, such as a package index on disk. Variables named
-# PIP_*, UV_*, SSL_CERT_FILE and *_proxy go along, and so does the file of certificates that they name.
+# PIP_*, UV_*, SSL_CERT_FILE, PYTHON and *_proxy go along, and so does the file of certificates that they name.
 set -euo pipefail
 release=${1:-bookworm}
 tests=("${@:2}")
@@ -55,7 +55,7 @@ git -c safe.directory="$here" clone -q "$here" "$system$project/tunebench"
 chroot "$system" chown -R visitor: "$project"
 
 variables=()
-while IFS= read -r name; do variables+=("$name=${!name}"); done < <(compgen -e | grep -E '^(PIP_|UV_|SSL_CERT_FILE$|.*_proxy$)')
+while IFS= read -r name; do variables+=("$name=${!name}"); done < <(compgen -e | grep -E '^(PIP_|UV_|SSL_CERT_FILE$|PYTHON$|.*_proxy$)')
 as_visitor() {
   # A login shell has no other variable of this system.
   chroot "$system" su --login visitor -c "cd '$project/tunebench' && env ${variables[*]@Q} bash -c ${1@Q}"

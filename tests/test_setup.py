@@ -5,6 +5,7 @@ import runpy
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import psutil
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT
 
 pytestmark = pytest.mark.frameworks
+CAPTURED = {"capture_output": True, "text": True, "timeout": 300, "check": False}
 
 
 @pytest.fixture
@@ -274,6 +276,20 @@ def test_a_package_that_cannot_be_imported_leaves_no_stamp(project):
     assert done.returncode == 2
     assert "setup: no_such_module cannot be imported: ModuleNotFoundError: No module named" in done.stderr
     assert not (project / ".venv/torch/complete").exists()
+
+
+@pytest.mark.parametrize("environment", ["torch", "paddle"])
+def test_the_lock_holds_for_python_3_12_too(environment):
+    """Asked of the index: the newer Python needs no package that the lock does not have in this version."""
+    uv = shutil.which("uv", path=ROOT / ".venv/uv/bin") or shutil.which("uv")
+    lock = ROOT / environment / "constraints.txt"
+    asked = [ROOT / environment / "requirements.txt", ROOT / "pyproject.toml", "--extra=test", f"--constraint={lock}"]
+    how = ["--python-version=3.12", "--python-platform=x86_64-manylinux_2_28", "--no-annotate", "--no-header"]
+    index = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.index-url"], **CAPTURED).stdout.strip()
+    env = os.environ | ({"UV_DEFAULT_INDEX": index} if index else {})
+    done = subprocess.run([uv, "pip", "compile", "--quiet", *asked, *how], env=env, cwd=ROOT, **CAPTURED)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) <= set(lock.read_text().split("\n"))
 
 
 def test_a_missing_library_is_named_with_its_package():

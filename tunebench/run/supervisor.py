@@ -139,7 +139,8 @@ def _what_failed(
         number = -code
         if number > 0 and number != signal.SIGTERM:
             status, reason = processes.death_in_words(number, oom_kills)
-            return status, f"rank {rank} was {reason}", printed, None
+            cause = _cause_of_abort(printed) if number == signal.SIGABRT else ""
+            return status, f"rank {rank} was {reason}{cause}", printed, None
     for failure in told:
         return failure.told()
     code = process.returncode
@@ -148,6 +149,13 @@ def _what_failed(
         return status, f"the launcher was {reason}", printed, None
     last = printed[-1] if printed else "none"
     return "failed", f"the launcher ended with exit code {code}, last line: {last}", printed, None
+
+
+def _cause_of_abort(printed: list[str]) -> str:
+    """The last words of a process that aborted itself: its exception's text, or else its last line."""
+    lines = [line.strip() for line in printed if line.strip()]
+    words = [line.partition("what():")[2].strip() for line in lines if "what():" in line] or lines
+    return f": {words[-1]}" if words else ""
 
 
 def _end(run: Run, status: str, reason: str, log: list[str], steps: Steps | None = None) -> int:
