@@ -288,6 +288,8 @@ def test_the_lock_holds_for_python_3_12_too(environment):
     index = subprocess.run(["python3", "-m", "pip", "config", "get", "global.index-url"], **CAPTURED).stdout.strip()
     env = os.environ | ({"UV_DEFAULT_INDEX": index} if index else {})
     done = subprocess.run([uv, "pip", "compile", "--quiet", *asked, *how], env=env, cwd=ROOT, **CAPTURED)
+    if "Failed to fetch" in done.stderr:
+        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) <= set(lock.read_text().split("\n"))
 
