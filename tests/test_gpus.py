@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pynvml
@@ -11,11 +12,13 @@ from conftest import HERE, refusal, run_altered, train_altered
 
 from tunebench import hardware
 from tunebench.errors import BadInput
+from tunebench.flags import place
 from tunebench.frameworks import FRAMEWORKS, Framework
 from tunebench.hardware import installed_versions
 from tunebench.record import read_record
 from tunebench.run.run import find_memory_fault
 from tunebench.run.start import check_build
+from tunebench.suite import check
 
 
 class Gpu(NamedTuple):
@@ -94,6 +97,65 @@ def test_the_visible_gpus_are_those_of_cuda(gpus, monkeypatch, variable, names, 
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", variable)
     assert hardware.visible_accelerators() == [f"name of {name}" for name in names]
     assert hardware.gpu_indices() == indices
+
+
+def pretend_machine(monkeypatch, count: int) -> None:
+    """GPUs joined by NVLink in groups of four, by slower buses between these. The last one is busy and hot."""
+    machine = [Gpu(i, f"GPU-{i}{i}{i}{i}") for i in range(count)]
+    linked = {True: pynvml.NVML_P2P_STATUS_OK, False: pynvml.NVML_P2P_STATUS_NOT_SUPPORTED}
+    hot = pynvml.nvmlClocksThrottleReasonHwThermalSlowdown
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlShutdown": lambda: None,
+        "nvmlSystemGetDriverVersion": lambda: "580.65.06",
+        "nvmlSystemGetCudaDriverVersion": lambda: 13000,
+        "nvmlDeviceGetCount": lambda: count,
+        "nvmlDeviceGetHandleByIndex": lambda i: machine[i],
+        "nvmlDeviceGetUUID": lambda gpu: gpu.uuid,
+        "nvmlDeviceGetName": lambda gpu: "NVIDIA A100-SXM4-80GB",
+        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(total=80 << 30),
+        "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: 400_000,
+        "nvmlDeviceGetPowerManagementDefaultLimit": lambda gpu: 400_000,
+        "nvmlDeviceGetCurrentEccMode": lambda gpu: 1,
+        "nvmlDeviceGetTotalEccErrors": lambda gpu, kind, counter: 0,
+        "nvmlDeviceGetClockInfo": lambda gpu, clock: 1275,
+        "nvmlDeviceGetMaxClockInfo": lambda gpu, clock: 1410,
+        "nvmlDeviceGetPersistenceMode": lambda gpu: 1,
+        "nvmlDeviceGetMigMode": lambda gpu: [0, 0],
+        "nvmlDeviceGetP2PStatus": lambda a, b, what: linked[a.index // 4 == b.index // 4],
+        "nvmlDeviceGetTopologyCommonAncestor": lambda a, b: pynvml.NVML_TOPOLOGY_SYSTEM,
+        "nvmlDeviceGetComputeRunningProcesses": lambda gpu: [SimpleNamespace(pid=77)] * (gpu.index == count - 1),
+        "nvmlDeviceGetCurrentClocksThrottleReasons": lambda gpu: hot if gpu.index == count - 1 else 0,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+
+
+@pytest.mark.parametrize("count", [1, 4, 8])
+def test_a_machine_of_so_many_gpus_is_described_and_checked(monkeypatch, count):
+    pretend_machine(monkeypatch, count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    found = hardware.read_hardware()
+    assert (len(found.accelerators), found.driver, found.cuda) == (count, "580.65.06", "13.0")
+    assert {gpu.power_limit_watts for gpu in found.accelerators} == {400.0}
+    assert [row.count("NV") for row in found.links] == [min(count, 4) - 1] * count
+    lines = [finding.line() for finding in check.check_gpus(found)]
+    apart = ", ".join(f"{a}-{b} (SYS)" for a in range(4) for b in range(4, count))
+    between = [f"note   links: no NVLink between {apart}: runs on several GPUs will be slower"] * (count > 4)
+    last = count - 1
+    assert lines == [
+        f"ok     GPUs: {count} x NVIDIA A100-SXM4-80GB, driver 580.65.06, CUDA up to 13.0",
+        f"fault  GPU {last}: in use by 1 process(es) (77); end them, or hide this GPU",
+        f"fault  GPU {last}: its clocks are held down now: thermal (hardware); see to cooling and power",
+        *between,
+    ]
+    taken = {"nproc": count, "mp": 1, "zero": 0, "nnodes": None, "node_rank": None, "master": None}
+    place(taken, gpus=len(hardware.visible_accelerators()))
+    with pytest.raises(BadInput, match=f"{count}"):
+        place(taken | {"nproc": 2 * count}, gpus=len(hardware.visible_accelerators()))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(last))))
+    faults = [finding for finding in check.check_gpus(hardware.read_hardware()) if finding.level == "fault"]
+    assert not faults, "the busy one is hidden"
 
 
 def test_a_lost_gpu_keeps_the_numbers_of_the_others(gpus, monkeypatch):
