@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -45,6 +46,19 @@ def probe(framework: str, method: str, folder: Path, *flags: object) -> tuple[li
         for kind in ("trainable", "frozen"):  # the step gathers weights and must free them again
             assert held["after"][kind] == held[kind]
     return ranks, record
+
+
+def ask_uv(*arguments: object) -> str:
+    """What uv prints, with pip's index. The test is skipped where the index cannot be reached."""
+    uv = shutil.which("uv", path=ROOT / ".venv/uv/bin") or shutil.which("uv")
+    how = {"capture_output": True, "text": True, "timeout": 300, "check": False}
+    index = subprocess.run(["python3", "-m", "pip", "config", "get", "global.index-url"], **how).stdout.strip()
+    env = os.environ | ({"UV_DEFAULT_INDEX": index} if index else {})
+    done = subprocess.run([str(uv), "pip", *map(str, arguments)], env=env, cwd=ROOT, **how)
+    if "Failed to fetch" in done.stderr:
+        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def close(size: float):

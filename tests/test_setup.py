@@ -10,9 +10,9 @@ import time
 import psutil
 import pytest
 from conftest import ROOT
+from helpers import ask_uv
 
 pytestmark = pytest.mark.frameworks
-CAPTURED = {"capture_output": True, "text": True, "timeout": 300, "check": False}
 
 
 @pytest.fixture
@@ -280,18 +280,11 @@ def test_a_package_that_cannot_be_imported_leaves_no_stamp(project):
 @pytest.mark.parametrize("environment", ["torch", "paddle"])
 def test_the_lock_holds_for_python_3_12_too(environment):
     """Asked of the index: there the same versions have wheels, but for three packages that have none for any Python."""
-    uv = shutil.which("uv", path=ROOT / ".venv/uv/bin") or shutil.which("uv")
     lock = ROOT / environment / "constraints.txt"
     asked = [ROOT / environment / "requirements.txt", ROOT / "pyproject.toml", "--extra=test", f"--constraint={lock}"]
     how = ["--python-version=3.12", "--python-platform=x86_64-manylinux_2_28", "--no-annotate", "--no-header"]
     how += ["--only-binary=:all:", *(f"--no-binary={name}" for name in ("deepspeed", "jieba", "seqeval"))]
-    index = subprocess.run(["python3", "-m", "pip", "config", "get", "global.index-url"], **CAPTURED).stdout.strip()
-    env = os.environ | ({"UV_DEFAULT_INDEX": index} if index else {})
-    done = subprocess.run([uv, "pip", "compile", "--quiet", *asked, *how], env=env, cwd=ROOT, **CAPTURED)
-    if "Failed to fetch" in done.stderr:
-        pytest.skip(f"the package index cannot be reached: {done.stderr.strip().splitlines()[-1]}")
-    assert done.returncode == 0, done.stderr
-    assert set(done.stdout.split()) <= set(lock.read_text().split("\n"))
+    assert set(ask_uv("compile", "--quiet", *asked, *how).split()) <= set(lock.read_text().split("\n"))
 
 
 def test_a_missing_library_is_named_with_its_package():

@@ -9,11 +9,12 @@ import sys
 
 import pynvml
 import pytest
-from conftest import FRAMEWORKS, ROOT, refusal
-from helpers import SUITE, finish_suite, start_suite
+from conftest import FRAMEWORKS, ROOT, assert_one_curve, refusal, train
+from helpers import SUITE, ask_uv, finish_suite, start_suite
 
 from tunebench import hardware
 from tunebench.record import read_record
+from tunebench.report.pairing import join
 from tunebench.suite import check
 from tunebench.suite.file import find_suite, plan_runs, read_suite
 from tunebench.suite.rehearsal import rehearsal_changes, whole_minutes
@@ -173,9 +174,14 @@ def refusal_with(python: object, *flags: str) -> str:
     return refusal(subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False))
 
 
+OTHER_VERSIONS = {"transformers": "5.22.2", "peft": "0.20.0"}  # a minor release before the pinned ones
+
+
 @pytest.mark.frameworks
-def test_an_interpreter_of_the_users_own(own, short, tmp_path):
+def test_an_interpreter_of_the_users_own_with_other_versions(own, alone, short, tmp_path):
     python, out = own(True), tmp_path / "r.json"
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    ask_uv("install", "--quiet", "--no-deps", f"--target={site}", *(f"{k}=={v}" for k, v in OTHER_VERSIONS.items()))
     command = [
         "python3",
         ROOT / "torch" / "finetune_full.py",
@@ -189,7 +195,11 @@ def test_an_interpreter_of_the_users_own(own, short, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     record = read_record(out)
     assert (record.status, record.devices) == ("ok", 2)
-    assert record.versions["torch"]
+    pinned = alone("torch", "llama", "full")
+    assert record.versions == pinned.versions | OTHER_VERSIONS
+    assert_one_curve(record, pinned)
+    (row,) = join([train("paddle", "full", tmp_path / "p.json", "--model=llama-tiny", *short, "--nproc=2"), record])
+    assert (row.refusal is None or "disturbed" in row.refusal, row.compared) == (True, "like for like")
     assert subprocess.run([python, "-c", "import tunebench"], capture_output=True, cwd="/").returncode == 1
 
 
