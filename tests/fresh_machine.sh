@@ -9,7 +9,8 @@
 # It needs root, debootstrap (for noble also Ubuntu's package ubuntu-keyring), 12 GB in TMPDIR, and about ten minutes:
 # for a person before a release, not for CI. The system lies in a folder of its own with mounts that end with this
 # script. FRESH_MOUNTS names folders to show in it, separated by spaces, such as a package index on disk. Variables named
-# PIP_*, UV_*, SSL_CERT_FILE, PYTHON and *_proxy go along, and so does the file of certificates that they name.
+# PIP_*, UV_*, SSL_CERT_FILE, PYTHON and *_proxy go along, and so does the file of certificates that they name. MIRROR
+# names another archive of the system's packages.
 set -euo pipefail
 release=${1:-bookworm}
 tests=("${@:2}")
