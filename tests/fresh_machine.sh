@@ -74,7 +74,7 @@ until_it_passes() {
     say "attempt $attempt: $1"
     if as_visitor "$1" >"$system/said" 2>&1; then tail -n 30 "$system/said"; return; fi
     tail -n 12 "$system/said"
-    wanted=$(grep -oE 'apt install [a-z0-9.+ -]+' "$system/said" | tail -n 1 | sed 's/apt install //; s/ $//')
+    wanted=$(grep -oE 'apt install [a-z0-9.+ -]+' "$system/said" | tail -n 1 | sed 's/apt install //; s/ $//' || true)
     [ -n "$wanted" ] && [[ " ${installed[*]:-} " != *" $wanted "* ]] || { echo "fresh_machine: the message names nothing to install" >&2; exit 1; }
     say "installs what the message names: $wanted"
     install "$wanted" || { echo "fresh_machine: $release has no $wanted" >&2; exit 1; }

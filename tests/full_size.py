@@ -335,7 +335,7 @@ class Paddle:
         script = self.scripts[method]
         if self.group is None or self.world.size == 1:
             self.group = script["parallel"].join(flags, self.world)
-        # The dtype is not that of the forward pass: CPUs have no kernels of others than float32.
+        # The forward pass is in float32, whatever --dtype says: CPUs have no kernels for other dtypes.
         tiny = flags.model_copy(update={"model": TINY[PRESETS[flags.model].config["model_type"]]})
         fp32 = flags.model_copy(update={"dtype": "fp32", "amp": None})
         facts = self.shapes(script, flags) | {"tiny": self.once(self.tiny, method, tiny)}

@@ -15,6 +15,7 @@ if [ -z "${IN_NAMESPACE:-}" ]; then
   done
   folder=${1:-$(mktemp -d)}
   mkdir -p "$folder"
+  chmod 755 "$folder"  # munged runs as another user
   folder=$(readlink -f "$folder")
   IN_NAMESPACE=$folder exec unshare --mount --pid --fork --kill-child --mount-proc bash "$here/tests/slurm.sh"
 fi
@@ -65,7 +66,8 @@ done
 [ "$(sinfo --noheader --format=%D --states=idle)" = 2 ] || { sinfo --list-reasons >&2; exit 1; }
 
 cd "$here"
-sed 's/^flags=.*/flags=(--model llama-tiny --samples 40 --zero 3 --bsz 8 --steps 4 --warmup-steps 1)/' deploy/nodes.sbatch >"$folder/nodes.sbatch"
+sed -e 's/^flags=.*/flags=(--model llama-tiny --samples 40 --zero 3 --bsz 8 --steps 4 --warmup-steps 1)/' \
+  -e "s#results/nodes#$folder/results/nodes#g" deploy/nodes.sbatch >"$folder/nodes.sbatch"
 sed -E '/run_all/{s/--suite a100x4/--suite quick --only "llama-tiny-lora-bsz4\/*"/; /--(check|rehearse)/!s/$/ --repeats 1 --anyway/}' \
   deploy/one-node.sbatch >"$folder/one-node.sbatch"
 failed=0

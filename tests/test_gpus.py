@@ -151,7 +151,7 @@ def test_a_machine_of_so_many_gpus_is_described_and_checked(monkeypatch, count):
     ]
     taken = {"nproc": count, "mp": 1, "zero": 0, "nnodes": None, "node_rank": None, "master": None}
     place(taken, gpus=len(hardware.visible_accelerators()))
-    with pytest.raises(BadInput, match=f"{count}"):
+    with pytest.raises(BadInput, match=f"^--nproc {2 * count}: {count} GPU"):
         place(taken | {"nproc": 2 * count}, gpus=len(hardware.visible_accelerators()))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(last))))
     faults = [finding for finding in check.check_gpus(hardware.read_hardware()) if finding.level == "fault"]

@@ -14,6 +14,7 @@ from conftest import FRAMEWORKS, ROOT
 from tunebench import processes
 from tunebench.record import read_record
 from tunebench.run.outcome import RUN_RECORD
+from tunebench.run.supervisor import cause_of_abort
 
 LONG = ["--samples=40", "--steps=2000", "--bsz=2"]
 
@@ -135,3 +136,21 @@ def test_a_rank_that_hangs_ends_at_the_timeout(start):
         record = run.end(within=stopped + 60 - time.monotonic())
         assert (record.framework, record.status, run.supervisor.returncode) == (framework, "timeout", 124)
         assert record.reason.startswith("not done within --timeout 40 s, after step ")
+
+
+GLOO = "E1129 [third_party/gloo/gloo/transport/tcp/pair.cc:584] TIMEOUT self_rank = 0 peer_str = [10.0.0.2]:26804"
+SUMMARY = ["ChildFailedError:", "=" * 60]  # torchrun's words come last
+
+
+@pytest.mark.parametrize(
+    ("printed", "cause"),
+    [
+        (["terminate called after throwing", "  what():  not here", "  what():  peer is gone", *SUMMARY], "not here"),
+        (["step 1/9: 1.0 s", GLOO, "terminate called without an active exception", "  what():", *SUMMARY], GLOO),
+        (["free(): invalid pointer", "Fatal Python error: Aborted", *SUMMARY], "free(): invalid pointer"),
+        (["step 1/9: 1.0 s", *SUMMARY], ""),
+        ([], ""),
+    ],
+)
+def test_why_a_process_aborted(printed, cause):
+    assert cause_of_abort(printed) == cause

@@ -17,6 +17,7 @@ from tunebench.files import cache_folder, results_folder
 from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.hardware import keep_freed_memory, read_environment, read_hardware, visible_accelerators
+from tunebench.installed import explained
 from tunebench.models.checkpoint import Checkpoint, find_checkpoint
 from tunebench.plan import load_plan
 from tunebench.run.outcome import folder_of_run
@@ -81,8 +82,10 @@ def importing(framework: str, method: str, job: Job) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = f"an import failed: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        Run(framework, method, job).fail("failed", reason, traceback.format_exc().splitlines())
+        log, first = traceback.format_exc().splitlines(), error
+        while isinstance(first.__cause__, Exception):  # transformers and PaddleNLP wrap it
+            first = first.__cause__
+        Run(framework, method, job).fail("failed", f"an import failed: {explained(first)}", log)
         sys.exit(1)
     finally:
         gc.freeze()

@@ -39,6 +39,8 @@ LOOK = 0.1  # seconds between two reads of what the launcher prints
 BOOTSTRAP = Path(bootstrap.__file__).resolve()
 PATIENCE = 8.0  # seconds that the launcher has to end the other workers after one failed
 ASK = 3.0  # seconds from SIGTERM to SIGKILL
+# What an aborting process prints, the most telling first: an exception's text in C++, gloo's errors, glibc, Python.
+ABORTS = ("what():", "gloo/transport", "free():", "malloc", "terminate called", "Fatal Python error")
 # Variables of an earlier launch, which would change this one: Paddle's launcher also reads its flags from variables.
 INHERITED = re.compile(
     r"(PADDLE|POD|TORCHELASTIC)_|FLAGS_selected_|(LOCAL_|GROUP_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$"
@@ -139,8 +141,8 @@ def _what_failed(
         number = -code
         if number > 0 and number != signal.SIGTERM:
             status, reason = processes.death_in_words(number, oom_kills)
-            cause = _cause_of_abort(printed) if number == signal.SIGABRT else ""
-            return status, f"rank {rank} was {reason}{cause}", printed, None
+            cause = cause_of_abort(printed) if number == signal.SIGABRT else ""
+            return status, f"rank {rank} was {reason}" + (cause and f": {cause}"), printed, None
     for failure in told:
         return failure.told()
     code = process.returncode
@@ -151,11 +153,10 @@ def _what_failed(
     return "failed", f"the launcher ended with exit code {code}, last line: {last}", printed, None
 
 
-def _cause_of_abort(printed: list[str]) -> str:
-    """The last words of a process that aborted itself: its exception's text, or else its last line."""
-    lines = [line.strip() for line in printed if line.strip()]
-    words = [line.partition("what():")[2].strip() for line in lines if "what():" in line] or lines
-    return f": {words[-1]}" if words else ""
+def cause_of_abort(printed: list[str]) -> str:
+    """The line by which the first process that aborted itself said why; empty where none has a known sign."""
+    lines = [(sign, line.replace("what():", "").strip()) for sign in ABORTS for line in printed if sign in line]
+    return next((words for _, words in lines if words), "")
 
 
 def _end(run: Run, status: str, reason: str, log: list[str], steps: Steps | None = None) -> int:

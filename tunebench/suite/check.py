@@ -186,9 +186,9 @@ def ask_framework(framework: str) -> dict[str, Any]:
         return json.loads(done.stdout.splitlines()[-1])
     except (OSError, subprocess.SubprocessError, ValueError, IndexError) as error:
         said = str(error)
-        if isinstance(error, subprocess.CalledProcessError) and error.stderr.strip():
+        if isinstance(error, subprocess.CalledProcessError) and error.returncode > 0 and error.stderr.strip():
             said = error.stderr.strip().splitlines()[-1]
-        mended = "" if own_python(framework) else f"; run: bash setup.sh {framework}"
+        mended = "" if own_python(framework) or "setup.sh" in said else f"; run: bash setup.sh {framework}"
         raise BadInput(f"does not start in {command[0]}: {said}{mended}") from None
 
 
@@ -237,11 +237,11 @@ def of_preset(model: str, layers: int | None) -> Checkpoint:
 
 
 def check_runs(runs: Iterable[Planned], packages: dict[str, dict[str, str]]) -> Iterator[Finding]:
-    """Whether each run's framework offers it; runs that are alike in this share a line.
+    """Whether each run would start, and its framework offers it; runs that are alike in this share a line.
 
     `packages` has the versions of each framework's packages.
     """
-    offered = 0
+    offered = failed = 0
     reasons: dict[tuple[Level, str], list[str]] = {}
     for run in runs:
         framework = run.entry.framework
@@ -254,6 +254,9 @@ def check_runs(runs: Iterable[Planned], packages: dict[str, dict[str, str]]) -> 
         except BadInput as error:
             reasons.setdefault(("fault", str(error)), []).append(run.entry.name)
             continue
+        if framework not in packages:  # it does not start, as another line says
+            failed += 1
+            continue
         reason = not_offered(framework, run.entry.method, run.flags, checkpoint)
         if reason:
             reasons.setdefault(("note", f"unsupported: {reason}"), []).append(run.entry.name)
@@ -261,7 +264,7 @@ def check_runs(runs: Iterable[Planned], packages: dict[str, dict[str, str]]) -> 
             offered += 1
     for (level, text), names in reasons.items():
         yield Finding(level, f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0], text)
-    yield Finding("ok", "runs", f"{offered} would start, of {offered + sum(map(len, reasons.values()))}")
+    yield Finding("ok", "runs", f"{offered} would start, of {offered + failed + sum(map(len, reasons.values()))}")
 
 
 def described(run: Planned) -> Checkpoint:
