@@ -155,8 +155,8 @@ def _what_failed(
 
 def cause_of_abort(printed: list[str]) -> str:
     """The line by which the first process that aborted itself said why; empty where none has a known sign."""
-    lines = [(sign, line.replace("what():", "").strip()) for sign in ABORTS for line in printed if sign in line]
-    return next((words for _, words in lines if words), "")
+    lines = (line.replace("what():", "").strip() for sign in ABORTS for line in printed if sign in line)
+    return next(filter(None, lines), "")
 
 
 def _end(run: Run, status: str, reason: str, log: list[str], steps: Steps | None = None) -> int:

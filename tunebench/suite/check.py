@@ -11,7 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -236,12 +236,12 @@ def of_preset(model: str, layers: int | None) -> Checkpoint:
     return Checkpoint(Path(), normalise(PRESETS[model].cut(layers).config), [], "")
 
 
-def check_runs(runs: Iterable[Planned], packages: dict[str, dict[str, str]]) -> Iterator[Finding]:
+def check_runs(runs: Collection[Planned], packages: dict[str, dict[str, str]]) -> Iterator[Finding]:
     """Whether each run would start, and its framework offers it; runs that are alike in this share a line.
 
     `packages` has the versions of each framework's packages.
     """
-    offered = failed = 0
+    offered = 0
     reasons: dict[tuple[Level, str], list[str]] = {}
     for run in runs:
         framework = run.entry.framework
@@ -255,7 +255,6 @@ def check_runs(runs: Iterable[Planned], packages: dict[str, dict[str, str]]) -> 
             reasons.setdefault(("fault", str(error)), []).append(run.entry.name)
             continue
         if framework not in packages:  # it does not start, as another line says
-            failed += 1
             continue
         reason = not_offered(framework, run.entry.method, run.flags, checkpoint)
         if reason:
@@ -264,7 +263,7 @@ def check_runs(runs: Iterable[Planned], packages: dict[str, dict[str, str]]) -> 
             offered += 1
     for (level, text), names in reasons.items():
         yield Finding(level, f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0], text)
-    yield Finding("ok", "runs", f"{offered} would start, of {offered + failed + sum(map(len, reasons.values()))}")
+    yield Finding("ok", "runs", f"{offered} would start, of {len(runs)}")
 
 
 def described(run: Planned) -> Checkpoint:
