@@ -1,12 +1,15 @@
 """Fixtures and helpers of all tests: paths, folders of the session, and programs run as a user runs them."""
 
+import contextlib
 import importlib.util
 import json
 import os
 import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -134,13 +137,27 @@ def alone(short, shared_folder):
     return record
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The functions of this environment's finetune_full.py."""
+@contextlib.contextmanager
+def loaded_script(method: str) -> Iterator[dict[str, Any]]:
+    """Yields the functions of this environment's script."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(ROOT / HERE), *sys.path])
         arguments = ["--model=llama-tiny", "--bsz=1", "--samples=2", "--steps=2", "--warmup-steps=1"]
-        patch.setattr(sys, "argv", ["finetune_full.py", *arguments])
+        patch.setattr(sys, "argv", [f"finetune_{method}.py", *arguments])
         for name in bootstrap.UNWANTED:  # the script would be started anew without them
             patch.delenv(name, raising=False)
-        yield runpy.run_path(str(ROOT / HERE / "finetune_full.py"))
+        yield runpy.run_path(str(ROOT / HERE / f"finetune_{method}.py"))
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The functions of this environment's finetune_full.py."""
+    with loaded_script("full") as functions:
+        yield functions
+
+
+@pytest.fixture(scope="module")
+def lora_script():
+    """The functions of this environment's finetune_lora.py."""
+    with loaded_script("lora") as functions:
+        yield functions

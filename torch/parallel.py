@@ -248,7 +248,7 @@ def average_adapters(trainable: Sequence[torch.nn.Parameter], group: Group) -> N
     if group.mp == 1 or group.replicas == 1:
         return
     left = [p for p in trainable if "dp_replicate" not in mesh_names(p)]
-    over = group.mesh["dp"].get_group()
+    over = group.mesh.get_group("dp")
     pending = [torch.distributed.all_reduce(local(p.grad), group=over, async_op=True) for p in left]
     for parameter, work in zip(left, pending, strict=True):
         work.wait()
@@ -270,7 +270,7 @@ def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> tor
         sliced = [is_sliced(p.grad) for p in trainable]
         own = torch.stack([torch.zeros_like(norms[0]), *itertools.compress(norms, sliced)])
         total = torch.linalg.vector_norm(own).square()
-        torch.distributed.all_reduce(total, group=group.mesh["tp"].get_group())
+        torch.distributed.all_reduce(total, group=group.mesh.get_group("tp"))
         norms = [total.sqrt(), *(norm for norm, is_one in zip(norms, sliced, strict=True) if not is_one)]
     norm = torch.linalg.vector_norm(torch.stack(norms)).float() / group.loss_scale.value
     torch._foreach_mul_(gradients, torch.clamp(MAX_GRAD_NORM / (norm + 1e-6), max=1.0) / group.loss_scale.value)

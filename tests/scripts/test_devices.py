@@ -9,11 +9,14 @@ import pytest
 from conftest import HERE
 
 from tunebench.models.checkpoint import find_checkpoint
+from tunebench.run.unsupported import not_offered
 
 if HERE != "torch":
     pytest.skip("the meta device is torch's", allow_module_level=True)
 
 import torch
+import torch.distributed
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -36,23 +39,32 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_meets_one_device_and_reads_nothing_back(script, monkeypatch, family, kind):
-    """The fused optimizer, which has no kernel for `meta`, is replaced by torch's plain one."""
+@pytest.fixture
+def plain_adamw(monkeypatch):
+    """Replaces the fused optimizer, which has no kernel for `meta`, by torch's plain one."""
     fused = torch.optim.AdamW
     monkeypatch.setattr(torch.optim, "AdamW", lambda *given, **named: fused(*given, **named | {"fused": False}))
-    flags, _, plan, world = script["JOB"]
-    flags = flags.model_copy(update=kind)
-    if family == "bloom" and flags.padding_free:
-        flags = flags.model_copy(update={"attention": "sdpa"})  # eager attention has no positions there
-    group = script["parallel"].join(flags, world)._replace(device=torch.device("meta"))
+
+
+@pytest.fixture
+def first_of_two(monkeypatch):
+    """Makes this process the first of two whose collectives send nothing and return at once."""
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def assert_one_device(script, group, family, flags):
+    """Builds the model on the group's device, trains one step there, and asserts that nothing is anywhere else."""
     model = script["build_model"](flags, find_checkpoint(f"{family}-tiny", "random", 0), group)
     held = [*model.named_parameters(), *model.named_buffers()]
     held += [(f"{name}.{key}", x) for name, m in model.named_modules() for key, x in vars(m).items()]
     for name, tensor in held:
         assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta", f"{name} is on {tensor.device}"
-    (_, batch), *_ = dataclasses.replace(plan, padding_free=flags.padding_free).micro_batches(0, 1)
+    plan = dataclasses.replace(script["JOB"].plan, padding_free=flags.padding_free)
+    (_, batch), *_ = plan.micro_batches(0, 1)
     inputs, labels = script["to_device"](flags, batch, group.device)
     trainable = [p for p in model.parameters() if p.requires_grad]
     model, optimizer = script["wrap"](flags, model, trainable, group)
@@ -65,6 +77,43 @@ def test_a_step_meets_one_device_and_reads_nothing_back(script, monkeypatch, fam
     with OneDevice():
         norm = script["parallel"].update(model, optimizer, trainable, group)
     assert norm.device.type == "meta"
+
+
+def on_meta(script, flags):
+    """The group of one process, on the meta device."""
+    return script["parallel"].join(flags, script["JOB"].world)._replace(device=torch.device("meta"))
+
+
+@pytest.mark.usefixtures("plain_adamw")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_meets_one_device_and_reads_nothing_back(script, family, kind):
+    flags = script["JOB"].flags.model_copy(update=kind)
+    if family == "bloom" and flags.padding_free:
+        flags = flags.model_copy(update={"attention": "sdpa"})  # eager attention has no positions there
+    assert_one_device(script, on_meta(script, flags), family, flags)
+
+
+@pytest.mark.usefixtures("plain_adamw")
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_lora_meets_one_device_too(lora_script, family, kind):
+    flags = lora_script["JOB"].flags.model_copy(update=kind)
+    assert_one_device(lora_script, on_meta(lora_script, flags), family, flags)
+
+
+@pytest.mark.usefixtures("plain_adamw", "first_of_two")
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_of_tensor_parallelism_meets_one_device_too(script, lora_script, family, method):
+    script = script if method == "full" else lora_script
+    flags = script["JOB"].flags.model_copy(update={"mp": 2, "nproc": 2})
+    if reason := not_offered("torch", method, flags, find_checkpoint(f"{family}-tiny", "random", 0)):
+        assert (family, method) == ("chatglm2", "lora")
+        pytest.skip(reason)
+    mesh = torch.distributed.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    group = script["parallel"].Group(torch.device("meta"), 0, 2, 0, 2, mesh, script["precision"].LossScale(flags))
+    assert_one_device(script, group, family, flags)
 
 
 def test_a_tensor_that_stays_behind_is_seen():
