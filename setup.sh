@@ -186,8 +186,13 @@ build() {
   say "making $folder with $("$python" --version), packages as pinned in $source ($wanted${index[1]+ from ${index[1]}}, at most $gigabytes GB)"
   "$uv" venv --quiet --no-project --python "$python" "$folder" || refuse "uv could not make $folder (its message is above)"
   sed "s/^torch==.*/&$torch/; s/^paddlepaddle==/$paddle==/" "$source/requirements.txt" >"$folder/requirements.txt"
+  if [ "$torch" = +cu126 ] && [ "$name" != paddle ]; then  # constraints.txt has CUDA 13's packages
+    sed '/^nvidia-ml-py==/!{ /^cuda-/d; /^nvidia-/d; }' "$source/constraints.txt" | cat - torch/cuda12.txt
+  else
+    cat "$source/constraints.txt"
+  fi >"$folder/constraints.txt"
   run "$uv" pip install ${quiet[@]+"${quiet[@]}"} --python "$folder/bin/python" ${index[@]+"${index[@]}"} \
-    --constraint "$source/constraints.txt" --requirement "$folder/requirements.txt" ${editable[@]+"${editable[@]}"} ||
+    --constraint "$folder/constraints.txt" --requirement "$folder/requirements.txt" ${editable[@]+"${editable[@]}"} ||
     refuse "uv could not install $name's packages (its messages are above); run 'bash setup.sh $name' again when mended"
   "$uv" pip check --quiet --python "$folder/bin/python" || refuse "$name's packages do not fit each other (see above)"
   if [ "$name" = llamafactory ]; then

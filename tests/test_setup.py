@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+import zipfile
 
 import psutil
 import pytest
@@ -32,6 +33,7 @@ def project(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "requirements.txt").write_text("packaging==26.3\n")
         (tmp_path / name / "constraints.txt").write_text("packaging==26.3\n")
+    (tmp_path / "torch" / "cuda12.txt").write_text("cuda-toolkit==12.6.3\n")
     (tmp_path / ".venv").mkdir()
     if (ROOT / ".venv/uv").is_dir():
         (tmp_path / ".venv/uv").symlink_to(ROOT / ".venv/uv")
@@ -206,10 +208,36 @@ def test_the_driver_decides_the_build(project, driver, build):
 
 def test_cuda_12_has_wheels_of_its_own(project):
     (project / "torch/requirements.txt").write_text("torch==2.13.0\npackaging==26.3\n")
+    lock = "cuda-toolkit==13.0.3.0\nnvidia-cublas==13.1.1.3\nnvidia-ml-py==13.615.71\npackaging==26.3\n"
+    (project / "torch/constraints.txt").write_text(lock)
     path = tools(project / "tools", nvidia_smi="echo 550.54.15")
     done = setup(project, "torch", PATH=path, UV_OFFLINE="1", UV_NO_CACHE="1")
     assert "cuda12 from https://download.pytorch.org/whl/cu126" in done.stdout
     assert (project / ".venv/torch/requirements.txt").read_text() == "torch==2.13.0+cu126\npackaging==26.3\n"
+    locked = (project / ".venv/torch/constraints.txt").read_text()
+    assert locked == "nvidia-ml-py==13.615.71\npackaging==26.3\ncuda-toolkit==12.6.3\n"
+
+
+def test_the_lock_for_cuda_12_holds(project):
+    """Asks the index for what setup.sh would install. A wheel without code stands in for torch, which is elsewhere."""
+    shutil.copytree(ROOT / "torch", project / "torch", dirs_exist_ok=True)
+    setup(project, "torch", PATH=tools(project / "tools", nvidia_smi="echo 550.54.15"), UV_OFFLINE="1", UV_NO_CACHE="1")
+    requirements, lock = (project / f".venv/torch/{kind}.txt" for kind in ("requirements", "constraints"))
+    cuda = (ROOT / "torch/cuda12.txt").read_text().splitlines()
+    needs = ["filelock", "typing-extensions", "setuptools", "sympy", "networkx", "jinja2", "fsspec", "triton==3.7.1"]
+    needs += [line.lstrip("# ") for line in cuda if line.startswith("#    ") and "=" in line and "uv " not in line]
+    assert len(needs) == 8 + 6
+    metadata = ["Metadata-Version: 2.1", "Name: torch", "Version: 2.13.0+cu126"]
+    metadata += [f"Requires-Dist: {need}" for need in needs]
+    with zipfile.ZipFile(project / "torch-2.13.0+cu126-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("torch-2.13.0+cu126.dist-info/METADATA", "\n".join(metadata) + "\n")
+        wheel.writestr("torch-2.13.0+cu126.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("torch-2.13.0+cu126.dist-info/RECORD", "")
+    how = ["--python-version=3.11", "--python-platform=x86_64-manylinux_2_28", "--no-annotate", "--no-header"]
+    needed = ask_uv("compile", "--quiet", requirements, f"--constraint={lock}", f"--find-links={project}", *how)
+    assert "torch==2.13.0+cu126" in needed.split()
+    assert set(needed.split()) - {"torch==2.13.0+cu126"} <= set(lock.read_text().split("\n"))
+    assert {line for line in cuda if not line.startswith("#")} <= set(needed.split())
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,8 @@ def stamp(name: str) -> str:
 
     It leaves out the kind of build (--cpu), so that later set-ups keep the kind of the first.
     """
-    files = (ROOT / name / "requirements.txt", ROOT / name / "constraints.txt", ROOT / "pyproject.toml")
+    locks = [ROOT / name / "requirements.txt", ROOT / name / "constraints.txt", ROOT / "torch" / "cuda12.txt"]
+    files = [*locks, ROOT / "pyproject.toml"]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files) + os.fsencode(str(ROOT))).hexdigest()
 
 

@@ -169,7 +169,8 @@ def test_any_locale_and_python(data, env):
 def test_the_stamp_of_an_environment_is_that_of_any_locale(tmp_path):
     project = tmp_path / "项目"
     (project / "torch").mkdir(parents=True)
-    for name in ("torch/requirements.txt", "torch/constraints.txt", "pyproject.toml", "tunebench/bootstrap.py"):
+    locks = ("torch/requirements.txt", "torch/constraints.txt", "torch/cuda12.txt")
+    for name in (*locks, "pyproject.toml", "tunebench/bootstrap.py"):
         write_atomically(project / name, (ROOT / name).read_bytes())
     code = "import runpy; print(runpy.run_path('tunebench/bootstrap.py')['stamp']('torch'))"
     stamps = {
