@@ -22,7 +22,10 @@ STARTED = "TUNEBENCH_STARTED"  # tells the interpreter that `enter_environment` 
 OLDEST_PYTHON = (3, 11)
 # What a user's own interpreter must have beside the dependencies in pyproject.toml: the oldest versions that were
 # tried. `check_packages` in run/start.py says what single flags need.
-PACKAGES = {"torch": ("torch>=2.12", "transformers>=5.2", "peft>=0.19", "accelerate>=1.12"), "paddle": ("paddlenlp",)}
+PACKAGES = {
+    "torch": ("torch>=2.12", "transformers>=5.2", "peft>=0.19", "accelerate>=1.12"),
+    "paddle": ("paddlepaddle-gpu or paddlepaddle>=3.3.1", "paddlenlp>=3.0.0b4"),
+}
 # They put other libraries before the locked ones, or drop asserts and docstrings.
 UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PYTHONOPTIMIZE")
 
@@ -150,14 +153,12 @@ def _use_own(environment: str, program: str) -> None:
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     missing, old = [], []
     for requirement in [*wanted, *PACKAGES[environment]]:
-        name, _, oldest = requirement.partition("==")[0].partition(">=")
-        try:
-            found = metadata.version(name)
-        except metadata.PackageNotFoundError:
+        names, _, oldest = requirement.partition("==")[0].partition(">=")
+        found = [each.version for name in names.split(" or ") for each in metadata.distributions(name=name)][:1]
+        if not found:
             missing.append(requirement)
-            continue
-        if numbers_of(found) < numbers_of(oldest):
-            old.append(f"{requirement} (it has {found})")
+        elif oldest and order_of(found[0]) < order_of(oldest):
+            old.append(f"{requirement} (it has {found[0]})")
     if missing or old:
         refuse(f"{said} lacks {', '.join(missing + old)}; install them there, or unset the variable")
     if not _importable("tunebench"):
@@ -174,9 +175,11 @@ def _use_own(environment: str, program: str) -> None:
         refuse(f"{said} has no {environment} that can be imported; install it there, or unset the variable")
 
 
-def numbers_of(version: str) -> list:
-    """The leading numbers of a version, to compare: [5, 22, 2] of 5.22.2 and [2, 13] of 2.13.rc1."""
-    return [int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", version)[0])]
+def order_of(version: str) -> tuple:
+    """What versions are compared by: ([5, 22, 2], "final", 0) of 5.22.2+cu126 and ([3, 0, 0], "b", 4) of 3.0.0b4."""
+    numbers, stage, count = re.findall(r"^([\d.]*)(?:(a|b|rc)(\d+))?", version)[0]
+    # A stage of a pre-release sorts before "final".
+    return [int(number) for number in numbers.split(".") if number], stage or "final", int(count or 0)
 
 
 def is_complete(name: str, made_from: str = "") -> bool:

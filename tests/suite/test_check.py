@@ -154,23 +154,23 @@ def test_what_a_whole_run_would_take(tmp_path):
 
 @pytest.fixture
 def own(tmp_path):
-    """A function that makes an interpreter of the user's own: with the torch environment's packages, or with none."""
+    """A function that makes an interpreter of the user's own: with an environment's packages, or with none."""
 
-    def make(packages: bool):
+    def make(packages: bool, framework: str = "torch"):
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "own"], check=True)
         (site,) = (tmp_path / "own").glob("lib/python*/site-packages")
         if packages:  # not tunebench: Python ignores .pth files of folders on its path
-            (there,) = (ROOT / ".venv" / "torch").glob("lib/python*/site-packages")
+            (there,) = (ROOT / ".venv" / framework).glob("lib/python*/site-packages")
             (site / "others.pth").write_text(f"{there}\n")
         return tmp_path / "own" / "bin" / "python"
 
     return make
 
 
-def refusal_with(python: object, *flags: str) -> str:
+def refusal_with(python: object, *flags: str, framework: str = "torch") -> str:
     """Asserts that a script refused to run in the user's own interpreter; returns its line."""
-    command = ["python3", ROOT / "torch" / "finetune_full.py", "--model=llama-tiny", *flags]
-    environment = os.environ | {"TUNEBENCH_TORCH": str(python)}
+    command = ["python3", ROOT / framework / "finetune_full.py", "--model=llama-tiny", *flags]
+    environment = os.environ | {f"TUNEBENCH_{framework.upper()}": str(python)}
     return refusal(subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False))
 
 
@@ -247,19 +247,29 @@ def test_a_failed_import_leaves_a_record(own, short, tmp_path, nproc):
 @pytest.mark.frameworks
 def test_packages_that_are_too_old_are_named(own):
     """Made-up metadata, which comes first on the path: `--mp` needs a newer transformers than the rest."""
-    python = own(True)
-    (site,) = python.parents[1].glob("lib/python*/site-packages")
-    lines = []
-    for version in ("5.1.9", "5.17.0"):
-        folder = site / f"transformers-{version}.dist-info"
+
+    def line_with(framework: str, package: str, version: str) -> str:
+        python = own(True, framework)
+        (site,) = python.parents[1].glob("lib/python*/site-packages")
+        folder = site / f"{package}-{version}.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
-        lines.append(refusal_with(python, "--mp=2"))
-        shutil.rmtree(folder)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n")
+        line = refusal_with(python, "--mp=2", framework=framework)
+        shutil.rmtree(python.parents[1])
+        return line.replace(str(python), "PYTHON")
+
+    lines = [line_with("torch", "transformers", version) for version in ("5.1.9", "5.17.0")]
     assert lines == [
-        f"finetune_full.py: TUNEBENCH_TORCH={python} lacks transformers>=5.2 (it has 5.1.9); install them there, "
-        "or unset the variable",
-        f"finetune_full.py: --mp needs transformers 5.18.0 or newer, and {python} has 5.17.0",
+        "finetune_full.py: TUNEBENCH_TORCH=PYTHON lacks transformers>=5.2 (it has 5.1.9); install them there, or "
+        "unset the variable",
+        "finetune_full.py: --mp needs transformers 5.18.0 or newer, and PYTHON has 5.17.0",
+    ]
+    # PaddlePaddle 3.3.0 starts several processes only beside protobuf 6. PaddleNLP 3.0.0b3 has no LoRA for Bloom.
+    lines = [line_with("paddle", *old) for old in (("paddlepaddle_gpu", "3.3.0"), ("paddlenlp", "3.0.0b3"))]
+    lacks = ("paddlepaddle-gpu or paddlepaddle>=3.3.1 (it has 3.3.0)", "paddlenlp>=3.0.0b4 (it has 3.0.0b3)")
+    assert lines == [
+        f"finetune_full.py: TUNEBENCH_PADDLE=PYTHON lacks {each}; install them there, or unset the variable"
+        for each in lacks
     ]
 
 

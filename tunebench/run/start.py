@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tunebench import processes
-from tunebench.bootstrap import numbers_of, own_home
+from tunebench.bootstrap import order_of, own_home
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder, results_folder
 from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
@@ -130,7 +130,7 @@ def check_packages(framework: str, flags: Flags, packages: Mapping[str, str], py
         return
     if flags.zero and "deepspeed" not in packages:
         raise BadInput(f"--zero needs deepspeed, which {python} lacks; install it there, or use --nproc or --mp")
-    if flags.mp > 1 and numbers_of(found := packages["transformers"]) < numbers_of(MP_NEEDS):
+    if flags.mp > 1 and order_of(found := packages["transformers"]) < order_of(MP_NEEDS):
         raise BadInput(f"--mp needs transformers {MP_NEEDS} or newer, and {python} has {found}")
 
 
