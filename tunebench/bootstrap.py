@@ -176,10 +176,11 @@ def _use_own(environment: str, program: str) -> None:
 
 
 def order_of(version: str) -> tuple:
-    """What versions are compared by: ([5, 22, 2], "final", 0) of 5.22.2+cu126 and ([3, 0, 0], "b", 4) of 3.0.0b4."""
+    """What versions are compared by: ([5, 22, 2], "released", 0) of 5.22.2+cu126 and ([3, 0, 0], "b", 4) of 3.0.0b4."""
     numbers, stage, count = re.findall(r"^([\d.]*)(?:(a|b|rc)(\d+))?", version)[0]
-    # A stage of a pre-release sorts before "final".
-    return [int(number) for number in numbers.split(".") if number], stage or "final", int(count or 0)
+    parts = [int(number) for number in numbers.split(".") if number]
+    # A stage of a pre-release sorts before "released". 0.0.0 is Paddle built from its sources: newer than any release.
+    return parts if any(parts) else [sys.maxsize], stage or "released", int(count or 0)
 
 
 def is_complete(name: str, made_from: str = "") -> bool:

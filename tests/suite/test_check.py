@@ -1,5 +1,6 @@
 """Before a suite: run_all.sh --check and --rehearse, and a user's own interpreters."""
 
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from conftest import FRAMEWORKS, ROOT, assert_one_curve, refusal, train
 from helpers import SUITE, ask_uv, finish_suite, start_suite
 
 from tunebench import hardware
+from tunebench.bootstrap import order_of
 from tunebench.record import read_record
 from tunebench.report.pairing import join
 from tunebench.suite import check
@@ -242,6 +244,12 @@ def test_a_failed_import_leaves_a_record(own, short, tmp_path, nproc):
     assert f"ImportError: {fault}" in record.log
     assert record.log[-1] == "RuntimeError: see above"
     assert nproc > 1 or done.stderr == f"finetune_full.py: failed: {record.reason} (record: {out})\n"
+
+
+def test_versions_are_compared_with_their_pre_releases():
+    rising = ["2.9.0", "2.10.0a0+b4e4ee8", "3.0.0b3", "3.0.0b4", "3.0.0rc1", "3.0.0", "3.3.0", "3.3.1+cu126", "0.0.0"]
+    assert all(order_of(a) < order_of(b) for a, b in itertools.pairwise(rising))
+    assert order_of("3.0.0b4.post20250101") == order_of("3.0.0b4")
 
 
 @pytest.mark.frameworks
