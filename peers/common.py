@@ -154,6 +154,10 @@ class Meter:
         for name, values in {"seconds": self.seconds, "loss": self.losses, **counts}.items():
             if len(values) < steps:
                 raise RuntimeError(f"{name} of {len(values)} steps, of {steps} asked for")
+        versions = {}
+        for name in packages:
+            with contextlib.suppress(metadata.PackageNotFoundError):  # Paddle's build for GPUs has another name
+                versions[name] = metadata.version(name)
         result = {
             "seconds": self.seconds[:steps],
             **{name: values[:steps] for name, values in counts.items()},
@@ -161,7 +165,7 @@ class Meter:
             "grad_norm": [float(norm) for norm in self.grad_norms[:steps]] or None,
             "parameters": parameters,
             "trainable_parameters": trainable,
-            "versions": {name: metadata.version(name) for name in packages},
+            "versions": versions,
             "setup": setup,
             "peak_memory_bytes": _peak_resident_bytes(),
         }

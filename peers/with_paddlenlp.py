@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import common
 
-PACKAGES = ("paddlepaddle", "paddlenlp")
+PACKAGES = ("paddlepaddle", "paddlepaddle-gpu", "paddlenlp")
 JOB = common.read_job(("paddlenlp-trainer", "paddlenlp-zero-padding"), "paddle", ("paddle", "paddlenlp"))
 
 from typing import Any

@@ -21,9 +21,9 @@ MOST_THREADS = 4096
 STARTED = "TUNEBENCH_STARTED"  # tells the interpreter that `enter_environment` starts by which name it did
 OLDEST_PYTHON = (3, 11)
 # What a user's own interpreter must have beside the dependencies in pyproject.toml: the oldest versions that were
-# tried. `check_packages` in run/start.py says what single flags need.
+# tried. NVIDIA's containers have pre-releases of torch. `check_packages` in run/start.py says what single flags need.
 PACKAGES = {
-    "torch": ("torch>=2.12", "transformers>=5.2", "peft>=0.19", "accelerate>=1.12"),
+    "torch": ("torch>=2.12.0a0", "transformers>=5.2", "peft>=0.19", "accelerate>=1.12"),
     "paddle": ("paddlepaddle-gpu or paddlepaddle>=3.3.1", "paddlenlp>=3.0.0b4"),
 }
 # They put other libraries before the locked ones, or drop asserts and docstrings.
@@ -154,11 +154,12 @@ def _use_own(environment: str, program: str) -> None:
     missing, old = [], []
     for requirement in [*wanted, *PACKAGES[environment]]:
         names, _, oldest = requirement.partition("==")[0].partition(">=")
-        found = [each.version for name in names.split(" or ") for each in metadata.distributions(name=name)][:1]
-        if not found:
+        candidates = (each for name in names.split(" or ") for each in metadata.distributions(name=name))
+        found = next((each.version for each in candidates), None)
+        if found is None:
             missing.append(requirement)
-        elif oldest and order_of(found[0]) < order_of(oldest):
-            old.append(f"{requirement} (it has {found[0]})")
+        elif oldest and order_of(found) < order_of(oldest):
+            old.append(f"{requirement} (it has {found})")
     if missing or old:
         refuse(f"{said} lacks {', '.join(missing + old)}; install them there, or unset the variable")
     if not _importable("tunebench"):
@@ -176,11 +177,13 @@ def _use_own(environment: str, program: str) -> None:
 
 
 def order_of(version: str) -> tuple:
-    """What versions are compared by: ([5, 22, 2], "released", 0) of 5.22.2+cu126 and ([3, 0, 0], "b", 4) of 3.0.0b4."""
-    numbers, stage, count = re.findall(r"^([\d.]*)(?:(a|b|rc)(\d+))?", version)[0]
+    """What versions are compared by: ([5, 22], 4, 0) of 5.22.0+cu126, ([3], 2, 4) of 3.0.0b4, a pre-release."""
+    numbers, stage, count = re.findall(r"^([\d.]*)(?:(dev|a|b|rc)(\d+))?", version)[0]
     parts = [int(number) for number in numbers.split(".") if number]
-    # A stage of a pre-release sorts before "released". 0.0.0 is Paddle built from its sources: newer than any release.
-    return parts if any(parts) else [sys.maxsize], stage or "released", int(count or 0)
+    while parts and parts[-1] == 0:
+        parts.pop()
+    # 0.0.0 is Paddle built from its sources: newer than any release.
+    return parts or [sys.maxsize], ("dev", "a", "b", "rc", "").index(stage), int(count or 0)
 
 
 def is_complete(name: str, made_from: str = "") -> bool:
