@@ -157,7 +157,7 @@ def script():
 
 
 @pytest.fixture(scope="module")
-def lora_script():
-    """The functions of this environment's finetune_lora.py."""
+def scripts(script):
+    """The functions of this environment's scripts, by method."""
     with loaded_script("lora") as functions:
-        yield functions
+        yield {"full": script, "lora": functions}

@@ -79,34 +79,22 @@ def assert_one_device(script, group, family, flags):
     assert norm.device.type == "meta"
 
 
-def on_meta(script, flags):
-    """The group of one process, on the meta device."""
-    return script["parallel"].join(flags, script["JOB"].world)._replace(device=torch.device("meta"))
-
-
 @pytest.mark.usefixtures("plain_adamw")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_meets_one_device_and_reads_nothing_back(script, family, kind):
+def test_a_step_meets_one_device_and_reads_nothing_back(scripts, family, method, kind):
+    script = scripts[method]
     flags = script["JOB"].flags.model_copy(update=kind)
-    if family == "bloom" and flags.padding_free:
-        flags = flags.model_copy(update={"attention": "sdpa"})  # eager attention has no positions there
-    assert_one_device(script, on_meta(script, flags), family, flags)
-
-
-@pytest.mark.usefixtures("plain_adamw")
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_lora_meets_one_device_too(lora_script, family, kind):
-    flags = lora_script["JOB"].flags.model_copy(update=kind)
-    assert_one_device(lora_script, on_meta(lora_script, flags), family, flags)
+    group = script["parallel"].join(flags, script["JOB"].world)._replace(device=torch.device("meta"))
+    assert_one_device(script, group, family, flags)
 
 
 @pytest.mark.usefixtures("plain_adamw", "first_of_two")
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_step_of_tensor_parallelism_meets_one_device_too(script, lora_script, family, method):
-    script = script if method == "full" else lora_script
+def test_a_step_of_tensor_parallelism_meets_one_device_too(scripts, family, method):
+    script = scripts[method]
     flags = script["JOB"].flags.model_copy(update={"mp": 2, "nproc": 2})
     if reason := not_offered("torch", method, flags, find_checkpoint(f"{family}-tiny", "random", 0)):
         assert (family, method) == ("chatglm2", "lora")
