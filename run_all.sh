@@ -2,7 +2,7 @@
 # Sets up what is missing, runs a suite and prints its tables. Ctrl-C keeps what is done; the same command goes on.
 #
 #   bash run_all.sh [--suite NAME] [--only GLOB] [--repeats N] [--aa] [--fresh] [--anyway] [--cpu]
-#                   [--dry-run | --check | --rehearse] [--torch PYTHON] [--paddle PYTHON]
+#                   [--dry-run | --check | --rehearse | --plan] [--torch PYTHON] [--paddle PYTHON]
 #
 # --cpu          set up CPU builds on any machine (see setup.sh); hide its GPUs too: CUDA_VISIBLE_DEVICES= (empty)
 # --suite NAME   which of suites/NAME.toml, or a .toml file of your own (default: cpu; quick: a few minutes, intervals)
@@ -15,6 +15,9 @@
 # --dry-run      print the runs, start none
 # --check        look at the machine and at what each run needs, start none; exit code 1 where something is wrong
 # --rehearse     each run for a few steps with two layers: what would fail, and how long the suite would take
+# --plan         say what each run would take on GPUs, start none: memory, tokens per second, time; needs no GPU
+# --gpu KIND, --link KIND, --price DOLLARS, --out FILE
+#                with --plan: the kind of GPU, what joins them, the price per GPU and hour, a file for the same as JSON
 # --torch PYTHON, --paddle PYTHON
 #                interpreters of your own, with the packages installed; TUNEBENCH_TORCH and TUNEBENCH_PADDLE do the same
 #

@@ -76,9 +76,12 @@ class Torch:
     """Finds the tensors of a PyTorch run."""
 
     def __init__(self) -> None:
+        import held
         import torch
 
         self.torch = torch
+        self.weights, self.gradients = held.weights, held.gradients
+        self.states, self.masters = held.moments, held.masters
 
     def spans(self, tensors: Iterable[Any]) -> Spans:
         """The memory behind these tensors. Of a sharded tensor it is this process's shard."""
@@ -98,41 +101,6 @@ class Torch:
                 storage = local.untyped_storage()
                 found.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
         return found
-
-    def weights(self, model: Any, trainable: bool) -> Iterator[Any]:
-        """The weights. With ZeRO 3: this rank's slices (`ds_tensor`) and the weights that are gathered now."""
-        for parameter in model.parameters():
-            if parameter.requires_grad == trainable:
-                yield parameter.data
-                if hasattr(parameter, "ds_tensor"):
-                    yield parameter.ds_tensor
-
-    def gradients(self, model: Any, optimizer: Any) -> Iterator[Any]:
-        """The gradients: DeepSpeed's buffers, or `grad` of the parameters without DeepSpeed."""
-        for parameter in model.parameters():
-            yield from self.tensors((parameter.grad, getattr(parameter, "grad_accum", None)))
-        names = ("averaged_gradients", "all_grad_tensors", "grads_in_partition", "grad_partitions_flat_buffer")
-        yield from self.tensors([getattr(optimizer, name, None) for name in names])
-        yield from (p.grad for p in self.masters(optimizer) if p.grad is not None)
-
-    def states(self, optimizer: Any) -> Iterator[Any]:
-        """The moments of the optimizer, unwrapped from DeepSpeed's. Scalars that count steps are left out."""
-        inner = getattr(optimizer, "optimizer", optimizer)
-        return (each for state in inner.state.values() for each in self.tensors(state) if each.ndim)
-
-    def masters(self, optimizer: Any) -> list[Any]:
-        """The float32 master weights of DeepSpeed's optimizer or of precision.py."""
-        names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
-        pairs = [pair for pair in getattr(optimizer, "pairs", []) if pair[0] is not pair[1]]
-        return list(self.tensors([getattr(optimizer, name, None) for name in names])) + [master for _, master in pairs]
-
-    def tensors(self, value: Any) -> Iterator[Any]:
-        """The tensors in nested lists and dicts."""
-        if isinstance(value, self.torch.Tensor):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            for each in value.values() if isinstance(value, dict) else value:
-                yield from self.tensors(each)
 
     def everything(self) -> int:
         """The bytes of all tensors that the garbage collector finds, and of their gradients."""

@@ -16,7 +16,6 @@ import contextlib
 import dataclasses
 import gc
 import json
-import math
 import multiprocessing
 import os
 import runpy
@@ -32,15 +31,13 @@ from tunebench import processes
 from tunebench.flags import Flags, parse_flags
 from tunebench.models.checkpoint import Checkpoint, find_checkpoint, open_checkpoint
 from tunebench.models.families import family_of
-from tunebench.models.presets import PRESETS, Preset
-from tunebench.models.random_weights import SHARD_BYTES
+from tunebench.models.hollow import STORED, write_hollow
+from tunebench.models.presets import PRESETS
 from tunebench.run.place import export_place
 from tunebench.run.run import Job, Run
 from tunebench.world import ALONE, World
 
 ROOT = Path(__file__).resolve().parents[1]
-BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TINY = {"llama": "llama-tiny", "bloom": "bloom-tiny", "glm": "chatglm2-tiny", "qwen2": "qwen2-tiny"}
 POSITIONS = 2048  # PaddleNLP computes tables of this length per layer; Qwen2's 131,072 would take 4 GB
 BSZ = 16  # batch size of the plan; its batches give the inputs their shape
@@ -158,36 +155,13 @@ def hollow_checkpoint(flags: Flags, layers: int | None = None, vocabulary: int |
     # From a disk transformers would have the holes read ahead; what is copied must not fill shared memory instead.
     shared = "/dev/shm" if not layers and Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=shared) as folder:
-        write_hollow(Path(folder), preset, DTYPES[flags.weights_dtype])
+        write_hollow(Path(folder), preset.config, STORED[flags.weights_dtype])
         yield open_checkpoint(Path(folder), known_sha256="of holes")
 
 
 def tiny_checkpoint(flags: Flags) -> Checkpoint:
     """The random weights of the tiny model of the same family."""
     return find_checkpoint(TINY[PRESETS[flags.model].config["model_type"]], "random", 0)
-
-
-def write_hollow(folder: Path, preset: Preset, dtype: str) -> None:
-    """Writes config.json and sparse safetensors files: headers without the tensors' bytes."""
-    (folder / "config.json").write_text(json.dumps(preset.config))
-    sizes = {
-        name: math.prod(shape) * BYTES[dtype] for name, shape in family_of(preset.config).tensors(preset.config).items()
-    }
-    files: dict[str, dict[str, Any]] = {}
-    start = SHARD_BYTES
-    for name, shape in family_of(preset.config).tensors(preset.config).items():
-        if start + sizes[name] > SHARD_BYTES:
-            files[f"model-{len(files)}.safetensors"], start = {}, 0
-        place = [start, start + sizes[name]]
-        files[f"model-{len(files) - 1}.safetensors"][name] = {"dtype": dtype, "shape": shape, "data_offsets": place}
-        start = place[1]
-    for file, tensors in files.items():
-        head = json.dumps({"__metadata__": {"format": "pt"}, **tensors}).encode()
-        with (folder / file).open("wb") as content:
-            content.write(len(head).to_bytes(8, "little") + head)
-            content.truncate(8 + len(head) + sum(sizes[name] for name in tensors))
-    weight_map = {name: file for file, tensors in files.items() for name in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 class Torch:

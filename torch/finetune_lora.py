@@ -14,6 +14,7 @@ BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstr
 runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch")
 
 from tunebench.flags import Flags
+from tunebench.forecast.report import answer, say
 from tunebench.models.checkpoint import Checkpoint
 from tunebench.models.random_weights import lora_a
 from tunebench.plan import MicroBatch
@@ -125,6 +126,10 @@ def main(run: Run) -> None:
     run.finish(parallel.sum_over_replicas(run.meter.losses, group), *measured)
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and JOB.flags.plan:
+    from forecast import forecast
+
+    say(answer(FRAMEWORK, METHOD, JOB, lambda job: forecast(job, build_model, wrap, to_device)), JOB.flags.out)
+elif __name__ == "__main__":
     with recorded(FRAMEWORK, METHOD, JOB) as run:
         main(run)

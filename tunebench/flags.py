@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tunebench.bootstrap import refuse
 from tunebench.errors import BadInput
+from tunebench.forecast.gpus import DEFAULT_GPU, GPUS, LINKS, kind_of
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.hardware import visible_accelerators
 from tunebench.models.presets import PRESETS
@@ -86,6 +87,10 @@ class Flags(BaseModel):
     timeout: float
     aa: str | None
     out: Path | None
+    plan: bool = False
+    gpu: str | None = None
+    link: str | None = None
+    price: float | None = None
     given: frozenset[str] = Field(default=frozenset(), exclude=True)
     lora_r: int = 0
     lora_alpha: int = 0
@@ -216,10 +221,30 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
     add("--timeout", type=positive_float, default=3600.0, help="seconds after which the run ends as `timeout`")
     add("--aa", choices=["a", "b"], help="one side of a comparison of this run with itself (run_all.sh --aa)")
     add("--out", type=Path, help="record file (default: a new one in results/runs/)")
+    add_forecast_flags(parser, "say what the run would take on GPUs, and start none: memory, tokens per second, cost")
     if method == "lora":
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")
         add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
     return parser
+
+
+def add_forecast_flags(parser: argparse.ArgumentParser, plan: str) -> None:
+    """Adds --plan, whose help is `plan`, and what it needs to know. The scripts and run_all.sh have them."""
+    add = parser.add_argument
+    add("--plan", action="store_true", help=plan)
+    add("--gpu", choices=list(GPUS), help=f"with --plan: the kind of GPU (default: the visible one, or {DEFAULT_GPU})")
+    add("--link", choices=list(LINKS), help="with --plan: what joins the GPUs of a node (default: that of the kind)")
+    add("--price", type=positive_float, help="with --plan: dollars per GPU and hour")
+
+
+def settle_forecast(options: dict) -> None:
+    """Fills in --gpu. Raises `BadInput` where the visible GPU is of no kind that is known."""
+    visible = visible_accelerators()
+    if options["gpu"] is None:
+        options["gpu"] = kind_of(visible[0]) if visible else DEFAULT_GPU
+        if options["gpu"] is None:
+            raise BadInput(f"--plan: {visible[0]} is none of the GPUs that are known here; name one by --gpu")
+        print(f"--gpu {options['gpu']} (the default: {'the visible GPU' if visible else 'no GPU visible'})", flush=True)
 
 
 def arguments_of(method: str, table: dict[str, Any]) -> list[str]:
@@ -265,7 +290,13 @@ def parse_flags(
     if options["compile"] and not goes_with_compile(options):
         raise BadInput("--compile with --mp or --recompute: not combined here; use --no-compile")
     gpus = len(visible_accelerators())
-    if world is None:
+    if options["plan"]:
+        if world is not None:
+            raise BadInput("--plan asks once for all processes; start the script without a launcher")
+        settle_forecast(options)
+        gpus = 1  # the planned GPUs are of the kind that --gpu names
+        place(options, 0)
+    elif world is None:
         place(options, gpus)
     else:
         _join(options, world, gpus)
@@ -297,6 +328,9 @@ def parse_flags(
             f"use {' or '.join(str(n * replicas) for n in (bsz // replicas, bsz // replicas + 1) if n)}"
         )
     options["micro_bsz"] = options["micro_bsz"] or bsz // replicas
+    for name in ("gpu", "link", "price"):
+        if options[name] is not None and not options["plan"]:
+            raise BadInput(f"--{name} is for --plan; add it, or leave --{name} out")
     flags = Flags(**resolve_plan_flags(options), given=given)
     if bsz // replicas % flags.micro_bsz:
         raise BadInput(
@@ -402,6 +436,8 @@ def place(options: dict, gpus: int) -> None:
                 raise BadInput(f"--{name.replace('_', '-')} is for several nodes; add --nnodes")
     else:
         options["node_rank"] = options["node_rank"] or 0
+        if options.get("plan"):
+            return
         last = options["nnodes"] - 1
         if options["node_rank"] > last:
             raise BadInput(f"--node-rank {options['node_rank']}: use 0 to {last}, as --nnodes is {options['nnodes']}")
@@ -503,8 +539,9 @@ def resolve_plan_flags(options: dict) -> dict:
     """Fills in the defaults that depend on the machine or on other flags, and checks them. Raises `BadInput`."""
     if options["model"] is None:
         accelerators = visible_accelerators()
-        options["model"] = "llama-7b" if accelerators else "llama-tiny"
+        options["model"] = "llama-7b" if accelerators or options.get("plan") else "llama-tiny"
         found = f"{len(accelerators)} GPU(s) visible" if accelerators else "no GPU visible"
+        found = "planned for GPUs" if options.get("plan") else found
         print(f"--model {options['model']} (the default: {found})", flush=True)
     model = options["model"]
     options["weights"] = options["weights"] or ("random" if model in PRESETS else "pretrained")

@@ -117,12 +117,13 @@ class Plan:
         """
         how = micro_bsz, replica, replicas
         made = self._ahead.pop((step, *how), None)
-        passes = made.result() if made else list(self._passes(step, *how))
+        passes = made.result() if made else list(self.passes(step, *how))
         if step + 1 < self.steps:
-            self._ahead[(step + 1, *how)] = self._worker.submit(lambda: list(self._passes(step + 1, *how)))
+            self._ahead[(step + 1, *how)] = self._worker.submit(lambda: list(self.passes(step + 1, *how)))
         return passes
 
-    def _passes(self, step: int, micro_bsz: int, replica: int, replicas: int) -> Iterator[tuple[bool, MicroBatch]]:
+    def passes(self, step: int, micro_bsz: int, replica: int, replicas: int) -> Iterator[tuple[bool, MicroBatch]]:
+        """The micro-batches of `micro_batches`, made as they are asked for."""
         width, share = int(self.row_lengths(step).max()), self.bsz // replicas
         first = step * self.bsz + replica * share
         for start in range(first, first + share, micro_bsz):

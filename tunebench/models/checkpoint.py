@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 from tunebench.errors import BadInput, cannot_write
 from tunebench.files import cache_folder, free_bytes, only_one
-from tunebench.models.config import read_config
+from tunebench.models.config import normalise, read_config
 from tunebench.models.families import HEAD, Family, family_of
 from tunebench.models.presets import PRESETS
 from tunebench.models.random_weights import FINGERPRINT, WRITER_VERSION, random_bytes, write_random
@@ -165,6 +165,20 @@ def open_checkpoint(folder: Path, known_sha256: str | None = None) -> Checkpoint
     return Checkpoint(folder, config, files, known_sha256 or sha256_of(files))
 
 
+def describe_checkpoint(model: str, weights: str, seed: int, layers: int | None = None) -> Checkpoint:
+    """The checkpoint of `find_checkpoint` as far as its config tells, without its weights. Its folder may be missing.
+
+    Raises `BadInput` where there is no such model.
+    """
+    if weights == "random":
+        config = normalise(PRESETS[model].cut(layers).config)
+        return Checkpoint(random_folder(model, seed, layers), config, [], "")
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        folder = _download(model, weights=False)
+    return Checkpoint(folder.resolve(), read_config(folder), [], "")
+
+
 def is_computed(name: str) -> bool:
     """Whether a tensor is one that older libraries saved and that both sides compute from the config."""
     return name.endswith(".rotary_emb.inv_freq")
@@ -214,10 +228,10 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return sorted({file for glob in TOKENIZER_FILES for file in folder.glob(glob) if not file.is_dir()})
 
 
-def _download(name: str) -> Path:
+def _download(name: str, weights: bool = True) -> Path:
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES]
+    wanted = ["config.json", *TOKENIZER_FILES, *["*.safetensors", "*.safetensors.index.json"] * weights]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises a dozen unrelated classes

@@ -229,30 +229,15 @@ def describe_run(framework: str, method: str, flags: Flags, argv: list[str]) -> 
         "versions": FRAMEWORKS[framework].versions(),
         "git": read_git(),
         "hardware": as_workers_have_it(read_hardware(), flags.nproc),
-        "setup": Setup(
-            nproc=flags.nproc,
-            nnodes=flags.nnodes,
-            zero=flags.zero,
-            mp=flags.mp,
-            bsz=flags.bsz,
-            micro_bsz=flags.micro_bsz,
-            accumulation=flags.accumulation,
-            dtype=flags.dtype,
-            amp=flags.amp,
-            recompute=flags.recompute,
-            attention=flags.attention,
-            padding_free=flags.padding_free,
-            head=flags.head,
-            lean=flags.lean,
-            compile=flags.compile,
-            keep_memory=flags.keep_memory,
-            packing=flags.packing,
-            order=flags.order,
-            tuned=flags.tuned,
-        ),
+        "setup": setup_of(flags),
         "kernels": None,
         "timed_from": flags.warmup_steps,
     }
+
+
+def setup_of(flags: Flags) -> Setup:
+    """The flags that say how the run is split and computed."""
+    return Setup(**{name: getattr(flags, name) for name in Setup.model_fields})
 
 
 @contextlib.contextmanager

@@ -15,6 +15,8 @@ from tunebench.bootstrap import order_of, own_home
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder, results_folder
 from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
+from tunebench.forecast.job import describe
+from tunebench.forecast.report import refused, say
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.hardware import keep_freed_memory, read_environment, read_hardware, visible_accelerators
 from tunebench.installed import explained
@@ -48,6 +50,8 @@ def start_run(framework: str, method: str) -> Job:
             flags = parse_flags(method, world=world, framework=framework)
             if flags.out is None and not (world and world.rank) and not watched:
                 check_folder(results_folder() / "runs", "TUNEBENCH_RESULTS")
+            if flags.plan:
+                return describe_job(framework, method, flags)
             checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed, flags.layers)
             check_tensor_parallel(flags, checkpoint)
             check_packages(framework, flags, FRAMEWORKS[framework].versions(), sys.executable)
@@ -68,6 +72,20 @@ def start_run(framework: str, method: str) -> Job:
     elif flags.world_size > 1:
         with one_line_refusals(program):
             sys.exit(run_workers(Run(framework, method, job)))
+    return job
+
+
+def describe_job(framework: str, method: str, flags: Flags) -> Job:
+    """The job of a forecast. Where the framework does not offer it, that is the answer, and the process ends."""
+    flags, checkpoint, plan, remarks = describe(flags)
+    check_tensor_parallel(flags, checkpoint)
+    check_packages(framework, flags, FRAMEWORKS[framework].versions(), sys.executable)
+    for remark in remarks:
+        print(remark, flush=True)
+    job = Job(flags, checkpoint, plan, ALONE)
+    if reason := not_offered(framework, method, flags, checkpoint):
+        say(refused(framework, method, job, reason), flags.out)
+        sys.exit(0)
     return job
 
 

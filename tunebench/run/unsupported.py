@@ -52,7 +52,7 @@ def _torch_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | Non
         )
     if built.alibi and flags.padding_free and flags.attention == "eager":
         return f"{named('transformers')} has no positions in Bloom's eager attention to tell samples apart by"
-    if visible_accelerators():
+    if flags.plan or visible_accelerators():
         # torch's flash kernels take grouped queries, but no float32. Its fused float32 kernels take no grouped queries.
         if flags.attention == "sdpa" and flags.dtype == "fp32" and built.key_value_heads != built.heads:
             return f"{named('torch')} has no fused attention in float32 on GPUs for grouped queries"
@@ -79,7 +79,7 @@ def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | No
             f"{named('paddlepaddle')} has no compiler for CPUs (its wheel is built without CINN), and that for GPUs "
             "was not tried"
         )
-    if visible_accelerators():
+    if flags.plan or visible_accelerators():
         if flags.attention == "sdpa" and flags.dtype == "fp32" and checkpoint.expected.alibi:
             return (
                 f"{named('paddlepaddle')} has fused attention with a bias in float32 on GPUs for some widths of a "

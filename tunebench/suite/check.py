@@ -23,8 +23,7 @@ from tunebench.errors import BadInput
 from tunebench.files import cache_folder, free_bytes, results_folder
 from tunebench.flags import HUB
 from tunebench.hardware import Hardware, ask, read_hardware, visible_gpus
-from tunebench.models.checkpoint import Checkpoint, random_folder
-from tunebench.models.config import normalise, read_config
+from tunebench.models.checkpoint import describe_checkpoint, random_folder
 from tunebench.models.presets import PRESETS
 from tunebench.models.random_weights import random_bytes
 from tunebench.run.start import check_packages, check_tensor_parallel, prepare_compiler
@@ -231,11 +230,6 @@ def check_room(runs: Iterable[Planned]) -> Iterator[Finding]:
         yield Finding("ok" if free > needed else "fault", what, text + "; make room" * (free <= needed))
 
 
-def of_preset(model: str, layers: int | None) -> Checkpoint:
-    """The checkpoint of a preset without its files."""
-    return Checkpoint(Path(), normalise(PRESETS[model].cut(layers).config), [], "")
-
-
 def check_runs(runs: Collection[Planned], packages: dict[str, dict[str, str]]) -> Iterator[Finding]:
     """Whether each run would start, and its framework offers it; runs that are alike in this share a line.
 
@@ -246,7 +240,8 @@ def check_runs(runs: Collection[Planned], packages: dict[str, dict[str, str]]) -
     for run in runs:
         framework = run.entry.framework
         try:
-            checkpoint = described(run)
+            flags = run.flags
+            checkpoint = describe_checkpoint(flags.model, flags.weights, flags.seed, flags.layers)
             check_tensor_parallel(run.flags, checkpoint)
             if framework in packages:
                 check_packages(framework, run.flags, packages[framework], python_of(framework))
@@ -264,20 +259,3 @@ def check_runs(runs: Collection[Planned], packages: dict[str, dict[str, str]]) -
     for (level, text), names in reasons.items():
         yield Finding(level, f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0], text)
     yield Finding("ok", "runs", f"{offered} would start, of {len(runs)}")
-
-
-def described(run: Planned) -> Checkpoint:
-    """The checkpoint of a run as far as its config tells. Raises `BadInput` where there is no such model."""
-    model = run.flags.model
-    if run.flags.weights == "random":
-        return of_preset(model, run.flags.layers)
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return Checkpoint(folder, read_config(folder), [], "")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        file = Path(hf_hub_download(model, "config.json"))
-    except Exception as error:  # the hub's client raises a dozen unrelated classes
-        raise BadInput(f"--model {model}: the hub did not give it: {str(error).partition(chr(10))[0]}") from None
-    return Checkpoint(file.parent, read_config(file.parent), [], "")

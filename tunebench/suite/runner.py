@@ -31,7 +31,7 @@ from rich.text import Text
 from tunebench import conditions, processes
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
-from tunebench.flags import Parser, positive
+from tunebench.flags import Parser, add_forecast_flags, positive
 from tunebench.peers import check_environment
 from tunebench.progress import Step, read_step
 from tunebench.record import LOG_LINES, Record, read_record
@@ -41,6 +41,7 @@ from tunebench.report.rounds import APART, RUNS_APART, beside, started_lately
 from tunebench.run.run import describe_run
 from tunebench.suite.check import check
 from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
+from tunebench.suite.forecast import forecast_suite
 from tunebench.suite.rehearsal import rehearsal_changes, rehearsal_table
 from tunebench.suite.resume import FINAL, record_before, set_aside
 
@@ -76,6 +77,8 @@ def main() -> int:
         action="store_true",
         help="each run for a few steps with two layers: what would fail, and how long all take",
     )
+    add_forecast_flags(parser, "say what each run would take on GPUs, start none")
+    add("--out", type=Path, help="with --plan: a file for the same as JSON")
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -90,6 +93,17 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, so the scripts beside them do too
     if options.check:
         return check(path, suite, options.only)
+    if options.plan:
+        if suite.contest:
+            raise BadInput(f"--plan: {path} has peers, which are not forecast; use a suite of pairs")
+        settings = {name: vars(options)[name] for name in ("plan", "gpu", "link", "price")}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        asked = dict.fromkeys((entry.name for entry in suite.entries), settings)
+        rounds = options.repeats or suite.repeats
+        return forecast_suite(plan_runs(path, suite, folder, 1, options.only, changes=asked), rounds, options.out)
+    for name in ("gpu", "link", "price", "out"):
+        if vars(options)[name] is not None:
+            raise BadInput(f"--{name} is for --plan; add it, or leave --{name} out")
     whole = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only, options.aa)
     runs = whole
     if options.rehearse:

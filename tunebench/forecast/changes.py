@@ -1,0 +1,80 @@
+"""The cheapest change of a setup that makes it fit."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from tunebench.flags import Flags, in_words
+from tunebench.forecast.gpus import DEFAULT_GPU, GPUS, LINKS
+from tunebench.forecast.memory import Memory
+from tunebench.forecast.speed import forecast_speed
+from tunebench.forecast.verdict import judge
+from tunebench.run.run import Job
+from tunebench.run.unsupported import not_offered
+
+MOST_TRIES = 8  # forecasts of memory, which take seconds each
+
+
+class Change(NamedTuple):
+    """Flags that replace those given, as on a command line; the peak in bytes and the rate with them."""
+
+    flags: str
+    peak: int
+    effective_tokens_per_second: float
+
+
+def changes(flags: Flags, of_states: bool) -> Iterator[dict[str, Any]]:
+    """What may be changed so that a step does the same work: one flag, or one that goes with recomputation.
+
+    With `of_states` only what makes weights, gradients or optimizer states smaller.
+    """
+    single: list[dict[str, Any]] = []
+    if not of_states:
+        single += smaller_activations(flags)
+    if flags.mp == 1 and flags.replicas > 1:
+        single += [{"zero": stage} for stage in range(flags.zero + 1, 4)]
+    for degree in (2, 4, 8):
+        fits = flags.mp < degree and flags.nproc % degree == 0 and flags.bsz % (flags.world_size // degree) == 0
+        if fits and flags.head == "all":
+            single.append({"zero": 0, "mp": degree, "micro_bsz": flags.bsz // (flags.world_size // degree)})
+    yield from single
+    if not flags.recompute:
+        yield from [{"recompute": True}] * (not of_states)
+        yield from (change | {"recompute": True} for change in single)
+
+
+def smaller_activations(flags: Flags) -> list[dict[str, Any]]:
+    """The changes of one flag that make activations or logits smaller."""
+    single: list[dict[str, Any]] = []
+    if flags.attention == "eager":
+        single.append({"attention": "sdpa"})
+    if not flags.padding_free:
+        single.append({"attention": "sdpa", "padding_free": True})
+    if flags.head == "all" and flags.mp == 1:
+        single.append({"head": "labels"})
+    return single + [{"micro_bsz": size} for size in range(1, flags.micro_bsz) if flags.micro_bsz % size == 0]
+
+
+def cheapest(framework: str, method: str, job: Job, memory: Memory, forecast: Callable[[Job], Memory]) -> Change | None:
+    """The fastest change that fits, among those that the framework offers; None where none of the fastest few fits.
+
+    `memory` is that of the job, which does not fit.
+    """
+    flags, gpu = job.flags, GPUS[job.flags.gpu or DEFAULT_GPU]
+    passing = memory.parts["activations"] + memory.parts["logits_and_loss"]
+    of_states = judge(memory.peak - passing, gpu, flags.world_size).verdict != "fits"
+    link = LINKS[flags.link or gpu.link]
+    ranked: list[tuple[float, dict[str, Any], Job]] = []
+    for change in changes(flags, of_states):
+        changed = flags.model_copy(update=change)
+        plan = dataclasses.replace(job.plan, padding_free=changed.padding_free)
+        candidate = job._replace(flags=changed, plan=plan)
+        if not_offered(framework, method, changed, job.checkpoint) is None:
+            speed = forecast_speed(framework, method, changed, job.checkpoint, plan, gpu, link)
+            ranked.append((speed.effective_tokens_per_second, change, candidate))
+    ranked.sort(key=lambda each: -each[0])
+    for rate, change, candidate in ranked[:MOST_TRIES]:
+        peak = forecast(candidate).peak
+        if judge(peak, gpu, flags.world_size).verdict == "fits":
+            return Change(in_words(change), peak, rate)
+    return None
