@@ -26,7 +26,7 @@ from rich.progress import track
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder, only_one
 from tunebench.flags import DEFAULT_FIXED_SAMPLES, Parser, add_plan_flags, fixed_tokens, resolve_plan_flags
-from tunebench.models.checkpoint import Checkpoint, describe_checkpoint
+from tunebench.models.checkpoint import Checkpoint, describe_checkpoint, find_checkpoint
 from tunebench.plan import (
     PROMPT_TOKENS,
     RESPONSE_TOKENS,
@@ -54,8 +54,10 @@ def main() -> None:
     """Makes the plan of the flags where it is missing, and prints its path and content."""
     parser = Parser(prog="prepare.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add_plan_flags(parser)
+    parser.add_argument("--config-alone", action="store_true", help="make the plan without the model's weights")
     options = resolve_plan_flags(vars(parser.parse_args()))
-    checkpoint = describe_checkpoint(options["model"], options["weights"], options["seed"], options["layers"])
+    find = describe_checkpoint if options["config_alone"] else find_checkpoint
+    checkpoint = find(options["model"], options["weights"], options["seed"], options["layers"])
     path = plan_path(options, checkpoint)
     with only_one("prepare"):
         try:

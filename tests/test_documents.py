@@ -60,6 +60,10 @@ RUN_ELSEWHERE = {
     "bash run_all.sh --suite a100x4": "needs four GPUs; test_gpu_suites.py builds its runs by shapes",
     "bash run_all.sh --suite h100x8": "needs eight GPUs; test_gpu_suites.py builds its runs by shapes",
     "bash run_all.sh --suite a100x4-as-published": "needs four GPUs; test_gpu_suites.py builds its runs by shapes",
+    "bash run_all.sh --suite a100x4 --plan --gpu a100-80g --price 1.79 --out answers.json": "takes ten minutes; "
+    "test_suite_forecast.py plans a suite",
+    ".venv/torch/bin/python -P -m tunebench.forecast.speed_points": "test_speed.py fits the constants anew",
+    ".venv/torch/bin/python benchmarks/peaks.py": "test_forecast.py asks for the same points",
     "bash run_all.sh --suite NAME --aa": "test_suite.py runs a suite with --aa",
     "bash run_tests.sh": "runs this test",
     "bash setup.sh": "test_setup.py",

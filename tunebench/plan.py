@@ -302,7 +302,12 @@ def tokens_key(options: dict[str, Any], checkpoint: Checkpoint) -> str:
 
 
 def _prepare(flags: Flags) -> None:
-    command = [sys.executable, str(ROOT / "data" / "prepare.py"), *plan_arguments(flags)]
+    command = [
+        sys.executable,
+        str(ROOT / "data" / "prepare.py"),
+        *plan_arguments(flags),
+        *["--config-alone"] * flags.plan,
+    ]
     done = subprocess.run(command, check=False, preexec_fn=dying_with_parent())
     if done.returncode:
         sys.exit(done.returncode)  # prepare.py has said why

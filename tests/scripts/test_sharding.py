@@ -8,8 +8,10 @@ import json
 from typing import NamedTuple
 
 import pytest
+from conftest import run_program
 from helpers import MODEL, close, probe
 
+from tunebench.forecast.report import Answer
 from tunebench.models.presets import PRESETS
 
 pytestmark = pytest.mark.frameworks
@@ -42,8 +44,14 @@ def work(tmp_path_factory):
 
 @pytest.fixture
 def count(work, tmp_path):
-    """`probe` with the flags of this file."""
-    return lambda framework, method, *flags: probe(framework, method, tmp_path, *work, *flags)
+    """`probe` with the flags of this file. What it counts is compared with the script's forecast of the same run."""
+
+    def counted(framework, method, *flags):
+        ranks, record = probe(framework, method, tmp_path, *work, *flags)
+        assert_forecast(framework, method, ranks, tmp_path / "answer.json", *work, *flags)
+        return ranks, record
+
+    return counted
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +71,15 @@ def alone(work, tmp_path_factory):
         return made[framework]
 
     return whole
+
+
+def assert_forecast(framework, method, ranks, out, *flags):
+    """--plan forecasts what lasts between two steps within 2%, on the process that holds most."""
+    run_program(f"{framework}/finetune_{method}.py", *flags, "--plan", "--gpu=a100-80g", "--out", out, check=True)
+    held = Answer.model_validate_json(out.read_text()).memory.held
+    kinds = {"weights": ("trainable", "frozen"), "master_weights": ("master",), "moments": ("states",)}
+    for kind, counted in kinds.items():
+        assert held[kind] == pytest.approx(max(sum(rank[name] for name in counted) for rank in ranks), rel=0.02), kind
 
 
 def most(framework: str, whole: Whole) -> int:

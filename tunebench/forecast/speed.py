@@ -3,7 +3,7 @@
 A step's seconds are the sum of what its kernels must do: matrix products by FLOPs, everything else by bytes that cross
 the GPU's memory or its links. Python's share hides behind the kernels, and shows where it is longer. The counts follow
 the code of transformers and of this project's scripts. Four constants for each framework make up for what is
-not counted; `python -m tunebench.forecast.speed --fit` fits them to published rates (`speed_points.py`).
+not counted; `python -m tunebench.forecast.speed_points --fit` fits them to published rates (`speed_points.py`).
 """
 
 import functools
@@ -344,9 +344,3 @@ def fitted() -> dict[str, tuple[Constants, float]]:
     """Each framework's constants, and the half width of the interval as a logarithm."""
     found = json.loads(CONSTANTS.read_text())
     return {name: (Constants(**each["constants"]), math.log(each["interval_factor"])) for name, each in found.items()}
-
-
-if __name__ == "__main__":
-    from tunebench.forecast.speed_points import main
-
-    main()
