@@ -91,7 +91,7 @@ def attend_by_sample(
     In low precision on a GPU torch's flash kernel takes all samples at once. `eager` is the model's own function.
     """
     grouped = query.shape[1] != key.shape[1]
-    if kind != "eager" and query.is_cuda and value.dtype != torch.float32:
+    if kind != "eager" and samples.ends is not None and value.dtype != torch.float32:
         # At O1 the rotary embedding leaves queries and keys in float32.
         query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
         ends, longest = samples.ends, samples.longest

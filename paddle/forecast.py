@@ -1,0 +1,789 @@
+"""Forecasts how many bytes a training step holds on one GPU, on a machine without one.
+
+The script's own functions build the model without weights and run its passes into a static program. Such a program
+needs shapes and dtypes, no kernels and no memory. Paddle generates static and dynamic gradients from one description
+(ops.yaml, backward.yaml), so that what the program's backward operators read is what dynamic gradients keep. A value
+counts from the operator that makes it to the last one that reads it. A view counts as what it is a view of.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import attention
+import losses
+import paddle
+import paddle.nn.functional as F
+import parallel
+import weights
+from paddle.amp import amp_lists
+from paddle.autograd import PyLayer
+from paddle.autograd.ir_backward import grad
+from paddle.base import core
+from paddle.base.dygraph.base import _switch_to_static_graph_
+from paddle.distributed import fleet
+from paddle.distributed.communication.group import Group as ProcessGroup
+from paddle.distributed.fleet.base import topology
+from paddle.distributed.fleet.layers.mpu.random import RNGStatesTracker
+from paddle.jit.dy2static.utils import _convert_into_value as to_value
+from paddle.jit.dy2static.utils import graph_tracing_guard
+from paddle.nn.functional import sdpa
+from paddle.pir import core as pir_core
+from paddle.utils import flatten as tree_leaves
+from paddle.utils import map_structure as tree_map
+from paddlenlp.transformers.model_utils import no_init_weights
+
+from tunebench.flags import Flags
+from tunebench.forecast.memory import PARTS, Memory, largest_batch
+from tunebench.models.checkpoint import Checkpoint
+from tunebench.recipe import WHOLE_IN_ZERO_3
+from tunebench.run.run import Job
+
+# Views of their first input in a dynamic graph: with FLAGS_use_stride_kernel, on by default, more than the reshaping
+# operators (paddle/phi/kernels/stride). What is set in a slice is the tensor that it is set in.
+VIEWS = {
+    *("reshape", "squeeze", "unsqueeze", "flatten", "transpose", "slice", "split", "split_with_num", "unbind"),
+    *("expand", "share_data", "mp_allreduce_sum", "set_value_with_tensor"),
+}
+# Gradients that overwrite what they are computed from (`inplace` in backward.yaml), as sums of gradients do
+# (GradTensorHolder::add). Only their first output does.
+IN_PLACE = {
+    *("reshape_grad", "squeeze_grad", "unsqueeze_grad", "flatten_grad", "transpose_grad"),
+    *("add_grad", "add_n", "softmax_grad", "cross_entropy_with_softmax_grad"),
+}
+FUSED = {"flash_attn": 4, "flashmask_attention": 4, "memory_efficient_attention": 3}  # attention: numbers of results
+# They sum the gradient by the queries, which are in low precision, in float32 (`dq_accum` in FlashAttnBwdParamsV2,
+# paddle/phi/kernels/gpu/flash_attn_utils.h).
+FLASH_GRADIENTS = {"flash_attn_grad", "flashmask_attention_grad"}
+RESHAPING = {"reshape", "flatten", "reshape_grad", "flatten_grad"}
+# Names of operators in autocast's lists, where they differ (phi::TransToFluidOpName).
+IN_LISTS = {
+    "embedding": "lookup_table_v2",
+    "mean": "reduce_mean",
+    "sum": "reduce_sum",
+    "cross_entropy_with_softmax": "softmax_with_cross_entropy",
+    "flashmask_attention": "flash_attn",
+}
+KINDS = ("gradients", "activations", "logits_and_loss", "communication_buffers", "workspace")
+
+
+class Operator(NamedTuple):
+    """An operator: the values that it makes and has as inputs, and those of the latter whose bytes it reads."""
+
+    name: str
+    inputs: list[str]
+    outputs: list[str]
+    reads: list[str]
+
+
+class Program(NamedTuple):
+    """The operators of a forward and a backward pass in order. `loss` and `backward` are where these two begin.
+
+    `sizes` has the bytes of each value, `wide` those with an entry for each word of the vocabulary. The loop
+    holds the model's `outputs` until the next pass has its own, and with its loss the graph, whose hooks hold `kept`,
+    the inputs of recomputed layers.
+    """
+
+    operators: list[Operator]
+    loss: int
+    backward: int
+    sizes: dict[str, int]
+    wide: set[str]
+    weights: set[str]
+    parameters: set[str]
+    gradients: set[str]
+    outputs: set[str]
+    kept: set[str]
+
+
+def forecast(job: Job, build_model: Callable, wrap: Callable, to_device: Callable) -> Memory:
+    """The bytes on the GPU that holds most, at the peak of a step after the first.
+
+    `wrap` is called as in one process, for the optimizer; what several processes add is in `Shares`. Layers are all
+    alike, and the time to write a program grows with the square of its length: passes are written down with two and
+    with three of them, or with one and two. Raises RuntimeError where layers differ.
+    """
+    flags, config = job.flags, job.checkpoint.config
+    batch = largest_batch(flags, job.plan)
+    group = parallel.Group("cpu", 0, 1, 0, flags.mp, parallel.Clip(0, None), None)
+    rotary = "rope_theta" in config and config["model_type"] != "glm"  # tables of all positions are real, in each layer
+    positions = config["max_position_embeddings"] if rotary else 1
+    less = {"max_position_embeddings": min(positions, batch.input_ids.shape[1])} if rotary else {}
+    depth = "n_layer" if "n_layer" in config else "num_hidden_layers"
+
+    def build(layers: int) -> paddle.nn.Layer:
+        checkpoint = dataclasses.replace(job.checkpoint, config=config | less | {depth: layers})
+        return build_lazily(flags, checkpoint, build_model, group)
+
+    with as_on_a_gpu(flags):
+        whole = build(config[depth])
+        trained = [each for each in whole.parameters() if not each.stop_gradient]
+        _, optimizer = wrap(flags, whole, trained, group)
+        shares = Shares(flags, whole, optimizer._multi_precision)
+        inputs, labels = to_device(flags, batch, "cpu")
+        traces = []
+        fewest = min(2, config[depth])
+        for layers in (fewest, fewest + 1):
+            tracer = Tracer(build(layers), config["vocab_size"] // flags.mp, flags)
+            program = _switch_to_static_graph_(tracer.trace)(flags, inputs, labels, group)
+            tables = [each for each in tracer.known if id(each) not in tracer.own]
+            cut = less.get("max_position_embeddings")
+            bytes_of_tables = sum(bytes_of(x) * (positions // cut if cut in x.shape else 1) for x in tables)
+            traces.append((program, timeline(program, shares), {"workspace": bytes_of_tables}))
+    return summarise(shares, *traces, config[depth] - fewest)
+
+
+@contextlib.contextmanager
+def as_on_a_gpu(flags: Flags) -> Iterator[None]:
+    """Lets the libraries choose what they choose on a GPU, and take this process for one of a tensor-parallel group."""
+    members = ProcessGroup(0, 0, list(range(flags.mp)))
+    hybrid = SimpleNamespace(
+        get_model_parallel_group=lambda: members,
+        get_model_parallel_rank=lambda: 0,
+        get_model_parallel_world_size=lambda: flags.mp,
+        get_data_parallel_world_size=lambda: 1,
+        get_pipe_parallel_world_size=lambda: 1,
+    )
+    with contextlib.ExitStack() as stack:
+        for module in (paddle, paddle.device):
+            stack.enter_context(patch.object(module, "get_device", lambda: "gpu:0"))
+        fused = "mem_efficient" if flags.dtype == "fp32" else "flash_attn"  # as on GPUs since Ampere
+        stack.enter_context(patch.object(sdpa, "select_sdp_for_sdpa", lambda _: fused))
+        for module in (paddle, paddle.base.framework):
+            read = functools.partial(flags_of_gpus, module.get_flags)
+            stack.enter_context(patch.object(module, "get_flags", read))
+        if flags.mp > 1:
+            stack.enter_context(patch.object(topology, "_HYBRID_PARALLEL_GROUP", hybrid))
+            strategy = fleet.DistributedStrategy()
+            stack.enter_context(patch.object(fleet.fleet, "_user_defined_strategy", strategy, create=True))
+            stack.enter_context(patch.object(RNGStatesTracker, "rng_state", lambda *_: contextlib.nullcontext()))
+        yield
+
+
+def flags_of_gpus(get_flags: Callable, names: Any) -> dict[str, Any]:
+    """paddle.get_flags, and the defaults of flags that builds for CPUs do not have."""
+    defaults = {"FLAGS_cudnn_deterministic": False, "FLAGS_flash_attn_version": 2}
+    names = as_list(names)
+    return get_flags([name for name in names if name not in defaults]) | {
+        name: defaults[name] for name in names if name in defaults
+    }
+
+
+def build_lazily(flags: Flags, checkpoint: Checkpoint, build_model: Callable, group: parallel.Group) -> paddle.nn.Layer:
+    """The script's model, whose parameters have no memory."""
+    with contextlib.ExitStack() as stack:
+        for module, name in ((weights, "load"), (parallel, "fill")):
+            stack.enter_context(patch.object(module, name, lambda *_: None))
+        # ChatGLMv2 makes a short table meanwhile. CPUs have no kernels for it in low precision.
+        arange = functools.partial(arange_in_float32, paddle.arange)
+        stack.enter_context(patch.object(paddle, "arange", arange))
+        stack.enter_context(paddle.LazyGuard())
+        stack.enter_context(no_init_weights())
+        return build_model(flags, checkpoint, group)
+
+
+def arange_in_float32(arange: Callable, *arguments: Any, dtype: Any = None, **others: Any) -> paddle.Tensor:
+    """paddle.arange, but in float32 in place of a lower precision."""
+    low = str(dtype).rpartition(".")[2] in ("float16", "bfloat16")
+    return arange(*arguments, dtype="float32" if low else dtype, **others)
+
+
+class LowPrecision:
+    """Lets a machine whose Paddle has no kernels of a low precision write programs in it.
+
+    A program is refused an operator in a dtype without kernels (GetRegisterDataType in
+    paddle/fluid/pir/dialect/operator/utils/utils.cc). So float64, which no run has, stands for the low precision, and
+    says that it is this one. Autocast, which Paddle has in C++ for real dtypes, is repeated here (GetAmpDestDtype in
+    paddle/fluid/eager/amp_utils.h) with Paddle's own lists.
+    """
+
+    STAND_IN = paddle.float64
+    NOT_CAST = ("cast", "full", "assign", "set_value", "builtin", "parameter", "data")  # how the others' names begin
+
+    def __init__(self, name: str) -> None:
+        """`name` is that of the low precision, such as float16."""
+        self.name, self.dtype = name, getattr(paddle, name)
+        self.level: str | None = None
+        self.white: set[str] = set()
+        self.black: set[str] = set()
+        self.real = paddle.pir.Value.dtype
+        self.create_parameter = pir_core.create_parameter
+
+    def replaced(self) -> Iterator[tuple[Any, str, Any]]:
+        """What is replaced while a program is written: an owner, a name and a value."""
+        yield paddle.pir.Value, "dtype", property(lambda value: self.told(self.real.fget(value)))
+        yield (
+            pir_core,
+            "create_parameter",
+            lambda dtype, **others: self.create_parameter(self.stand_in(dtype), **others),
+        )
+        yield paddle.amp, "auto_cast", self.auto_cast
+        operators = {id(each): name for name, each in vars(paddle._C_ops).items() if inspect.isbuiltin(each)}
+        for owner, module in [*sys.modules.items()]:  # many modules have operators of their own
+            if module and owner.startswith("paddle.") and not owner.startswith("paddle.base"):
+                for name, value in [*vars(module).items()]:
+                    if id(value) in operators:
+                        yield module, name, functools.partial(self.call, operators[id(value)], value)
+
+    def told(self, dtype: Any) -> Any:
+        """The dtype that a value's dtype stands for."""
+        return self.dtype if dtype == self.STAND_IN else dtype
+
+    def stand_in(self, value: Any) -> Any:
+        """What stands for a value: for the low precision's dtype its stand-in, for a parameter its value."""
+        if isinstance(value, paddle.Tensor):
+            return to_value(value)
+        is_low = (isinstance(value, str) and value == self.name) or (
+            isinstance(value, type(self.dtype)) and value == self.dtype
+        )
+        return self.STAND_IN if is_low else value
+
+    @contextlib.contextmanager
+    def auto_cast(
+        self, enable: bool = True, custom_white_list: Any = None, *, level: str = "O1", dtype: str = "", **_: Any
+    ) -> Iterator[None]:
+        """In place of paddle.amp.auto_cast."""
+        before = self.level, self.white, self.black
+        self.level = level if enable else None
+        if enable:
+            custom = set(custom_white_list or ())
+            self.white = amp_lists.white_list()[dtype][level] | custom
+            self.black = amp_lists.black_list()[dtype][level] - custom
+        try:
+            yield
+        finally:
+            self.level, self.white, self.black = before
+
+    def call(self, name: str, operator: Callable, /, *arguments: Any, **others: Any) -> Any:
+        """Writes an operator, after the casts of its inputs."""
+        arguments, others = tree_map(self.stand_in, (arguments, others))
+        if self.level and not name.startswith(self.NOT_CAST):
+            inputs = arguments[:1] if name == "layer_norm" else arguments
+            floats = {self.real.fget(each) for each in tree_leaves(inputs) if self.is_float(each)}
+            goal = paddle.float32 if paddle.float32 in floats else self.STAND_IN
+            if known := {name, IN_LISTS.get(name, name)} & (self.white | self.black):
+                goal = self.STAND_IN if known & self.white else paddle.float32
+            if floats - {goal}:
+                arguments = (*tree_map(functools.partial(self.cast, goal), inputs), *arguments[len(inputs) :])
+        return operator(*arguments, **others)
+
+    def cast(self, goal: Any, value: Any) -> Any:
+        """The value in the dtype `goal`, if it is one that autocast casts."""
+        return paddle._pir_ops.cast(value, goal) if self.is_float(value, goal) else value
+
+    def is_float(self, value: Any, other_than: Any = None) -> bool:
+        """Whether autocast looks at a value, or casts it from another dtype than this one."""
+        if not isinstance(value, paddle.pir.Value) or value.is_combine():
+            return False
+        return self.real.fget(value) in {paddle.float32, self.STAND_IN} - {other_than}
+
+
+class Tracer:
+    """Writes down a model's passes."""
+
+    def __init__(self, model: paddle.nn.Layer, vocabulary: int, flags: Flags) -> None:
+        self.model, self.vocabulary = model, vocabulary
+        self.low = LowPrecision(flags.compute_dtype) if flags.amp else None
+        self.own = {id(each) for each in model.parameters()}
+        self.main = paddle.static.Program()
+        self.recomputed: list[tuple[int, int]] = []  # operators before and at the end of each recomputed layer
+        self.known: list[paddle.Tensor] = []  # parameters and tables of the model
+        self.kept: set[str] = set()  # what recomputed layers are called with
+        self.fused: dict[str, tuple[str, str, list[str], int]] = {}  # by its result: see `attend`
+        self.inner: list[tuple[int, int, set[str]]] = []  # calls of paddle.grad: operators, values of variables
+        self.written_out: list[tuple[list[int], dict[str, str]]] = []  # see `write_out`
+
+    def trace(self, flags: Flags, inputs: dict[str, Any], labels: paddle.Tensor, group: parallel.Group) -> Program:
+        """The passes of a micro-batch."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(paddle.static.program_guard(self.main, paddle.static.Program()))
+            for target, name, value in self.replaced():
+                stack.enter_context(patch.object(target, name, value, create=True))
+            with graph_tracing_guard(self.main) as context:
+                outputs = self.model(**{name: as_value(name, tensor) for name, tensor in inputs.items()})
+                loss_begins = self.last()
+                loss = losses.total(flags, outputs, as_value("labels", labels), group)
+            backward_begins = self.last()
+            parameters, values = context.get_params_with_values()
+            self.known = parameters
+            trained = [value for each, value in zip(parameters, values, strict=True) if not each.stop_gradient]
+            gradients = grad([loss], trained)
+            operators, sizes, wide, positions = self.read()
+        program = Program(
+            operators,
+            positions[loss_begins] + 1,
+            positions[backward_begins] + 1,
+            sizes,
+            wide,
+            {value.id for value in values},
+            {value.id for each, value in zip(parameters, values, strict=True) if id(each) in self.own},
+            {value.id for value in gradients if value is not None},
+            {value.id for value in as_list(outputs) if value is not None},
+            self.kept,
+        )
+        program = fuse(program, self.fused)
+        for first, end, held in self.inner:
+            program = hold(program, positions[first] + 1, positions[end], held)
+        for marks, gradients in self.written_out:
+            program = move_backward(program, *(positions[mark] + 1 for mark in marks), gradients)
+        for first, end in reversed(self.recomputed):
+            program = recompute(program, positions[first] + 1, positions[end] + 1)
+        return program
+
+    def replaced(self) -> Iterator[tuple[Any, str, Any]]:
+        """What is replaced meanwhile: an owner, a name and a value."""
+        if self.low:
+            yield from self.low.replaced()
+        yield paddle.pir.Value, "size", property(lambda value: math.prod(value.shape))  # it is an operator otherwise
+        yield paddle.pir.Value, "__len__", lambda value: value.shape[0]
+        yield paddle, "grad", self.grad
+        for name in FUSED:
+            write = functools.partial(self.attend, name)
+            yield paddle._C_ops, name, functools.partial(self.low.call, name, write) if self.low else write
+        yield paddle._C_ops, "c_identity", lambda x, *_: paddle.assign(x)  # a copy too; programs know no gradient of it
+        yield losses, "ParallelCrossEntropy", lambda **options: functools.partial(F.cross_entropy, reduction="none")
+        for function in vars(losses).values():
+            if isinstance(function, type) and issubclass(function, PyLayer) and function is not PyLayer:
+                yield function, "apply", functools.partial(self.write_out, function)
+        for module in {sys.modules[type(layer).__module__] for layer in self.model.sublayers(include_self=True)}:
+            if hasattr(module, "recompute"):
+                yield module, "recompute", self.mark_recomputed
+
+    def last(self) -> int:
+        """The last operator written down."""
+        return self.main.global_block().ops[-1].id()
+
+    def mark_recomputed(self, function: Callable, *arguments: Any, use_reentrant: bool = True, **others: Any) -> Any:
+        """In place of paddle.distributed.fleet.recompute: `recompute` below has what it does."""
+        before = self.last()
+        result = function(*arguments, **others)
+        self.recomputed.append((before, self.last()))
+        self.kept |= {each.id for each in arguments if isinstance(each, paddle.pir.Value)}
+        return result
+
+    def write_out(self, function: type[PyLayer], *arguments: Any) -> paddle.pir.Value:
+        """In place of a PyLayer's `apply`: a program has no operator for it, so that both its passes are written down.
+
+        Sums of the inputs stand for its result, so that the program asks for gradients of these inputs. The operators
+        of its backward pass are moved later to where these gradients are computed.
+        """
+        saved: list[Any] = []
+        context = SimpleNamespace(save_for_backward=lambda *each: saved.extend(each), saved_tensor=lambda: saved)
+        arguments = tuple(to_value(each) if isinstance(each, paddle.Tensor) else each for each in arguments)
+        function.forward(context, *arguments)
+        marks = [self.last()]
+        gradients = function.backward(context, paddle.ones([]))
+        marks.append(self.last())
+        values = [each for each in arguments if isinstance(each, paddle.pir.Value)]
+        pairs = {x.id: by_x.id for x, by_x in zip(values, gradients, strict=True) if by_x is not None}
+        self.written_out.append((marks, pairs))
+        return sum(x.sum(dtype="float32") for x in values if x.id in pairs)
+
+    def attend(self, name: str, query: Any, key: Any, value: Any, *others: Any) -> tuple:
+        """In place of a fused attention kernel: programs refuse it where it has no kernels.
+
+        A sum of the inputs, with a gradient by each of them, stands for it until `fuse`.
+        """
+        rest = key.sum() + value.sum()
+        result = query + rest
+        read = [each.id for each in (query, key, value, *others) if isinstance(each, paddle.pir.Value)]
+        rows, width, heads, _ = query.shape
+        self.fused[result.id] = name, rest.id, read, 4 * rows * heads * -(-width // 128) * 128
+        return result, *[None] * (FUSED[name] - 1)
+
+    def grad(self, outputs: Any, inputs: list, given: list | None = None) -> list:
+        """In place of paddle.grad. Until it returns, the caller's variables and their graph hold their values."""
+        before = self.last()
+        held = {each.id for each in sys._getframe(1).f_locals.values() if isinstance(each, paddle.pir.Value)}
+        result = grad(as_list(outputs), inputs, given)
+        self.inner.append((before, self.last(), held))
+        return result
+
+    def read(self) -> tuple[list[Operator], dict[str, int], set[str], dict[int, int]]:
+        """The operators, the bytes of each value, which have an entry for each word, and operators' positions by id.
+
+        A vector of tensors is its members.
+        """
+        members: dict[str, list[str]] = {}
+        sizes: dict[str, int] = {}
+        wide, positions, operators = set(), {}, []
+        for each in self.main.global_block().ops:
+            sources = [value for value in each.operands_source() if value.initialized()]
+            inputs, reads = [], []
+            for value in sources:
+                inputs += members[value.id]
+                reads += [] if each.is_no_need_buffer(value) else members[value.id]
+            results = [value for value in each.results() if "NULL" not in str(value.type())]
+            if each.name() == "builtin.combine":
+                members[results[0].id], results = inputs, []
+            elif each.name() == "builtin.split":
+                members |= {value.id: [name] for value, name in zip(each.results(), inputs, strict=True)}
+                results = []
+            outputs = []
+            for value in results:
+                types = value.type().as_vec_type().as_list() if value.is_combine() else [value]
+                members[value.id] = [value.id, *(f"{value.id}.{i}" for i in range(1, len(types)))]
+                for name, kind in zip(members[value.id], types, strict=True):
+                    dtype = self.low.told(kind.dtype) if self.low else kind.dtype
+                    sizes[name] = math.prod(kind.shape) * core.size_of_dtype(dtype)
+                    if len(kind.shape) and kind.shape[-1] == self.vocabulary:
+                        wide.add(name)
+                outputs += members[value.id]
+            if not each.name().startswith("builtin."):
+                operators.append(Operator(each.name().rpartition(".")[2], inputs, outputs, reads))
+            positions[each.id()] = len(operators) - 1
+        return operators, sizes, wide, positions
+
+
+def as_value(name: str, tensor: Any) -> Any:
+    """An input of the program like the tensor."""
+    if isinstance(tensor, attention.Samples):
+        samples = attention.Samples(tensor.lengths, "cpu")
+        samples.ends = paddle.static.data(name, attention.sample_ends(tensor.lengths).shape, "int32")
+        return samples
+    return paddle.static.data(name, tensor.shape, tensor.dtype)
+
+
+def as_list(value: Any) -> list:
+    """The list itself, or one with this value."""
+    return [*value] if isinstance(value, (list, tuple)) else [value]
+
+
+def fuse(program: Program, fused: dict[str, tuple[str, str, list[str], int]]) -> Program:
+    """Puts fused attention in place of what stands for it.
+
+    Its gradient reads the inputs, the result and the float32 logarithms of the softmaxes' sums, whose rows are padded
+    to a multiple of 128 (FlashAttnInferMeta in paddle/phi/infermeta/ternary.cc).
+    """
+    operators, sizes = [], program.sizes.copy()
+    gradients = {rest: (name, [*read, result, f"{result}.sums"]) for result, (name, rest, read, _) in fused.items()}
+    for each in program.operators:
+        result = each.outputs[0] if each.outputs else ""
+        if each.name == "add" and result in fused:
+            name, _, read, size = fused[result]
+            sizes[f"{result}.sums"] = size
+            each = Operator(name, read, [result, f"{result}.sums"], read)
+        elif each.name == "add_grad" and each.inputs[1] in gradients:
+            name, read = gradients[each.inputs[1]]
+            each = each._replace(name=f"{name}_grad", inputs=[*each.inputs, *read], reads=[*each.reads, *read])
+        operators.append(each)
+    return program._replace(operators=operators, sizes=sizes)
+
+
+def hold(program: Program, begin: int, end: int, names: set[str]) -> Program:
+    """Lets values live until operator `end`, or a tensor is set there, with what the operators from `begin` on read.
+
+    No operator overwrites them.
+    """
+    operators = [*program.operators]
+    for i in range(begin, end + 1):
+        operators[i] = operators[i]._replace(name=operators[i].name.replace("softmax_grad", "softmax_grad_of_kept"))
+    names = names.union(*(each.reads for each in operators[begin : end + 1]))
+    setting = (i for i, each in enumerate(operators[end : end + 8], end) if each.name.startswith("set_value"))
+    last = next(setting, end)
+    operators[last] = operators[last]._replace(reads=[*operators[last].reads, *names])
+    return program._replace(operators=operators)
+
+
+def move_backward(program: Program, begin: int, end: int, gradients: dict[str, str]) -> Program:
+    """Moves `write_out`'s backward pass, operators `begin` to `end`, to where the first of its gradients is computed.
+
+    `gradients` has the gradient of each input.
+    """
+    nothing = Operator("nothing", [], [], [])
+    moved = program.operators[begin:end]
+    operators = [*program.operators[:begin], *[nothing] * len(moved), *program.operators[end : program.backward]]
+    for each in program.operators[program.backward :]:
+        if each.name == "sum_grad" and each.inputs[0] in gradients:
+            operators += moved
+            moved = []
+            source = [gradients[each.inputs[0]]]
+            operators.append(Operator("share_data", source, each.outputs, source))
+        else:
+            operators.append(each)
+    return program._replace(operators=operators)
+
+
+def recompute(program: Program, begin: int, end: int) -> Program:
+    """Repeats the operators `begin` to `end` of the forward pass where the backward pass first reads what they made.
+
+    What later operators of the forward pass read of it is not made again. Paddle keeps a layer's inputs and, once it is
+    computed again, what its gradients read (`_recompute_without_reentrant`).
+    """
+    forward, backward = program.operators[: program.backward], program.operators[program.backward :]
+    made = {name for each in forward[begin:end] for name in each.outputs}
+    inner = made - {name for each in forward[end:] for name in each.inputs}
+    again = {name: f"{name}'" for name in made}
+    first = next((i for i, each in enumerate(backward) if inner.intersection(each.reads)), None)
+    if first is None:
+        return program
+
+    def rename(names: list[str], which: set[str]) -> list[str]:
+        return [again[name] if name in which else name for name in names]
+
+    copies = [
+        Operator(each.name, *(rename(names, made) for names in (each.inputs, each.outputs, each.reads)))
+        for each in forward[begin:end]
+    ]
+    backward = [each._replace(inputs=rename(each.inputs, inner), reads=rename(each.reads, inner)) for each in backward]
+    sizes = program.sizes | {again[name]: program.sizes[name] for name in made}
+    return program._replace(operators=[*forward, *backward[:first], *copies, *backward[first:]], sizes=sizes)
+
+
+def owners(program: Program) -> tuple[dict[str, str], set[str]]:
+    """By value the one whose memory it is in: itself, unless it is a view or overwrites another.
+
+    Reshaping what is transposed or expanded copies it (paddle/phi/kernels/stride/reshape_kernel.cc).
+    """
+    owner: dict[str, str] = {}
+    strided: set[str] = set()
+    for each in program.operators:
+        source = each.inputs[0] if each.inputs else None
+        for i, name in enumerate(each.outputs):
+            same = [x for x in each.inputs if program.sizes[x] == program.sizes[name]]
+            if source and (each.name in VIEWS or (each.name.endswith("_") and i == 0)):
+                original = source
+            elif each.name in IN_PLACE and i == 0 and same:
+                original = same[-1]
+            else:
+                original = name
+            if original in strided and each.name in RESHAPING:
+                original = name
+            elif each.name in ("transpose", "transpose_grad", "expand") or (original in strided and original != name):
+                strided.add(name)
+            owner[name] = owner.get(original, original)
+    return owner, strided
+
+
+class Shares:
+    """What one process of the run holds between two steps beside the model's outputs: that which holds most.
+
+    Frozen weights count among `weights` alone. Paddle's sources are in paddle/distributed/fleet. tests/bytes_held.py
+    measures the same.
+    """
+
+    def __init__(self, flags: Flags, model: paddle.nn.Layer, masters: bool) -> None:
+        self.flags, self.parameters = flags, [*model.parameters()]
+        self.trained = [each for each in self.parameters if not each.stop_gradient]
+        self.masters = masters
+        self.segment = WHOLE_IN_ZERO_3 * model.config.hidden_size * core.size_of_dtype(self.trained[0].dtype)
+        # Of all weights, or of the slices of ZeRO 3.
+        self.gradients = sum(self.cut(bytes_of(each)) for each in self.trained)
+
+    def cut(self, size: int) -> int:
+        """Bytes of a weight's slice on each process, or of the whole (GroupShardedStage3._flatten_layer_params)."""
+        sliced = self.flags.zero == 3 and size > self.segment
+        return -(-size // self.flags.replicas) if sliced else size
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether gradients are added to those of earlier passes, which stay: then each new one soon goes."""
+        return self.flags.accumulation > 1 or self.sends_in_buffers or self.flags.zero == 2
+
+    @property
+    def sends_in_buffers(self) -> bool:
+        """Whether DataParallel's reducer sends the gradients, which it keeps, as its buffers (EagerGroup)."""
+        return self.flags.zero == 0 and self.flags.mp == 1 and self.flags.replicas > 1
+
+    def of_ranks(self) -> list[list[paddle.Tensor]]:
+        """The trained weights that each process updates.
+
+        DygraphShardingOptimizer gives whole weights, largest first, to whom has least, and
+        GroupShardedOptimizerStage2 in the model's order (`_partition_parameters`, `_segment_params`).
+        """
+        if self.flags.zero not in (1, 2):
+            return [self.trained]
+        ranks: list[list[paddle.Tensor]] = [[] for _ in range(self.flags.replicas)]
+        sizes = [0] * len(ranks)
+        largest_first = sorted(self.trained, key=lambda each: each.size, reverse=True)
+        for weight in largest_first if self.flags.zero == 1 else self.trained:
+            rank = sizes.index(min(sizes))
+            ranks[rank].append(weight)
+            sizes[rank] += weight.size
+        return ranks
+
+    def held(self) -> dict[str, int]:
+        """Bytes by kind between two steps."""
+        return max((self.held_by(own) for own in self.of_ranks()), key=lambda held: sum(held.values()))
+
+    def held_by(self, own: list[paddle.Tensor]) -> dict[str, int]:
+        """The same of a process that updates these weights. AdamW's moments and masters are in float32."""
+        entries = {id(each): self.cut(bytes_of(each)) // core.size_of_dtype(each.dtype) for each in own}
+        low = sum(entries[id(each)] for each in own if each.dtype != paddle.float32)
+        gradients = buffers = 0
+        if self.sends_in_buffers:
+            gradients = buffers = self.gradients
+        elif self.flags.zero == 2:
+            # GradStorage, one for each process: of the largest share, but at most 2**23 entries. What has no room in
+            # it, smallest first, has a gradient of its own. The last one that was sent stays (`_comm_task`).
+            room = min(max(sum(each.size for each in rank) for rank in self.of_ranks()), 2**23)
+            storage, used = room * core.size_of_dtype(own[0].dtype) if own else 0, 0
+            gradients = storage
+            for weight in sorted(own, key=lambda each: each.size):
+                if used + weight.size <= room:
+                    used += weight.size
+                else:
+                    gradients += bytes_of(weight)
+            if not any(each is self.trained[0] for each in own):
+                buffers = storage if self.trained[0].size <= room else bytes_of(self.trained[0])
+        return {
+            "weights": sum(self.cut(bytes_of(each)) for each in self.parameters),
+            "gradients": gradients,
+            "master_weights": 4 * low if self.masters else 0,
+            "moments": 2 * 4 * sum(entries.values()),
+            "communication_buffers": buffers,
+        }
+
+    def in_passes(self) -> int:
+        """Bytes of the buffers in which ZeRO 2 sends, one for each other process (`_build_grad_storages`)."""
+        if self.flags.zero != 2:
+            return 0
+        room = min(max(sum(each.size for each in rank) for rank in self.of_ranks()), 2**23)
+        return (self.flags.replicas - 1) * room * core.size_of_dtype(self.trained[0].dtype)
+
+    def in_update(self) -> dict[str, int]:
+        """Bytes by kind while the weights are updated, beyond those held.
+
+        `parallel.Clip` casts one gradient of low precision after the other. Replicas of tensor-parallel groups gather
+        all gradients in buffers (fused_allreduce_gradients in utils/hybrid_parallel_util.py).
+        """
+        low = [self.cut(bytes_of(each)) * 2 for each in self.trained if each.dtype != paddle.float32]
+        replicated = self.flags.zero == 0 and self.flags.mp > 1 and self.flags.replicas > 1
+        return {
+            "gradients": 0 if self.sends_in_buffers or self.flags.zero == 2 else self.gradients,
+            "communication_buffers": self.gradients if replicated else 0,
+            "workspace": max(low, default=0),
+        }
+
+
+def bytes_of(tensor: Any) -> int:
+    """The bytes of a tensor, a value or a type."""
+    return math.prod(tensor.shape) * core.size_of_dtype(tensor.dtype)
+
+
+Trace = tuple[Program, list[dict[str, int]], dict[str, int]]  # of some layers: passes, bytes in them, tables
+
+
+def summarise(shares: Shares, few: Trace, many: Trace, more: int) -> Memory:
+    """The moment at which all kinds together are largest, from what few layers hold, one more, and so many more."""
+    tables = grow(few[2], many[2], more)
+    held = plus(shares.held(), tables)
+    moments = [(phase, plus(held, grow(*pair, more))) for phase, pair in pairs(few, many)]
+    kept = grow(*(moments[program.backward] for program, moments, _ in (few, many)), more)
+    after = grow(few[1][-1], many[1][-1], more)
+    update = {kind: after[kind] for kind in ("logits_and_loss", "activations")} | shares.in_update()
+    moments.append(("optimizer", plus(held, update)))
+    moment, parts = max(moments, key=lambda each: sum(each[1].values()))
+    return Memory(peak=sum(parts.values()), parts=parts, held=held, kept=kept["activations"], moment=moment)
+
+
+def pairs(few: Trace, many: Trace) -> Iterator[tuple[str, tuple[dict[str, int], dict[str, int]]]]:
+    """The phase of each operator with the bytes while it runs, with few layers and with one more.
+
+    Bytes change from layer to layer by the same amounts, so that they are largest in a first or a last layer. The
+    operators of one layer are left out, once of the earliest that can be, once of the latest.
+    """
+    limits = [(0, program.loss, program.backward, len(program.operators)) for program, _, _ in (few, many)]
+    for phase, *bounds in zip(("forward", "loss", "backward"), *map(itertools.pairwise, limits), strict=True):
+        slices = [slice(*each) for each in bounds]
+        names = [
+            [each.name for each in trace[0].operators[cut]] for trace, cut in zip((few, many), slices, strict=True)
+        ]
+        some, others = (trace[1][cut] for trace, cut in zip((few, many), slices, strict=True))
+        latest = common_start(*names)
+        earliest = len(some) - common_start(*(each[::-1] for each in names))
+        if earliest > latest:
+            raise RuntimeError(f"the layers differ in the {phase} pass")
+        for first in (max(earliest, 0), latest):
+            yield from (
+                (phase, pair)
+                for pair in zip(some, others[:first] + others[first + len(others) - len(some) :], strict=True)
+            )
+
+
+def common_start(some: list[str], others: list[str]) -> int:
+    """How many first names two lists have in common."""
+    differ = (i for i, (one, other) in enumerate(zip(some, others, strict=False)) if one != other)
+    return next(differ, min(len(some), len(others)))
+
+
+def grow(few: dict[str, int], many: dict[str, int], more: int) -> dict[str, int]:
+    """The bytes of so many layers more than few have. `many` are those of one more."""
+    return {kind: size + more * (many[kind] - size) for kind, size in few.items()}
+
+
+def plus(*amounts: dict[str, int]) -> dict[str, int]:
+    """The sums by kind."""
+    return {kind: sum(each.get(kind, 0) for each in amounts) for kind in PARTS}
+
+
+def timeline(program: Program, shares: Shares) -> list[dict[str, int]]:
+    """The bytes by kind while each operator runs, beyond those held between two steps."""
+    owner, strided = owners(program)
+    sizes, end = program.sizes, len(program.operators)
+    born: dict[str, int] = {}
+    dies: dict[str, int] = {}
+    for i, each in enumerate(program.operators):
+        for name in each.outputs:
+            born.setdefault(owner[name], i)
+        for name in (*each.outputs, *each.reads):
+            dies[owner.get(name, name)] = i
+    gradients, outputs, kept, wide = (
+        {owner.get(name, name) for name in names}
+        for names in (program.gradients, program.outputs, program.kept, program.wide)
+    )
+    changes = [dict.fromkeys(KINDS, 0) for _ in range(end + 1)]
+
+    def live(kind: str, size: int, first: int, last: int) -> None:
+        changes[first][kind] += size
+        changes[last + 1][kind] -= size
+
+    for name in born.keys() - program.weights:
+        birth, size = born[name], sizes[name]
+        if name in gradients:
+            slice_size = shares.cut(size)
+            if not shares.adds_up:
+                live("gradients", slice_size, birth + (slice_size < size), end - 1)
+            if shares.adds_up or slice_size < size:  # ZeRO 3 has made zeros before (`_create_params_grad`)
+                live("workspace", size * (2 if slice_size < size else 1), birth, birth)
+        elif name in wide or program.loss <= birth < program.backward:
+            live("logits_and_loss", size, birth, end - 1 if name in outputs else dies[name])
+        else:
+            last = end - 1 if name in outputs | kept else dies[name]
+            saved = name.endswith("'") or birth < program.backward <= last
+            live("activations" if saved else "workspace", size, birth, last)
+    # A pass's outputs are held until the next one has its own, its graph until the next loss.
+    if program.loss:
+        live("logits_and_loss", sum(sizes[name] for name in outputs), 0, program.loss - 1)
+    live("activations", sum(sizes[name] for name in kept - outputs), 0, program.backward - 1)
+    live("communication_buffers", shares.in_passes(), 0, end - 1)
+    if shares.adds_up and not shares.held()["gradients"]:
+        live("gradients", shares.gradients, 0, end - 1)
+    for i, each in enumerate(program.operators):
+        if each.name not in VIEWS | RESHAPING:  # most kernels read a copy of what is strided (data_transform.cc)
+            live("workspace", sum(sizes[name] for name in strided.intersection(each.reads)), i, i)
+        if each.name.startswith("set_value"):  # the kernel copies the slice first
+            live("workspace", sizes[each.inputs[1]], i, i)
+        if each.name in FLASH_GRADIENTS:
+            live("workspace", 2 * sizes[each.inputs[0]], i, i)
+    # ZeRO 3 gathers a weight where it is read, and the next one meanwhile; then it copies what the layer makes of it
+    # (`ForwardPreHooks`, `ForwardPostHooks`). The order is the backward pass's own.
+    whole = {name: sizes[name] for name in program.parameters if shares.cut(sizes[name]) < sizes[name]}
+    uses = [(i, name) for i, each in enumerate(program.operators) for name in program.parameters & {*each.inputs}]
+    for (i, name), (_, following) in itertools.pairwise([*uses, (end, "")] if whole else []):
+        gathered = whole.get(name, 0) + whole.get(following, 0) * (following != name)
+        copied = sum(sizes[made] for made in program.operators[i].outputs) * (i < program.backward)
+        live("workspace", max(gathered, copied), i, i)
+    now, moments = dict.fromkeys(KINDS, 0), []
+    for change in changes[:end]:
+        now = {kind: now[kind] + change[kind] for kind in KINDS}
+        moments.append(now)
+    return moments
