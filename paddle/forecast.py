@@ -778,7 +778,15 @@ def timeline(program: Program, shares: Shares) -> list[dict[str, int]]:
     # (`ForwardPreHooks`, `ForwardPostHooks`). The order is the backward pass's own.
     whole = {name: sizes[name] for name in program.parameters if shares.cut(sizes[name]) < sizes[name]}
     uses = [(i, name) for i, each in enumerate(program.operators) for name in program.parameters & {*each.inputs}]
+    # A tied weight and the zeros for its gradient stay until both gradients are there.
+    tied = {name for name in whole if sum(name == used for i, used in uses if i < program.backward) > 1}
+    for name in tied:
+        there = [i for i, used in uses if used == name and i >= program.backward]
+        if there:
+            live("workspace", 2 * whole[name], there[0], there[-1])
     for (i, name), (_, following) in itertools.pairwise([*uses, (end, "")] if whole else []):
+        if i >= program.backward and name in tied:
+            continue
         gathered = whole.get(name, 0) + whole.get(following, 0) * (following != name)
         copied = sum(sizes[made] for made in program.operators[i].outputs) * (i < program.backward)
         live("workspace", max(gathered, copied), i, i)
