@@ -37,6 +37,7 @@ script = "finetune_lora.py"
 flags = { nproc = 2 }
 """
 RUNS = 4
+SUITE_SECONDS = 150  # more than a suite takes on a busy machine
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -95,7 +96,7 @@ class Stress:
         """Kills processes until `kills` were killed."""
         started = time.monotonic()
         running = self.start()
-        assert running.wait(600) == 0, f"exit code {running.returncode}"
+        assert running.wait(SUITE_SECONDS) == 0, f"exit code {running.returncode}"
         mean = (time.monotonic() - started) / RUNS  # a third of the runs then ends by itself
         while self.kills.total() < kills:
             time.sleep(self.random.expovariate(1 / mean))
@@ -135,10 +136,10 @@ class Stress:
 
     def end(self, running: subprocess.Popen) -> None:
         """Lets the suite end undisturbed and checks that all its records are there, and nothing else."""
-        running.wait(600)
+        running.wait(SUITE_SECONDS)
         self.look()
         done = self.start()
-        assert done.wait(600) == 0, f"exit code {done.returncode}"
+        assert done.wait(SUITE_SECONDS) == 0, f"exit code {done.returncode}"
         self.look()
         assert len(self.finished) == RUNS, f"{len(self.finished)} finished records of {RUNS}"
         assert "Traceback" not in (self.folder / "log").read_text(errors="replace")
@@ -157,8 +158,11 @@ def main() -> int:
         stress = Stress(Path(folder), options.seed)
         try:
             stress.under_fire(options.kills)
-        except (AssertionError, ValueError) as fault:
-            print(f"\nseed {options.seed}, after {stress.kills.total()} kills: {fault}")
+        except (AssertionError, ValueError, subprocess.TimeoutExpired) as fault:
+            print(f"\nseed {options.seed}, after {stress.kills.total()} kills ({dict(stress.kills)}): {fault}")
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    print(f"still there: {process.pid} {process.status()} {' '.join(process.cmdline())}")
             print((Path(folder) / "log").read_text(errors="replace")[-4000:])
             return 1
     print(

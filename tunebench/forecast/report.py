@@ -98,10 +98,14 @@ def forked(forecast: Callable[[Job], Memory], job: Job) -> Memory:
     process.start()
     sender.close()
     try:
-        return with_unseen(receiver.recv())
+        memory = receiver.recv()
     except EOFError:
-        process.join()
+        process.join()  # sets the exit code
         raise RuntimeError(f"the forecast of the memory ended with {process.exitcode}") from None
+    finally:
+        process.join()  # leaves no zombie
+        receiver.close()
+    return with_unseen(memory)
 
 
 def refused(framework: str, method: str, job: Job, reason: str) -> Answer:
