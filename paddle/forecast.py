@@ -13,9 +13,9 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest.mock import patch
 
 import attention
@@ -43,8 +43,11 @@ from paddlenlp.transformers.model_utils import no_init_weights
 
 from tunebench.flags import Flags
 from tunebench.forecast.memory import PARTS, Memory, largest_batch
+from tunebench.forecast.layers import Moment, pairs
+from tunebench.forecast.shares import Shares, Split, Weight
+from tunebench.forecast.symbols import Amounts, add_up
 from tunebench.models.checkpoint import Checkpoint
-from tunebench.recipe import WHOLE_IN_ZERO_3
+from tunebench.plan import MicroBatch
 from tunebench.run.run import Job
 
 # Views of their first input in a dynamic graph: with FLAGS_use_stride_kernel, on by default, more than the reshaping
@@ -72,6 +75,7 @@ IN_LISTS = {
     "cross_entropy_with_softmax": "softmax_with_cross_entropy",
     "flashmask_attention": "flash_attn",
 }
+T = TypeVar("T")
 KINDS = ("gradients", "activations", "logits_and_loss", "communication_buffers", "workspace")
 
 
@@ -127,7 +131,8 @@ def forecast(job: Job, build_model: Callable, wrap: Callable, to_device: Callabl
         whole = build(config[depth])
         trained = [each for each in whole.parameters() if not each.stop_gradient]
         _, optimizer = wrap(flags, whole, trained, group)
-        shares = Shares(flags, whole, optimizer._multi_precision)
+        sizes = [Weight(each.size, core.size_of_dtype(each.dtype), not each.stop_gradient) for each in whole.parameters()]
+        shares = Shares(Split.of(flags), sizes, config["hidden_size"], optimizer._multi_precision)
         inputs, labels = to_device(flags, batch, "cpu")
         traces = []
         fewest = min(2, config[depth])
@@ -137,8 +142,41 @@ def forecast(job: Job, build_model: Callable, wrap: Callable, to_device: Callabl
             tables = [each for each in tracer.known if id(each) not in tracer.own]
             cut = less.get("max_position_embeddings")
             bytes_of_tables = sum(bytes_of(x) * (positions // cut if cut in x.shape else 1) for x in tables)
-            traces.append((program, timeline(program, shares), {"workspace": bytes_of_tables}))
+            amounts = timeline(program, shares)
+            traces.append(Trace(named(program, amounts), amounts[program.backward], {"workspace": bytes_of_tables}))
     return summarise(shares, *traces, config[depth] - fewest)
+
+
+def moments(
+    flags: Flags, checkpoint: Checkpoint, batch: MicroBatch, build_model: Callable, wrap: Callable, to_device: Callable
+) -> tuple[list[Moment[Amounts]], Amounts]:
+    """What each operator of a pass finds beyond what is held between two steps, and the weights on this process.
+
+    Both are in terms of the sizes in tunebench/forecast/symbols.py. The kinds of the first are those of `Life`. The
+    kinds of the second are `weights` and, those of them that are trained, `trained`.
+    """
+    group = parallel.Group("cpu", 0, 1, 0, flags.mp, parallel.Clip(0, None), None)
+    with as_on_a_gpu(flags):
+        model = build_lazily(flags, checkpoint, build_model, group)
+        parameters = [*model.parameters()]
+        inputs, labels = to_device(flags, batch, "cpu")
+        tracer = Tracer(model, checkpoint.config["vocab_size"] // flags.mp, flags)
+        program = _switch_to_static_graph_(tracer.trace)(flags, inputs, labels, group)
+    weights = add_up(("weights", bytes_of(each)) for each in parameters)
+    trained = add_up(("trained", bytes_of(each)) for each in parameters if not each.stop_gradient)
+    rows: list[list[tuple[str, int]]] = [[] for _ in program.operators]
+    for kind, size, first, last in lives(program):
+        for row in rows[first : last + 1]:
+            row.append((kind, size))
+    return named(program, [add_up(row) for row in rows]), weights | trained
+
+
+def named(program: Program, held: Sequence[T]) -> list[Moment[T]]:
+    """What is held at each operator of a program, with its phase. Operators go by name and sizes of results."""
+    phases = ["forward"] * program.loss + ["loss"] * (program.backward - program.loss)
+    phases += ["backward"] * (len(program.operators) - program.backward)
+    names = [" ".join([each.name, *(str(program.sizes[made]) for made in each.outputs)]) for each in program.operators]
+    return [Moment(phase, name, now) for phase, name, now in zip(phases, names, held, strict=True)]
 
 
 @contextlib.contextmanager
@@ -316,7 +354,7 @@ class Tracer:
             self.known = parameters
             trained = [value for each, value in zip(parameters, values, strict=True) if not each.stop_gradient]
             gradients = grad([loss], trained)
-            operators, sizes, wide, positions = self.read()
+            operators, sizes, wide, positions, members = self.read()
         program = Program(
             operators,
             positions[loss_begins] + 1,
@@ -329,9 +367,15 @@ class Tracer:
             {value.id for value in as_list(outputs) if value is not None},
             self.kept,
         )
-        program = fuse(program, self.fused)
+        # A member of a split tensor has a name of its own among the values of the program.
+        attended = {
+            result: (name, rest, [members[each][0] for each in read], size)
+            for result, (name, rest, read, size) in self.fused.items()
+        }
+        program = fuse(program, attended)
         for first, end, held in self.inner:
-            program = hold(program, positions[first] + 1, positions[end], held)
+            names = {name for each in held for name in members.get(each, [])}
+            program = hold(program, positions[first] + 1, positions[end], names)
         for marks, gradients in self.written_out:
             program = move_backward(program, *(positions[mark] + 1 for mark in marks), gradients)
         for first, end in reversed(self.recomputed):
@@ -407,10 +451,10 @@ class Tracer:
         self.inner.append((before, self.last(), held))
         return result
 
-    def read(self) -> tuple[list[Operator], dict[str, int], set[str], dict[int, int]]:
+    def read(self) -> tuple[list[Operator], dict[str, int], set[str], dict[int, int], dict[str, list[str]]]:
         """The operators, the bytes of each value, which have an entry for each word, and operators' positions by id.
 
-        A vector of tensors is its members.
+        A vector of tensors is its members. The last result has their names by a value's id.
         """
         members: dict[str, list[str]] = {}
         sizes: dict[str, int] = {}
@@ -440,7 +484,7 @@ class Tracer:
             if not each.name().startswith("builtin."):
                 operators.append(Operator(each.name().rpartition(".")[2], inputs, outputs, reads))
             positions[each.id()] = len(operators) - 1
-        return operators, sizes, wide, positions
+        return operators, sizes, wide, positions, members
 
 
 def as_value(name: str, tensor: Any) -> Any:
@@ -563,156 +607,34 @@ def owners(program: Program) -> tuple[dict[str, str], set[str]]:
     return owner, strided
 
 
-class Shares:
-    """What one process of the run holds between two steps beside the model's outputs: that which holds most.
-
-    Frozen weights count among `weights` alone. Paddle's sources are in paddle/distributed/fleet. tests/bytes_held.py
-    measures the same.
-    """
-
-    def __init__(self, flags: Flags, model: paddle.nn.Layer, masters: bool) -> None:
-        self.flags, self.parameters = flags, [*model.parameters()]
-        self.trained = [each for each in self.parameters if not each.stop_gradient]
-        self.masters = masters
-        self.segment = WHOLE_IN_ZERO_3 * model.config.hidden_size * core.size_of_dtype(self.trained[0].dtype)
-        # Of all weights, or of the slices of ZeRO 3.
-        self.gradients = sum(self.cut(bytes_of(each)) for each in self.trained)
-
-    def cut(self, size: int) -> int:
-        """Bytes of a weight's slice on each process, or of the whole (GroupShardedStage3._flatten_layer_params)."""
-        sliced = self.flags.zero == 3 and size > self.segment
-        return -(-size // self.flags.replicas) if sliced else size
-
-    @property
-    def adds_up(self) -> bool:
-        """Whether gradients are added to those of earlier passes, which stay: then each new one soon goes."""
-        return self.flags.accumulation > 1 or self.sends_in_buffers or self.flags.zero == 2
-
-    @property
-    def sends_in_buffers(self) -> bool:
-        """Whether DataParallel's reducer sends the gradients, which it keeps, as its buffers (EagerGroup)."""
-        return self.flags.zero == 0 and self.flags.mp == 1 and self.flags.replicas > 1
-
-    def of_ranks(self) -> list[list[paddle.Tensor]]:
-        """The trained weights that each process updates.
-
-        DygraphShardingOptimizer gives whole weights, largest first, to whom has least, and
-        GroupShardedOptimizerStage2 in the model's order (`_partition_parameters`, `_segment_params`).
-        """
-        if self.flags.zero not in (1, 2):
-            return [self.trained]
-        ranks: list[list[paddle.Tensor]] = [[] for _ in range(self.flags.replicas)]
-        sizes = [0] * len(ranks)
-        largest_first = sorted(self.trained, key=lambda each: each.size, reverse=True)
-        for weight in largest_first if self.flags.zero == 1 else self.trained:
-            rank = sizes.index(min(sizes))
-            ranks[rank].append(weight)
-            sizes[rank] += weight.size
-        return ranks
-
-    def held(self) -> dict[str, int]:
-        """Bytes by kind between two steps."""
-        return max((self.held_by(own) for own in self.of_ranks()), key=lambda held: sum(held.values()))
-
-    def held_by(self, own: list[paddle.Tensor]) -> dict[str, int]:
-        """The same of a process that updates these weights. AdamW's moments and masters are in float32."""
-        entries = {id(each): self.cut(bytes_of(each)) // core.size_of_dtype(each.dtype) for each in own}
-        low = sum(entries[id(each)] for each in own if each.dtype != paddle.float32)
-        gradients = buffers = 0
-        if self.sends_in_buffers:
-            gradients = buffers = self.gradients
-        elif self.flags.zero == 2:
-            # GradStorage, one for each process: of the largest share, but at most 2**23 entries. What has no room in
-            # it, smallest first, has a gradient of its own. The last one that was sent stays (`_comm_task`).
-            room = min(max(sum(each.size for each in rank) for rank in self.of_ranks()), 2**23)
-            storage, used = room * core.size_of_dtype(own[0].dtype) if own else 0, 0
-            gradients = storage
-            for weight in sorted(own, key=lambda each: each.size):
-                if used + weight.size <= room:
-                    used += weight.size
-                else:
-                    gradients += bytes_of(weight)
-            if not any(each is self.trained[0] for each in own):
-                buffers = storage if self.trained[0].size <= room else bytes_of(self.trained[0])
-        return {
-            "weights": sum(self.cut(bytes_of(each)) for each in self.parameters),
-            "gradients": gradients,
-            "master_weights": 4 * low if self.masters else 0,
-            "moments": 2 * 4 * sum(entries.values()),
-            "communication_buffers": buffers,
-        }
-
-    def in_passes(self) -> int:
-        """Bytes of the buffers in which ZeRO 2 sends, one for each other process (`_build_grad_storages`)."""
-        if self.flags.zero != 2:
-            return 0
-        room = min(max(sum(each.size for each in rank) for rank in self.of_ranks()), 2**23)
-        return (self.flags.replicas - 1) * room * core.size_of_dtype(self.trained[0].dtype)
-
-    def in_update(self) -> dict[str, int]:
-        """Bytes by kind while the weights are updated, beyond those held.
-
-        `parallel.Clip` casts one gradient of low precision after the other. Replicas of tensor-parallel groups gather
-        all gradients in buffers (fused_allreduce_gradients in utils/hybrid_parallel_util.py).
-        """
-        low = [self.cut(bytes_of(each)) * 2 for each in self.trained if each.dtype != paddle.float32]
-        replicated = self.flags.zero == 0 and self.flags.mp > 1 and self.flags.replicas > 1
-        return {
-            "gradients": 0 if self.sends_in_buffers or self.flags.zero == 2 else self.gradients,
-            "communication_buffers": self.gradients if replicated else 0,
-            "workspace": max(low, default=0),
-        }
-
-
 def bytes_of(tensor: Any) -> int:
     """The bytes of a tensor, a value or a type."""
     return math.prod(tensor.shape) * core.size_of_dtype(tensor.dtype)
 
 
-Trace = tuple[Program, list[dict[str, int]], dict[str, int]]  # of some layers: passes, bytes in them, tables
+class Trace(NamedTuple):
+    """Passes of a model of a few layers: by operator the bytes while it runs, those after the forward pass, tables."""
+
+    moments: list[Moment[dict[str, int]]]
+    kept: dict[str, int]
+    tables: dict[str, int]
 
 
 def summarise(shares: Shares, few: Trace, many: Trace, more: int) -> Memory:
     """The moment at which all kinds together are largest, from what few layers hold, one more, and so many more."""
-    tables = grow(few[2], many[2], more)
-    held = plus(shares.held(), tables)
-    moments = [(phase, plus(held, grow(*pair, more))) for phase, pair in pairs(few, many)]
-    kept = grow(*(moments[program.backward] for program, moments, _ in (few, many)), more)
-    after = grow(few[1][-1], many[1][-1], more)
+    held = plus(shares.held(), grow(few.tables, many.tables, more))
+    # Where a layer more takes something away, the two operators are alike but not of the same place.
+    moments = [
+        (phase, plus(held, grow(one, other, more)))
+        for phase, one, other in pairs(few.moments, many.moments)
+        if all(other[kind] >= size for kind, size in one.items())
+    ]
+    after = grow(few.moments[-1].held, many.moments[-1].held, more)
     update = {kind: after[kind] for kind in ("logits_and_loss", "activations")} | shares.in_update()
     moments.append(("optimizer", plus(held, update)))
     moment, parts = max(moments, key=lambda each: sum(each[1].values()))
+    kept = grow(few.kept, many.kept, more)
     return Memory(peak=sum(parts.values()), parts=parts, held=held, kept=kept["activations"], moment=moment)
-
-
-def pairs(few: Trace, many: Trace) -> Iterator[tuple[str, tuple[dict[str, int], dict[str, int]]]]:
-    """The phase of each operator with the bytes while it runs, with few layers and with one more.
-
-    Bytes change from layer to layer by the same amounts, so that they are largest in a first or a last layer. The
-    operators of one layer are left out, once of the earliest that can be, once of the latest.
-    """
-    limits = [(0, program.loss, program.backward, len(program.operators)) for program, _, _ in (few, many)]
-    for phase, *bounds in zip(("forward", "loss", "backward"), *map(itertools.pairwise, limits), strict=True):
-        slices = [slice(*each) for each in bounds]
-        names = [
-            [each.name for each in trace[0].operators[cut]] for trace, cut in zip((few, many), slices, strict=True)
-        ]
-        some, others = (trace[1][cut] for trace, cut in zip((few, many), slices, strict=True))
-        latest = common_start(*names)
-        earliest = len(some) - common_start(*(each[::-1] for each in names))
-        if earliest > latest:
-            raise RuntimeError(f"the layers differ in the {phase} pass")
-        for first in (max(earliest, 0), latest):
-            yield from (
-                (phase, pair)
-                for pair in zip(some, others[:first] + others[first + len(others) - len(some) :], strict=True)
-            )
-
-
-def common_start(some: list[str], others: list[str]) -> int:
-    """How many first names two lists have in common."""
-    differ = (i for i, (one, other) in enumerate(zip(some, others, strict=False)) if one != other)
-    return next(differ, min(len(some), len(others)))
 
 
 def grow(few: dict[str, int], many: dict[str, int], more: int) -> dict[str, int]:
@@ -725,8 +647,22 @@ def plus(*amounts: dict[str, int]) -> dict[str, int]:
     return {kind: sum(each.get(kind, 0) for each in amounts) for kind in PARTS}
 
 
-def timeline(program: Program, shares: Shares) -> list[dict[str, int]]:
-    """The bytes by kind while each operator runs, beyond those held between two steps."""
+class Life(NamedTuple):
+    """Bytes that are held from one operator of a program to another one, both included.
+
+    Beside the kinds of PARTS there are some that count for some setups alone, see `timeline`: `new_gradient`, while it
+    is computed; `gathered`, weights that an operator reads and the next one will; `copied`, what a layer made of them;
+    `tied`, a weight that two layers read, between its two gradients.
+    """
+
+    kind: str
+    size: int
+    first: int
+    last: int
+
+
+def lives(program: Program) -> Iterator[Life]:
+    """What the operators of a program hold. Gradients are held from when they are complete."""
     owner, strided = owners(program)
     sizes, end = program.sizes, len(program.operators)
     born: dict[str, int] = {}
@@ -740,56 +676,85 @@ def timeline(program: Program, shares: Shares) -> list[dict[str, int]]:
         {owner.get(name, name) for name in names}
         for names in (program.gradients, program.outputs, program.kept, program.wide)
     )
+    for name in born.keys() - program.weights:
+        birth, size = born[name], sizes[name]
+        if name in gradients:
+            yield Life("gradients", size, birth, end - 1)
+            yield Life("new_gradient", size, birth, birth)
+        elif name in wide or program.loss <= birth < program.backward:
+            yield Life("logits_and_loss", size, birth, end - 1 if name in outputs else dies[name])
+        else:
+            last = end - 1 if name in outputs | kept else dies[name]
+            saved = name.endswith("'") or birth < program.backward <= last
+            yield Life("activations" if saved else "workspace", size, birth, last)
+    # A pass's outputs are held until the next one has its own, its graph until the next loss.
+    if program.loss:
+        yield from (Life("logits_and_loss", sizes[name], 0, program.loss - 1) for name in outputs)
+    yield from (Life("activations", sizes[name], 0, program.backward - 1) for name in kept - outputs)
+    for i, each in enumerate(program.operators):
+        if each.name not in VIEWS | RESHAPING:  # most kernels read a copy of what is strided (data_transform.cc)
+            yield from (Life("workspace", sizes[name], i, i) for name in strided.intersection(each.reads))
+        if each.name.startswith("set_value"):  # the kernel copies the slice first
+            yield Life("workspace", sizes[each.inputs[1]], i, i)
+        if each.name in FLASH_GRADIENTS:
+            yield Life("workspace", 2 * sizes[each.inputs[0]], i, i)
+    yield from gathers(program)
+
+
+def gathers(program: Program) -> Iterator[Life]:
+    """What ZeRO 3 gathers: a weight where it is read, and the next one meanwhile; then it copies what the layer made.
+
+    `ForwardPreHooks` and `ForwardPostHooks`. The order is the backward pass's own. A tied weight, and the zeros for its
+    gradient, stay until both gradients are there.
+    """
+    sizes, end = program.sizes, len(program.operators)
+    uses = [(i, name) for i, each in enumerate(program.operators) for name in program.parameters & {*each.inputs}]
+    before = [name for i, name in uses if i < program.backward]
+    tied = {name for name in before if before.count(name) > 1}
+    for name in tied:
+        if there := [i for i, used in uses if used == name and i >= program.backward]:
+            yield Life("tied", sizes[name], there[0], there[-1])
+    for (i, name), (_, following) in itertools.pairwise([*uses, (end, "")]):
+        if i >= program.backward and name in tied:
+            continue
+        yield Life("gathered", sizes[name], i, i)
+        if following not in ("", name):
+            yield Life("gathered", sizes[following], i, i)
+        if i < program.backward:
+            yield from (Life("copied", sizes[made], i, i) for made in program.operators[i].outputs)
+
+
+def timeline(program: Program, shares: Shares) -> list[dict[str, int]]:
+    """The bytes by kind while each operator runs, beyond those held between two steps."""
+    end = len(program.operators)
     changes = [dict.fromkeys(KINDS, 0) for _ in range(end + 1)]
+    gathered, copied = [0] * end, [0] * end
 
     def live(kind: str, size: int, first: int, last: int) -> None:
         changes[first][kind] += size
         changes[last + 1][kind] -= size
 
-    for name in born.keys() - program.weights:
-        birth, size = born[name], sizes[name]
-        if name in gradients:
-            slice_size = shares.cut(size)
+    for kind, size, first, last in lives(program):
+        sliced = shares.cut(size) < size
+        if kind == "gradients":
             if not shares.adds_up:
-                live("gradients", slice_size, birth + (slice_size < size), end - 1)
-            if shares.adds_up or slice_size < size:  # ZeRO 3 has made zeros before (`_create_params_grad`)
-                live("workspace", size * (2 if slice_size < size else 1), birth, birth)
-        elif name in wide or program.loss <= birth < program.backward:
-            live("logits_and_loss", size, birth, end - 1 if name in outputs else dies[name])
+                live(kind, shares.cut(size), first + sliced, last)
+        elif kind == "new_gradient":
+            if shares.adds_up or sliced:  # ZeRO 3 has made zeros before (`_create_params_grad`)
+                live("workspace", size * (1 + sliced), first, last)
+        elif kind == "gathered":
+            gathered[first] += size * sliced
+        elif kind == "copied":
+            copied[first] += size * (shares.split.zero == 3)
+        elif kind == "tied":
+            live("workspace", 2 * size * sliced, first, last)
         else:
-            last = end - 1 if name in outputs | kept else dies[name]
-            saved = name.endswith("'") or birth < program.backward <= last
-            live("activations" if saved else "workspace", size, birth, last)
-    # A pass's outputs are held until the next one has its own, its graph until the next loss.
-    if program.loss:
-        live("logits_and_loss", sum(sizes[name] for name in outputs), 0, program.loss - 1)
-    live("activations", sum(sizes[name] for name in kept - outputs), 0, program.backward - 1)
+            live(kind, size, first, last)
+    for i, most in enumerate(map(max, gathered, copied)):
+        live("workspace", most, i, i)
     live("communication_buffers", shares.in_passes(), 0, end - 1)
     if shares.adds_up and not shares.held()["gradients"]:
         live("gradients", shares.gradients, 0, end - 1)
-    for i, each in enumerate(program.operators):
-        if each.name not in VIEWS | RESHAPING:  # most kernels read a copy of what is strided (data_transform.cc)
-            live("workspace", sum(sizes[name] for name in strided.intersection(each.reads)), i, i)
-        if each.name.startswith("set_value"):  # the kernel copies the slice first
-            live("workspace", sizes[each.inputs[1]], i, i)
-        if each.name in FLASH_GRADIENTS:
-            live("workspace", 2 * sizes[each.inputs[0]], i, i)
-    # ZeRO 3 gathers a weight where it is read, and the next one meanwhile; then it copies what the layer makes of it
-    # (`ForwardPreHooks`, `ForwardPostHooks`). The order is the backward pass's own.
-    whole = {name: sizes[name] for name in program.parameters if shares.cut(sizes[name]) < sizes[name]}
-    uses = [(i, name) for i, each in enumerate(program.operators) for name in program.parameters & {*each.inputs}]
-    # A tied weight and the zeros for its gradient stay until both gradients are there.
-    tied = {name for name in whole if sum(name == used for i, used in uses if i < program.backward) > 1}
-    for name in tied:
-        there = [i for i, used in uses if used == name and i >= program.backward]
-        if there:
-            live("workspace", 2 * whole[name], there[0], there[-1])
-    for (i, name), (_, following) in itertools.pairwise([*uses, (end, "")] if whole else []):
-        if i >= program.backward and name in tied:
-            continue
-        gathered = whole.get(name, 0) + whole.get(following, 0) * (following != name)
-        copied = sum(sizes[made] for made in program.operators[i].outputs) * (i < program.backward)
-        live("workspace", max(gathered, copied), i, i)
     now, moments = dict.fromkeys(KINDS, 0), []
     for change in changes[:end]:
         now = {kind: now[kind] + change[kind] for kind in KINDS}

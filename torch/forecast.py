@@ -12,6 +12,7 @@ buckets are counted by formula.
 import contextlib
 import dataclasses
 import gc
+import itertools
 import math
 import os
 import tempfile
@@ -19,7 +20,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import held
 import losses
@@ -41,8 +42,11 @@ from transformers.utils.loading_report import LoadStateDictInfo
 
 from tunebench.flags import Flags
 from tunebench.forecast.memory import PARTS, Memory, largest_batch
+from tunebench.forecast.layers import Moment
+from tunebench.forecast.symbols import Amounts, add_up, term
 from tunebench.models.checkpoint import Checkpoint
 from tunebench.models.hollow import STORED, write_hollow
+from tunebench.plan import MicroBatch
 from tunebench.run.run import Job
 
 ROUNDED = 512  # bytes: torch's allocator for GPUs gives multiples of it
@@ -58,12 +62,15 @@ FLASH_BACKWARD = ("flash_attention_for_cpu_backward", "varlen_attn_backward")
 
 
 class Allocation:
-    """The memory of one tensor: its bytes, its kind, and between which operations it was held."""
+    """The memory of one tensor: its bytes, its kind, and between which operations it was held.
 
-    __slots__ = ("born", "died", "kind", "size")
+    `labelled` is when a later operation told its kind, as for a gradient when it is complete.
+    """
+
+    __slots__ = ("born", "died", "kind", "labelled", "size")
 
     def __init__(self, kind: str, size: int, born: int) -> None:
-        self.kind, self.size, self.born, self.died = kind, size, born, math.inf
+        self.kind, self.size, self.born, self.died, self.labelled = kind, size, born, math.inf, born
 
 
 class Ledger(TorchDispatchMode):
@@ -72,12 +79,13 @@ class Ledger(TorchDispatchMode):
     Views and what is written in place take no memory of their own.
     """
 
-    def __init__(self, vocabulary: set[int]) -> None:
-        """`vocabulary` has the last dimensions of logits on this rank."""
+    def __init__(self, vocabulary: set[int], rounded: int) -> None:
+        """`vocabulary` has the last dimensions of logits on this rank. Bytes are multiples of `rounded`."""
         super().__init__()
-        self.vocabulary = vocabulary
+        self.vocabulary, self.rounded = vocabulary, rounded
         self.phase = "build"
         self.clock = 0  # operations so far
+        self.names: list[str] = []  # theirs
         self.live: dict[int, tuple[Allocation, weakref.ref]] = {}  # by the address of a storage
         self.all: list[Allocation] = []
         self.phases: list[tuple[int, str]] = []  # where each begins
@@ -97,7 +105,11 @@ class Ledger(TorchDispatchMode):
         if operator is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as on a device; without data it would be a copy
         result = operator(*args, **(kwargs or {}))
+        if operator.namespace in ("prim", "profiler") or operator is torch.ops.aten.detach.default:
+            return result  # they make no tensor, and layers alike differ in them
         self.clock += 1
+        shapes = {str([*each.shape]) for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.numel() > 1024}
+        self.names.append(" ".join([operator.name(), *sorted(shapes)]))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 self.note(tensor, self.kind_of(operator, tensor))
@@ -127,7 +139,7 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self.live:
             return
-        size = math.ceil(storage.nbytes() / ROUNDED) * ROUNDED
+        size = math.ceil(storage.nbytes() / self.rounded) * self.rounded
         made = Allocation(kind, size, self.clock)
         self.all.append(made)
 
@@ -142,7 +154,9 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             own = parallel.local(tensor)
             self.note(own, kind)
-            self.live[own.untyped_storage()._cdata][0].kind = kind
+            made = self.live[own.untyped_storage()._cdata][0]
+            if made.kind != kind:
+                made.kind, made.labelled = kind, self.clock
 
     def held(self) -> dict[str, int]:
         """The bytes that are held now, by kind."""
@@ -167,19 +181,57 @@ class Ledger(TorchDispatchMode):
         return sizes, [name for start, name in self.phases if start < moment][-1]
 
 
+class Step(NamedTuple):
+    """A traced step, from operation `first` of the ledger on.
+
+    `between` is held before it, by kind. `kept` are the activations when the last forward pass ends. `weights` and,
+    of them, `trained` are the bytes of each on this rank.
+    """
+
+    ledger: Ledger
+    first: int
+    between: dict[str, int]
+    kept: int
+    weights: list[int]
+    trained: list[int]
+
+
 def forecast(job: Job, build_model: Callable, wrap: Callable, to_device: Callable) -> Memory:
     """The memory of one GPU in a step with the plan's largest micro-batch."""
-    flags = job.flags.model_copy(update={"compile": False})
+    flags = job.flags
     replicated = flags.zero == 0 and flags.mp == 1 and flags.replicas > 1
     batch, passes = largest_batch(flags, job.plan), min(flags.accumulation, 2)  # a second pass adds to gradients
     if replicated:
         flags = flags.model_copy(update={"nproc": 1, "nnodes": 1, "bsz": flags.bsz // flags.replicas})
+    step = trace(flags, job.checkpoint, batch, passes, ROUNDED, build_model, wrap, to_device)
+    parts, moment = step.ledger.peak(step.first)
+    if replicated:
+        # Its buckets hold a copy of all gradients (gradient_as_bucket_view in torch/nn/parallel/distributed.py).
+        buckets = sum(step.trained)
+        parts["communication_buffers"] += buckets
+        step.between["communication_buffers"] += buckets
+    return Memory(peak=sum(parts.values()), parts=parts, held=step.between, kept=step.kept, moment=moment)
+
+
+def trace(
+    flags: Flags,
+    checkpoint: Checkpoint,
+    batch: MicroBatch,
+    passes: int,
+    rounded: int,
+    build_model: Callable,
+    wrap: Callable,
+    to_device: Callable,
+) -> Step:
+    """What a step of so many passes of the batch makes and frees. Bytes are rounded up to multiples of `rounded`."""
+    flags = flags.model_copy(update={"compile": False})
     with joined(flags) as group, without_collector(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's calls of older functions, and of addresses of tensors
         shapes = FakeTensorMode(allow_non_fake_inputs=True)
-        model = build(flags, job.checkpoint, group, shapes, build_model)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        ledger = Ledger(vocabulary_sizes(flags, job.checkpoint))
+        model = build(flags, checkpoint, group, shapes, build_model)
+        parameters = [*model.parameters()]
+        trainable = [p for p in parameters if p.requires_grad]
+        ledger = Ledger(vocabulary_sizes(flags, checkpoint), rounded)
         with shapes, ledger, converted_in_place(), unnoted_propagation():
             ledger.label([*model.parameters(), *model.buffers()], "weights")
             ledger.enter("wrap")
@@ -202,16 +254,57 @@ def forecast(job: Job, build_model: Callable, wrap: Callable, to_device: Callabl
                     loss = losses.total(flags, outputs, labels, group) / 2
                     ledger.enter("backward")
                     parallel.backward(model, loss, group)
+                    ledger.enter("passed")
                     ledger.label(held.gradients(model, optimizer), "gradients")
                 ledger.enter("update")
                 parallel.update(model, optimizer, trainable, group)
-        parts, moment = ledger.peak(first)
-    if replicated:
-        # Its buckets hold a copy of all gradients (gradient_as_bucket_view in torch/nn/parallel/distributed.py).
-        buckets = sum(p.numel() * p.element_size() for p in trainable)
-        parts["communication_buffers"] += buckets
-        between["communication_buffers"] += buckets
-    return Memory(peak=sum(parts.values()), parts=parts, held=between, kept=kept, moment=moment)
+    return Step(ledger, first, between, kept, *map(local_bytes, (parameters, trainable)))
+
+
+def local_bytes(parameters: Iterable[torch.nn.Parameter]) -> list[int]:
+    """The bytes of each parameter on this rank."""
+    return [parallel.local(each).numel() * each.element_size() for each in parameters]
+
+
+def moments(
+    flags: Flags, checkpoint: Checkpoint, batch: MicroBatch, build_model: Callable, wrap: Callable, to_device: Callable
+) -> tuple[list[Moment[Amounts]], Amounts]:
+    """What each operator of the passes finds beyond what is held between two steps, and the weights on this rank.
+
+    Both are in terms of the sizes in tunebench/forecast/symbols.py. Gradients that are complete are a kind of their
+    own: sharding changes these. The kinds of the second are `weights` and, those of them that are trained, `trained`.
+    """
+    step = trace(flags, checkpoint, batch, min(flags.accumulation, 2), 1, build_model, wrap, to_device)
+    ledger, columns, changes = step.ledger, {}, []
+    for each in ledger.all:
+        if each.died <= step.first + 1 or (made := term(each.size)) is None:
+            continue
+        spans = [(each.kind, each.born, each.died)]
+        if each.kind == "gradients" and each.labelled > step.first:
+            spans = [("workspace", each.born, each.labelled + 1), ("gradients", each.labelled + 1, each.died)]
+        for kind, born, died in spans:
+            column = columns.setdefault((kind, made[0]), len(columns))
+            changes.append((max(int(born), step.first) - step.first, column, made[1]))
+            if died <= ledger.clock:
+                changes.append((int(died) - step.first, column, -made[1]))
+    table = np.zeros((ledger.clock - step.first + 2, len(columns)))
+    for when, column, size in changes:
+        table[when, column] += size
+    table = table.cumsum(axis=0)
+    held = table[0]
+    spans = itertools.pairwise(ledger.phases)
+    phase_of = {clock: name for (begin, name), (end, _) in spans for clock in range(begin, end)}
+
+    def amounts(row: np.ndarray) -> Amounts:
+        return {column: row[i] for column, i in columns.items() if abs(row[i]) > 1e-9}
+
+    found = [
+        Moment(phase_of[clock], ledger.names[clock - 1], amounts(table[clock - step.first] - held))
+        for clock in range(step.first + 1, ledger.phases[-1][0])
+        if phase_of[clock] != "passed"
+    ]
+    weights = add_up(("weights", size) for size in step.weights)
+    return found, weights | add_up(("trained", size) for size in step.trained)
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tunebench.flags import Flags
 from tunebench.hardware import check_gpus, gpu_indices
 from tunebench.models.checkpoint import Checkpoint
-from tunebench.recipe import MAX_GRAD_NORM, WHOLE_IN_ZERO_3
+from tunebench.recipe import MAX_GRAD_NORM, SMALLEST_BUCKET, WHOLE_IN_ZERO_3
 from tunebench.world import World
 
 # Rules for transformers' tensor parallelism where a family ships none. Bloom's query_key_value holds q, k and v of one
@@ -39,7 +39,6 @@ TENSOR_PARALLEL_RULES: dict[str, Any] = {
         "lm_head": "colwise_gather_output",
     },
 }
-SMALLEST_BUCKET = 2**20  # gradients; Paddle's default is 2**23
 REPLICATION_RULES: dict[str, Any] = {"bloom": {"transformer.h.*": "free_full_weight"}}
 
 

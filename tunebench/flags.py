@@ -88,6 +88,7 @@ class Flags(BaseModel):
     aa: str | None
     out: Path | None
     plan: bool = False
+    sweep: bool = False
     gpu: str | None = None
     link: str | None = None
     price: float | None = None
@@ -222,6 +223,11 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
     add("--aa", choices=["a", "b"], help="one side of a comparison of this run with itself (run_all.sh --aa)")
     add("--out", type=Path, help="record file (default: a new one in results/runs/)")
     add_forecast_flags(parser, "say what the run would take on GPUs, and start none: memory, tokens per second, cost")
+    add(
+        "--sweep",
+        action="store_true",
+        help="as --plan, for the setups that the other flags leave open: which are the fastest for their number of GPUs",
+    )
     if method == "lora":
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")
         add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
@@ -290,6 +296,7 @@ def parse_flags(
     if options["compile"] and not goes_with_compile(options):
         raise BadInput("--compile with --mp or --recompute: not combined here; use --no-compile")
     gpus = len(visible_accelerators())
+    options["plan"] |= options["sweep"]
     if options["plan"]:
         if world is not None:
             raise BadInput("--plan asks once for all processes; start the script without a launcher")
@@ -300,9 +307,9 @@ def parse_flags(
         place(options, gpus)
     else:
         _join(options, world, gpus)
-    if "dtype" not in given and (options["amp"] or (options["attention"] == "flash" and gpus)):
+    if "dtype" not in given and (options["amp"] or options["sweep"] or (options["attention"] == "flash" and gpus)):
         options["dtype"] = "bf16"
-        asks = f"--amp {options['amp']}" if options["amp"] else "--attention flash"
+        asks = f"--amp {options['amp']}" if options["amp"] else "--sweep" if options["sweep"] else "--attention flash"
         print(f"--dtype bf16 (not the default fp32: {asks} is for low precision)", flush=True)
     settle_precision(options, gpus)
     size, mp = options["nproc"] * options["nnodes"], options["mp"]

@@ -11,3 +11,4 @@ LOSS_SCALE_GROWS_AFTER = 2000
 # ZeRO 3 does not shard parameters of at most this times the hidden size elements. The factor is that of transformers'
 # Trainer.
 WHOLE_IN_ZERO_3 = 10
+SMALLEST_BUCKET = 2**20  # gradients that DeepSpeed sends at once; Paddle's default is 2**23

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tunebench.flags import Flags, in_words
+from tunebench.forecast.formula import predict
 from tunebench.forecast.gpus import DEFAULT_GPU, GPUS, LINKS
 from tunebench.forecast.memory import Memory
 from tunebench.forecast.speed import forecast_speed
@@ -12,7 +13,7 @@ from tunebench.forecast.verdict import judge
 from tunebench.run.run import Job
 from tunebench.run.unsupported import not_offered
 
-MOST_TRIES = 8  # forecasts of memory, which take seconds each
+MOST_TRIES = 4  # forecasts of memory, which take seconds each
 
 
 class Change(NamedTuple):
@@ -58,7 +59,7 @@ def smaller_activations(flags: Flags) -> list[dict[str, Any]]:
 def cheapest(framework: str, method: str, job: Job, memory: Memory, forecast: Callable[[Job], Memory]) -> Change | None:
     """The fastest change that fits, among those that the framework offers; None where none of the fastest few fits.
 
-    `memory` is that of the job, which does not fit.
+    `memory` is that of the job, which does not fit. What does not fit by formula is not forecast.
     """
     flags, gpu = job.flags, GPUS[job.flags.gpu or DEFAULT_GPU]
     passing = memory.parts["activations"] + memory.parts["logits_and_loss"]
@@ -69,7 +70,7 @@ def cheapest(framework: str, method: str, job: Job, memory: Memory, forecast: Ca
         changed = flags.model_copy(update=change)
         plan = dataclasses.replace(job.plan, padding_free=changed.padding_free)
         candidate = job._replace(flags=changed, plan=plan)
-        if not_offered(framework, method, changed, job.checkpoint) is None:
+        if not_offered(framework, method, changed, job.checkpoint) is None and may_fit(framework, method, candidate):
             speed = forecast_speed(framework, method, changed, job.checkpoint, plan, gpu, link)
             ranked.append((speed.effective_tokens_per_second, change, candidate))
     ranked.sort(key=lambda each: -each[0])
@@ -78,3 +79,10 @@ def cheapest(framework: str, method: str, job: Job, memory: Memory, forecast: Ca
         if judge(peak, gpu, flags.world_size).verdict == "fits":
             return Change(in_words(change), peak, rate)
     return None
+
+
+def may_fit(framework: str, method: str, job: Job) -> bool:
+    """Whether a job fits by formula, or no formula knows it."""
+    found = predict(framework, method, job.flags, job.checkpoint, job.plan)
+    gpu = GPUS[job.flags.gpu or DEFAULT_GPU]
+    return found is None or judge(found.peak, gpu, job.flags.world_size).verdict != "out of memory"

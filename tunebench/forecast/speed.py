@@ -82,18 +82,35 @@ class Tokens:
     def of(cls, plan: Plan, flags: Flags, first: int = 0) -> "Tokens":
         """The means over the steps of a plan from `first` on. All replicas wait for the fullest."""
         shape = (plan.steps, flags.replicas, flags.accumulation, flags.micro_bsz)
-        samples = np.diff(plan.offsets).astype(np.float64)
-        rows = np.diff(plan.offsets[plan.rows]).astype(np.float64).reshape(shape)[first:]
-        labels = samples - plan.prompt_lengths
-        by_row = [np.add.reduceat(each, plan.rows[:-1]).reshape(shape)[first:] for each in (samples**2, labels)]
-        squares, labels_of_rows = by_row
-        if plan.padding_free:
-            padded, squared = (each.sum(axis=3).max(axis=1).mean() for each in (rows, squares))
+        rows = Rows(*(each.reshape(shape)[first:] for each in Rows.of(plan)))
+        return cls.of_rows(rows, plan.padding_free)
+
+    @classmethod
+    def of_rows(cls, rows: "Rows", padding_free: bool) -> "Tokens":
+        """The means over the steps of rows in the shape (steps, replicas, passes, rows of a pass)."""
+        lengths, squares, labels = rows
+        if padding_free:
+            padded, squared = (each.sum(axis=3).max(axis=1).mean() for each in (lengths, squares))
         else:
-            widths = rows.max(axis=(1, 2, 3))
-            padded, squared = flags.micro_bsz * widths.mean(), flags.micro_bsz * (widths**2).mean()
-        total = rows.sum(axis=(1, 2, 3)).mean()
-        return cls(float(padded), float(squared), float(total), float(labels_of_rows.sum(axis=3).max(axis=1).mean()))
+            widths = lengths.max(axis=(1, 2, 3))
+            padded, squared = lengths.shape[3] * widths.mean(), lengths.shape[3] * (widths**2).mean()
+        total = lengths.sum(axis=(1, 2, 3)).mean()
+        return cls(float(padded), float(squared), float(total), float(labels.sum(axis=3).max(axis=1).mean()))
+
+
+class Rows(NamedTuple):
+    """Of each row of a plan: its tokens, the sum of its samples' squared lengths, and its labels."""
+
+    lengths: np.ndarray
+    squares: np.ndarray
+    labels: np.ndarray
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Rows":
+        """All rows of a plan, float64, (steps x bsz,)."""
+        samples = np.diff(plan.offsets).astype(np.float64)
+        summed = (np.add.reduceat(each, plan.rows[:-1]) for each in (samples**2, samples - plan.prompt_lengths))
+        return cls(np.diff(plan.offsets[plan.rows]).astype(np.float64), *summed)
 
 
 @dataclass(frozen=True)
@@ -162,9 +179,17 @@ def forecast_speed(
     parts = step_parts(constants, setup, timed, gpu, link)
     step = sum(parts.values())
     rate = timed.effective / step
-    factor = math.exp(math.hypot(half, *[WIDER] * len(unlike(framework, flags, setup.parameters, gpu, link))))
+    interval = interval_of(rate, half, framework, flags, setup.parameters, gpu, link)
     seconds = step_seconds(constants, setup, whole, gpu, link) * plan.steps
-    return Speed(rate, (rate / factor, rate * factor), step, seconds, parts)
+    return Speed(rate, interval, step, seconds, parts)
+
+
+def interval_of(
+    rate: float, half: float, framework: str, flags: Flags, parameters: float, gpu: Gpu, link: Link
+) -> tuple[float, float]:
+    """The interval around a rate. `half` is the fitted half width as a logarithm."""
+    factor = math.exp(math.hypot(half, *[WIDER] * len(unlike(framework, flags, parameters, gpu, link))))
+    return rate / factor, rate * factor
 
 
 def unlike(framework: str, flags: Flags, parameters: float, gpu: Gpu, link: Link) -> list[str]:

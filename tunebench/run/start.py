@@ -15,6 +15,7 @@ from tunebench.bootstrap import order_of, own_home
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder, results_folder
 from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
+from tunebench.forecast import sweep
 from tunebench.forecast.job import describe
 from tunebench.forecast.report import refused, say
 from tunebench.frameworks import FRAMEWORKS
@@ -76,13 +77,16 @@ def start_run(framework: str, method: str) -> Job:
 
 
 def describe_job(framework: str, method: str, flags: Flags) -> Job:
-    """The job of a forecast. Where the framework does not offer it, that is the answer, and the process ends."""
+    """The job of a forecast. Where no framework is needed for the answer, it is printed, and the process ends."""
     flags, checkpoint, plan, remarks = describe(flags)
     check_tensor_parallel(flags, checkpoint)
     check_packages(framework, flags, FRAMEWORKS[framework].versions(), sys.executable)
     for remark in remarks:
         print(remark, flush=True)
     job = Job(flags, checkpoint, plan, ALONE)
+    if flags.sweep:
+        sweep.say(sweep.sweep(framework, method, job), flags.out)
+        sys.exit(0)
     if reason := not_offered(framework, method, flags, checkpoint):
         say(refused(framework, method, job, reason), flags.out)
         sys.exit(0)

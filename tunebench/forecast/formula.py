@@ -1,0 +1,330 @@
+"""The memory of a run by formula, in microseconds and without a framework.
+
+The passes are terms of a table (`passes`), made by benchmarks/passes.py from the same traces as a forecast's. What
+sharding makes of weights, gradients and states is counted here, as DeepSpeed and Paddle have it.
+"""
+
+import functools
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tunebench.flags import Flags
+from tunebench.forecast.memory import PARTS, Memory, largest_batch, with_unseen
+from tunebench.forecast.passes import AT_END, AT_FORWARD_END, WEIGHTS, Passes, passes_of
+from tunebench.forecast.shares import Shares, Split, Weight
+from tunebench.forecast.symbols import Kind
+from tunebench.models.checkpoint import Checkpoint
+from tunebench.models.families import FAMILIES
+from tunebench.plan import Plan
+from tunebench.recipe import SMALLEST_BUCKET
+from tunebench.run.unsupported import paddle_table_bytes
+
+NAMED = (AT_FORWARD_END, AT_END, WEIGHTS)
+# DeepSpeed's defaults for ZeRO 3, in elements: weights that stay gathered, and those updated at once (`max_live_parameters`
+# and `sub_group_size` in deepspeed/runtime/zero/config.py).
+MOST_GATHERED = UPDATED_AT_ONCE = 10**9
+SAMPLE_REPLICAS = 2, 8, 64  # for which Paddle's table is made
+
+Amounts = dict[str, float]  # bytes by kind of tensor
+
+
+class Shape(NamedTuple):
+    """A micro-batch: rows, their width, and positions with a label."""
+
+    rows: int
+    width: int
+    labels: int
+
+
+class Run(NamedTuple):
+    """What a formula needs of a run. `elements` of trained weights and `bytes` are those of a process before ZeRO."""
+
+    flags: Flags
+    checkpoint: Checkpoint
+    method: str
+    low: bool  # weights and gradients in two bytes
+    weight_bytes: float
+    trained_bytes: float
+    by_kind: dict[str, np.ndarray]
+    phases: list[str]
+
+    @property
+    def width(self) -> int:
+        """Bytes of a trained weight, and of its gradient."""
+        return 2 if self.low else 4
+
+    @property
+    def trained(self) -> float:
+        """Trained weights of a process."""
+        return self.trained_bytes / self.width
+
+    def at(self, phase: str) -> Amounts:
+        """What is held beyond what lasts at a named moment."""
+        i = self.phases.index(phase)
+        return {kind: float(amounts[i]) for kind, amounts in self.by_kind.items()}
+
+
+def predict(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, plan: Plan) -> Memory | None:
+    """The memory of one GPU in a step with the plan's largest micro-batch; None where the table lacks such runs."""
+    batch = largest_batch(flags, plan)
+    shape = Shape(*batch.input_ids.shape, len(batch.labelled))
+    found = memory_of(framework, method, flags, checkpoint, shape)
+    return found and with_unseen(found)
+
+
+def memory_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape) -> Memory | None:
+    """The memory of one GPU in a step with such a micro-batch; None where the table lacks such runs."""
+    passes = passes_of(framework, kind_of(framework, method, flags, checkpoint))
+    if passes is None:
+        return None
+    run = run_of(method, flags, checkpoint, shape, passes)
+    held, moments = OF_FRAMEWORK[framework](run)
+    phase, most = max(moments, key=lambda each: sum(each[1].values()))
+    parts = {kind: round(held.get(kind, 0) + most.get(kind, 0)) for kind in PARTS}
+    return Memory(
+        peak=sum(parts.values()),
+        parts=parts,
+        held={kind: round(size) for kind, size in held.items()},
+        kept=max(0, round(run.at(AT_FORWARD_END).get("activations", 0))),
+        moment=phase,
+    )
+
+
+def kind_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -> Kind:
+    """The kind of a run in the table. Kinds that make the same tensors share an entry."""
+    family = checkpoint.config["model_type"]
+    return Kind(
+        family="llama" if family == "qwen2" and framework == "torch" else family,  # they differ by small biases
+        tied=method == "full" and is_tied(checkpoint),  # without gradients it makes none
+        method=method,
+        types=flags.amp or "fp32",
+        attention="eager" if flags.attention == "eager" else "sdpa",  # both fused kernels keep the same
+        padding_free=flags.padding_free,
+        recompute=flags.recompute,
+        head=flags.head,
+        mp=flags.mp > 1,
+        adds=framework == "torch" and flags.accumulation > 1,  # Paddle's are added in `paddle_moments`
+    )
+
+
+def kinds_of_runs(framework: str) -> Iterator[Kind]:
+    """All kinds that the table of a framework has, also of runs that it does not offer."""
+    for family, tied, method in itertools.product(FAMILIES, (False, True), ("full", "lora")):
+        left_out = tied and (method == "lora" or family == "glm")
+        if left_out or (family == "bloom" and method == "full" and not tied) or (family, framework) == ("qwen2", "torch"):
+            continue
+        switches = [(False, True)] * 3
+        for types, attention, free, recompute, labels in itertools.product(
+            ("fp32", "O1", "O2"), ("eager", "sdpa"), *switches
+        ):
+            for mp, adds in itertools.product((False,) if labels else (False, True), (False, True)):
+                if adds and framework == "paddle":
+                    continue
+                head = "labels" if labels else "all"
+                yield Kind(family, tied, method, types, attention, free, recompute, head, mp, adds)
+
+
+def is_tied(checkpoint: Checkpoint) -> bool:
+    """Whether the head is the embedding."""
+    return bool(checkpoint.config.get("tie_word_embeddings"))
+
+
+def run_of(method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape, passes: Passes) -> Run:
+    """The run, with the bytes of its passes."""
+    built, config, mp = checkpoint.expected, checkpoint.config, flags.mp
+    sizes = {
+        "mp": mp,
+        "kv": built.key_value_heads / mp,
+        "group": built.heads / built.key_value_heads,
+        "head": built.head_size,
+        "hidden": config["hidden_size"] / built.heads,
+        "inner": config.get("intermediate_size", 0) / mp,
+        "vocabulary": config["vocab_size"] / mp,
+        **shape._asdict(),
+        "rank": flags.lora_r,
+    }
+    by_kind = passes.by_kind(sizes, built.layers)
+    weights = passes.phases.index(WEIGHTS)
+    low = flags.amp == "O2"
+    total = float(by_kind["weights"][weights])
+    if method == "lora" and is_tied(checkpoint) and checkpoint.config["model_type"] != "bloom":
+        total -= config["vocab_size"] / mp * config["hidden_size"] * (2 if low else 4)
+    return Run(flags, checkpoint, method, low, total, float(by_kind["trained"][weights]), by_kind, passes.phases)
+
+
+def largest(run: Run, rows: np.ndarray, by_kind: Mapping[str, np.ndarray]) -> tuple[str, Amounts]:
+    """The phase and the bytes by kind of that moment, among `rows`, which holds most."""
+    total = sum(amounts[rows] for amounts in by_kind.values())
+    i = int(rows[int(np.argmax(total))])
+    return run.phases[i], {kind: float(amounts[i]) for kind, amounts in by_kind.items()}
+
+
+def of_passes(run: Run) -> np.ndarray:
+    """The rows of the passes' moments."""
+    return np.array([i for i, phase in enumerate(run.phases) if phase not in NAMED])
+
+
+def at_moments(framework: str, by_kind: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """All bytes at each moment, for each way in which sharding lets them count."""
+    if framework == "torch":
+        ways = [by_kind, without(by_kind, "gradients")]
+    else:
+        ways = [paddle_amounts(by_kind, *way) for way in ((False, 1), (True, 1), *((True, n) for n in SAMPLE_REPLICAS))]
+        ways += [paddle_amounts(by_kind, False, n) for n in SAMPLE_REPLICAS]
+    return [sum(amounts for kind, amounts in way.items() if kind not in (WEIGHTS, "trained")) for way in ways]
+
+
+def without(by_kind: Mapping[str, np.ndarray], *left_out: str) -> dict[str, np.ndarray]:
+    """The other kinds."""
+    return {kind: amounts for kind, amounts in by_kind.items() if kind not in left_out}
+
+
+def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
+    """What lasts in a run with PyTorch, and what is held beyond it at the moments that may be the peak."""
+    flags, config, zero = run.flags, run.checkpoint.config, run.flags.zero
+    hidden, replicas = config["hidden_size"], flags.replicas
+    passing = without(run.by_kind, WEIGHTS, "trained")
+    rows, end = of_passes(run), run.at(AT_END)
+    carried = {kind: end.get(kind, 0.0) for kind in ("logits_and_loss", "activations")}
+    held: Amounts = {
+        "weights": run.weight_bytes,
+        "master_weights": 4 * run.trained * run.low,
+        "moments": 8 * run.trained,
+    }
+    if not zero:
+        if replicas > 1:  # DDP's buckets hold a copy of all gradients, as those of transformers' replicas do
+            held["communication_buffers"] = run.trained_bytes
+        update = carried | {"gradients": 4 * run.trained}  # precision.py casts one after the other
+        if run.low and run.method == "full" and not is_tied(run.checkpoint):
+            update["workspace"] = 2 * config["vocab_size"] * hidden / flags.mp
+        return held, [largest(run, rows, passing), ("update", update)]
+    share = run.trained / replicas
+    own = share if run.method == "lora" else first_share(json.dumps(config), replicas)
+    bucket = run.width * max(hidden * hidden, SMALLEST_BUCKET)
+    held |= {"master_weights": 4 * share, "moments": 8 * share}
+    flat = (4 + 2 * run.low) * share
+    if zero < 3:
+        of_step = run.width * own
+        done = carried | {"communication_buffers": bucket, "gradients": of_step}
+        if zero == 1:
+            done["gradients"] += run.trained_bytes
+            rows_held: Amounts = {}
+        else:
+            passing = without(passing, "gradients")
+            adds = flags.accumulation > 1
+            rows_held = {"gradients": of_step * adds}
+            done["communication_buffers"] += of_step * adds
+        phase, most = largest(run, rows, passing)
+        update = carried | {"gradients": of_step, "workspace": flat}
+        return held, [(phase, added(most, rows_held)), ("backward", done), ("update", update)]
+    held |= {"weights": run.weight_bytes / replicas, "gradients": run.width * share, "workspace": bucket}
+    gathered = MOST_GATHERED + config["vocab_size"] * hidden + bucket / run.width
+    phase, most = largest(run, rows, without(passing, "gradients"))
+    most = added(most, {"communication_buffers": min(run.weight_bytes, run.width * gathered)})
+    at_once = (4 + 2 * run.low) * min(share, UPDATED_AT_ONCE)
+    return held, [(phase, most), ("update", carried | {"workspace": at_once})]
+
+
+def added(*amounts: Amounts) -> Amounts:
+    """The sums by kind."""
+    return {kind: sum(each.get(kind, 0.0) for each in amounts) for kind in {k for each in amounts for k in each}}
+
+
+@functools.lru_cache(maxsize=256)
+def first_share(config: str, replicas: int) -> int:
+    """Elements of the parameters that reach into the first process's share: it has whole gradients of these.
+
+    `config` is a normalised config as JSON.
+    """
+    sizes = [weight.size for weight in weights_of(config, 0, 4)]
+    share, taken = sum(sizes) / replicas, 0
+    for size in sizes:
+        if taken >= share:
+            break
+        taken += size
+    return taken
+
+
+@functools.lru_cache(maxsize=64)
+def weights_of(config: str, lora_r: int, width: int) -> list[Weight]:
+    """The parameters of a model in its order, with `width` bytes an element. `lora_r` is 0 without LoRA."""
+    checkpoint = Checkpoint(Path(), json.loads(config), [], "")
+    weights = []
+    for name, shape in checkpoint.tensors.items():
+        weights.append(Weight(int(np.prod(shape)), width, not lora_r))
+        if lora_r and len(shape) == 2 and name.split(".")[-2] in checkpoint.family.lora_targets:
+            weights += [Weight(lora_r * side, width, True) for side in shape[::-1]]
+    return weights
+
+
+def paddle_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
+    """What lasts in a run with Paddle, and what is held beyond it at the moments that may be the peak."""
+    flags, config = run.flags, run.checkpoint.config
+    lasting = paddle_lasting(run)
+    held = lasting.held | {"workspace": paddle_table_bytes(config) if "rope_theta" in config else 0}
+    replicas = flags.replicas if flags.zero == 3 else 1
+    rows = of_passes(run)
+    phase, most = largest(run, rows, paddle_amounts(run.by_kind, lasting.adds_up, replicas))
+    more = {"communication_buffers": lasting.in_passes}
+    if lasting.adds_up and not held["gradients"]:
+        more["gradients"] = lasting.gradients
+    end = run.at(AT_END)
+    update = {kind: end.get(kind, 0.0) for kind in ("logits_and_loss", "activations")} | lasting.in_update
+    return held, [(phase, added(most, more)), ("optimizer", update)]
+
+
+class Lasting(NamedTuple):
+    """What `Shares` says of a run."""
+
+    held: Amounts
+    in_passes: float
+    in_update: Amounts
+    gradients: float
+    adds_up: bool
+
+
+def paddle_lasting(run: Run) -> Lasting:
+    """What one process holds between two steps, in passes and in the update."""
+    flags, config = run.flags, run.checkpoint.config
+    if flags.mp > 1:
+        largest_weight = config["vocab_size"] * config["hidden_size"] // flags.mp if run.method == "full" else 0
+        elements = [largest_weight, round(run.trained) - largest_weight]
+        frozen = round((run.weight_bytes - run.trained_bytes) / run.width)
+        weights = [*(Weight(each, run.width, True) for each in elements), Weight(frozen, run.width, False)]
+        return lasting(Shares(Split.of(flags), weights, config["hidden_size"], run.low))
+    rank = flags.lora_r if run.method == "lora" else 0
+    return lasting_of(json.dumps(config), rank, run.low, Split.of(flags)._replace(passes=min(2, flags.accumulation)))
+
+
+@functools.lru_cache(maxsize=1024)
+def lasting_of(config: str, lora_r: int, low: bool, split: Split) -> Lasting:
+    """What lasts in a run without tensor parallelism."""
+    weights = weights_of(config, lora_r, 2 if low else 4)
+    return lasting(Shares(split, weights, json.loads(config)["hidden_size"], low))
+
+
+def lasting(shares: Shares) -> Lasting:
+    """What shares say."""
+    return Lasting(shares.held(), shares.in_passes(), shares.in_update(), shares.gradients, shares.adds_up)
+
+
+def paddle_amounts(by_kind: Mapping[str, np.ndarray], adds_up: bool, replicas: int) -> dict[str, np.ndarray]:
+    """The bytes by kind of PARTS at each moment. `replicas`: those of ZeRO 3, or 1. See timeline in paddle/forecast.py."""
+    nothing = np.zeros_like(next(iter(by_kind.values())))
+    found = {kind: by_kind.get(kind, nothing) for kind in PARTS}
+    found["gradients"] = nothing if adds_up else found["gradients"] / replicas
+    sliced = replicas > 1
+    if adds_up or sliced:
+        found["workspace"] = found["workspace"] + by_kind.get("new_gradient", nothing) * (1 + sliced)
+    if sliced:
+        gathered, copied, tied = (by_kind.get(kind, nothing) for kind in ("gathered", "copied", "tied"))
+        found["workspace"] = found["workspace"] + np.maximum(gathered, copied) + 2 * tied
+    return found
+
+
+OF_FRAMEWORK = {"torch": torch_moments, "paddle": paddle_moments}

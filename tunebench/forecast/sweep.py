@@ -1,0 +1,217 @@
+"""The answer to --sweep: which setups of a model on a kind of GPU are the fastest for their number of GPUs.
+
+Memory is by formula (formula.py) and speed as for --plan (speed.py), so that ten thousand setups take seconds.
+"""
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from tunebench.files import write_atomically
+from tunebench.flags import Flags, in_words
+from tunebench.forecast.formula import Shape, memory_of
+from tunebench.forecast.gpus import DEFAULT_GPU, GPUS, LINKS
+from tunebench.forecast.memory import with_unseen
+from tunebench.forecast.speed import Rows, Tokens, fitted, interval_of, setup_of_run, step_seconds
+from tunebench.forecast.verdict import judge
+from tunebench.frameworks import FRAMEWORKS
+from tunebench.report.markdown import markdown
+from tunebench.run.run import Job
+from tunebench.run.unsupported import not_offered
+
+NODES = (1, 2, 4, 8, 16, 32, 64, 128)
+GPUS_OF_A_NODE = (1, 2, 4, 8)  # of one node; several nodes have the largest number
+TENSOR_PARALLEL = (2, 4, 8)
+MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
+PASSES = (1, 4)  # micro-batches of a step, where --bsz is not given
+MOST_STEPS = 8  # steps whose batches are looked at
+COLUMNS = ("GPUs", "Setup", "Global Batch", "Effective Tokens/s", "90% Interval", "Peak GB")
+
+
+class Point(NamedTuple):
+    """A setup that fits, and what it reaches. Bytes are of one GPU; `flags` are spelled as on a command line."""
+
+    gpus: int
+    flags: str
+    bsz: int
+    effective_tokens_per_second: float
+    interval: tuple[float, float]
+    peak: int
+    gpu_hours_per_million_tokens: float
+    cost_per_million_tokens: float | None
+
+
+class Sweep(BaseModel):
+    """The setups that no other one beats with as many GPUs or fewer, by number of GPUs; and how many were looked at."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    framework: str
+    method: str
+    model: str
+    gpu: str
+    link: str
+    data: str
+    tried: int
+    seconds: float
+    verdicts: dict[str, int]
+    front: list[Point]
+
+
+def sweep(framework: str, method: str, job: Job) -> Sweep:
+    """Looks at all setups that the flags of the job leave open."""
+    started, flags = time.monotonic(), job.flags
+    gpu = GPUS[flags.gpu or DEFAULT_GPU]
+    link_name = flags.link or gpu.link
+    link, (constants, half) = LINKS[link_name], fitted()[framework]
+    rows = Rows.of(job.plan)
+    batches: dict[tuple, tuple[Tokens, Shape]] = {}
+    offered: dict[tuple, bool] = {}
+    verdicts: Counter[str] = Counter()
+    fitting: list[tuple[int, float, int, int, Flags]] = []
+    for setup in setups(flags):
+        kind = (setup.zero, setup.mp, setup.attention, setup.padding_free, setup.head, setup.recompute)
+        if kind not in offered:
+            offered[kind] = not_offered(framework, method, setup, job.checkpoint) is None
+        if not offered[kind]:
+            verdicts["unsupported"] += 1
+            continue
+        split = (setup.replicas, setup.accumulation, setup.micro_bsz, setup.padding_free)
+        if split not in batches:
+            batches[split] = batches_of(rows, *split)
+        tokens, shape = batches[split]
+        memory = memory_of(framework, method, setup, job.checkpoint, shape)
+        if memory is None:
+            verdicts["unknown"] += 1
+            continue
+        peak = with_unseen(memory).peak
+        verdict = judge(peak, gpu, setup.world_size).verdict
+        verdicts[verdict] += 1
+        if verdict == "fits":
+            seconds = step_seconds(constants, setup_of_run(framework, method, setup, job.checkpoint), tokens, gpu, link)
+            fitting.append((setup.world_size, -tokens.effective / seconds, len(fitting), peak, setup))
+    front: list[Point] = []
+    for gpus, rate, _, peak, setup in sorted(fitting):
+        if not front or -rate > front[-1].effective_tokens_per_second:
+            hours = gpus / (-rate * 3600) * 1e6
+            interval = interval_of(-rate, half, framework, setup, job.checkpoint.parameters, gpu, link)
+            cost = None if flags.price is None else flags.price * hours
+            front.append(Point(gpus, spelled(setup), setup.bsz, -rate, interval, peak, hours, cost))
+    return Sweep(
+        framework=framework,
+        method=method,
+        model=flags.model_name,
+        gpu=flags.gpu or DEFAULT_GPU,
+        link=link_name,
+        data=flags.data,
+        tried=verdicts.total(),
+        seconds=time.monotonic() - started,
+        verdicts=dict(verdicts),
+        front=front,
+    )
+
+
+def setups(flags: Flags) -> Iterator[Flags]:
+    """The setups that flags leave open: those of the command line stay."""
+
+    def choices(name: str, *values: Any) -> tuple:
+        return (getattr(flags, name),) if name in flags.given else values
+
+    ways = [(zero, mp) for zero, mp in itertools.product(choices("zero", 0, 1, 2, 3), choices("mp", 1, *TENSOR_PARALLEL))]
+    switches = itertools.product(
+        [(zero, mp) for zero, mp in ways if not (zero and mp > 1)],
+        choices("recompute", False, True),
+        choices("attention", "eager", "sdpa"),
+        choices("padding_free", False, True),
+        choices("head", "all", "labels"),
+        choices("micro_bsz", *MICRO_BATCHES),
+        [1] if "bsz" in flags.given else PASSES,
+    )
+    places = [
+        (nodes, each)
+        for nodes in choices("nnodes", *NODES)
+        for each in choices("nproc", *(GPUS_OF_A_NODE if nodes == 1 else GPUS_OF_A_NODE[-1:]))
+    ]
+    for (nnodes, nproc), ((zero, mp), recompute, attention, free, head, micro, passes) in itertools.product(
+        places, list(switches)
+    ):
+        replicas = nnodes * nproc // mp
+        bsz = flags.bsz if "bsz" in flags.given else micro * passes * max(replicas, 1)
+        wrong = nproc % mp or (zero and replicas < 2) or (head == "labels" and mp > 1) or bsz % (micro * replicas or 1)
+        if wrong:
+            continue
+        yield flags.model_copy(
+            update={
+                "nnodes": nnodes,
+                "nproc": nproc,
+                "zero": zero,
+                "mp": mp,
+                "recompute": recompute,
+                "attention": attention,
+                "padding_free": free,
+                "head": head,
+                "micro_bsz": micro,
+                "bsz": bsz,
+            }
+        )
+
+
+def batches_of(rows: Rows, replicas: int, passes: int, micro_bsz: int, padding_free: bool) -> tuple[Tokens, Shape]:
+    """The tokens of such steps and their largest micro-batch. The rows begin anew where they are too few."""
+    bsz = replicas * passes * micro_bsz
+    steps = min(MOST_STEPS, max(1, len(rows.lengths) // bsz))
+    order = np.arange(steps * bsz) % len(rows.lengths)
+    cut = Rows(*(each[order].reshape(steps, replicas, passes, micro_bsz) for each in rows))
+    labels = int(cut.labels.sum(axis=3).max())
+    if padding_free:
+        return Tokens.of_rows(cut, True), Shape(1, int(cut.lengths.sum(axis=3).max()), labels)
+    return Tokens.of_rows(cut, False), Shape(micro_bsz, int(cut.lengths.max()), labels)
+
+
+def spelled(flags: Flags) -> str:
+    """What a setup adds to the command line."""
+    options: dict[str, Any] = {"nproc": flags.nproc}
+    options |= {"nnodes": flags.nnodes} if flags.nnodes > 1 else {}
+    options |= {"zero": flags.zero} if flags.zero else {}
+    options |= {"mp": flags.mp} if flags.mp > 1 else {}
+    options |= {"bsz": flags.bsz, "micro_bsz": flags.micro_bsz, "attention": flags.attention}
+    options |= {"head": flags.head} if flags.head != "all" else {}
+    options |= {name: True for name in ("padding_free", "recompute") if getattr(flags, name)}
+    return in_words(options)
+
+
+def say(found: Sweep, out: Path | None) -> None:
+    """Prints a sweep, and writes it to `out` as JSON."""
+    print("\n".join(lines(found)), flush=True)
+    if out is not None:
+        write_atomically(out, (found.model_dump_json(indent=1) + "\n").encode())
+
+
+def lines(found: Sweep) -> list[str]:
+    """The sweep as text."""
+    title = f"{FRAMEWORKS[found.framework].title} {found.method}, {found.model}, {found.gpu} ({found.link}), {found.data}"
+    counts = ", ".join(f"{count:,} {verdict}" for verdict, count in sorted(found.verdicts.items()))
+    said = [f"{title}: {found.tried:,} setups in {found.seconds:.1f} s: {counts}"]
+    if not found.front:
+        return [*said, "no setup fits"]
+    priced = found.front[0].cost_per_million_tokens is not None
+    rates = [each.cost_per_million_tokens if priced else each.gpu_hours_per_million_tokens for each in found.front]
+    table = []
+    for each, rate in zip(found.front, rates, strict=True):
+        low, high = each.interval
+        cheapest = " (least)" if rate == min(r for r in rates if r is not None) else ""
+        shown = [f"{each.effective_tokens_per_second:,.0f}", f"{low:,.0f} to {high:,.0f}", f"{each.peak / 1e9:.1f}"]
+        table.append([str(each.gpus), each.flags, str(each.bsz), *shown, f"{rate:.4f}{cheapest}"])
+    cost = "$ per Million Tokens" if priced else "GPU-Hours per Million Tokens"
+    return [
+        *said,
+        "Each setup below beats all others with as many GPUs or fewer:",
+        "",
+        markdown((*COLUMNS, cost), table),
+    ]
