@@ -4,8 +4,9 @@
     python benchmarks/passes.py paddle
 
 Run it after a change of the scripts or of a framework's version; tests/forecast/test_formula.py says when. It traces a
-step of each kind of run with two layers and with three, on sizes that can be told apart (tunebench/forecast/symbols.py).
-The table keeps the moments that are the peak for some model and batch of `SAMPLES`, within TOLERANCE.
+step of each kind of run with two layers and with three, on sizes that can be told apart
+(tunebench/forecast/symbols.py). The table keeps the moments that are the peak for some model and batch of `samples`,
+within TOLERANCE. About 15 minutes for each framework.
 """
 
 import contextlib
@@ -82,7 +83,8 @@ def traced(kind: Kind, trace: Callable[[Kind, int], tuple[list[Moment[Amounts]],
     numbers = np.array([[[each.get(term, 0.0) for term in terms] for each in both] for _, *both in rows])
     numbers, index = np.unique(numbers, axis=0, return_index=True)
     phases = [rows[i][0] for i in index]
-    return Passes(phases, [t[0] for t in terms], np.array([t[1] for t in terms]), numbers[:, 0], numbers[:, 1] - numbers[:, 0])
+    kinds, exponents = [t[0] for t in terms], np.array([t[1] for t in terms])
+    return Passes(phases, kinds, exponents, numbers[:, 0], numbers[:, 1] - numbers[:, 0])
 
 
 def grows(few: Amounts, many: Amounts) -> bool:
@@ -111,7 +113,8 @@ def reduced(kind: Kind, passes: Passes) -> Passes:
         kept.append(best)
         open_ &= ~enough[:, best]
     rows = [others[i] for i in sorted(kept)] + named
-    largest = np.max([np.abs(each[rows]) / np.abs(each[rows]).sum(axis=1, keepdims=True).max() for each in amounts], axis=0)
+    parts = [np.abs(each[rows]) for each in amounts]
+    largest = np.max([each / each.sum(axis=1).max() for each in parts], axis=0)
     weights = np.array([passes.phases[i] == WEIGHTS for i in rows])[:, None]
     counts = (largest >= SMALL) | weights
     few, more = (np.where(counts, each[rows], 0.0) for each in (passes.few, passes.more))

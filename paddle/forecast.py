@@ -42,8 +42,8 @@ from paddle.utils import map_structure as tree_map
 from paddlenlp.transformers.model_utils import no_init_weights
 
 from tunebench.flags import Flags
-from tunebench.forecast.memory import PARTS, Memory, largest_batch
 from tunebench.forecast.layers import Moment, pairs
+from tunebench.forecast.memory import PARTS, Memory, largest_batch
 from tunebench.forecast.shares import Shares, Split, Weight
 from tunebench.forecast.symbols import Amounts, add_up
 from tunebench.models.checkpoint import Checkpoint
@@ -131,7 +131,9 @@ def forecast(job: Job, build_model: Callable, wrap: Callable, to_device: Callabl
         whole = build(config[depth])
         trained = [each for each in whole.parameters() if not each.stop_gradient]
         _, optimizer = wrap(flags, whole, trained, group)
-        sizes = [Weight(each.size, core.size_of_dtype(each.dtype), not each.stop_gradient) for each in whole.parameters()]
+        sizes = [
+            Weight(each.size, core.size_of_dtype(each.dtype), not each.stop_gradient) for each in whole.parameters()
+        ]
         shares = Shares(Split.of(flags), sizes, config["hidden_size"], optimizer._multi_precision)
         inputs, labels = to_device(flags, batch, "cpu")
         traces = []

@@ -41,8 +41,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from tunebench.flags import Flags
-from tunebench.forecast.memory import PARTS, Memory, largest_batch
 from tunebench.forecast.layers import Moment
+from tunebench.forecast.memory import PARTS, Memory, largest_batch
 from tunebench.forecast.symbols import Amounts, add_up, term
 from tunebench.models.checkpoint import Checkpoint
 from tunebench.models.hollow import STORED, write_hollow
@@ -85,7 +85,7 @@ class Ledger(TorchDispatchMode):
         self.vocabulary, self.rounded = vocabulary, rounded
         self.phase = "build"
         self.clock = 0  # operations so far
-        self.names: list[str] = []  # theirs
+        self.names: list[str] = []  # theirs, with the shapes of their results
         self.live: dict[int, tuple[Allocation, weakref.ref]] = {}  # by the address of a storage
         self.all: list[Allocation] = []
         self.phases: list[tuple[int, str]] = []  # where each begins
@@ -108,11 +108,10 @@ class Ledger(TorchDispatchMode):
         if operator.namespace in ("prim", "profiler") or operator is torch.ops.aten.detach.default:
             return result  # they make no tensor, and layers alike differ in them
         self.clock += 1
-        shapes = {str([*each.shape]) for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.numel() > 1024}
-        self.names.append(" ".join([operator.name(), *sorted(shapes)]))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self.note(tensor, self.kind_of(operator, tensor))
+        made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.device.type != "meta"]
+        self.names.append(" ".join([operator.name(), *(str([*each.shape]) for each in made)]))
+        for tensor in made:
+            self.note(tensor, self.kind_of(operator, tensor))
         if any(sign in operator.name() for sign in FLASH_BACKWARD):
             buffer = Allocation("workspace", 4 * args[1].numel(), self.clock)
             buffer.died = self.clock + 1

@@ -226,7 +226,7 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
     add(
         "--sweep",
         action="store_true",
-        help="as --plan, for the setups that the other flags leave open: which are the fastest for their number of GPUs",
+        help="as --plan, for all setups that the other flags leave open: the fastest ones by number of GPUs",
     )
     if method == "lora":
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")

@@ -130,16 +130,20 @@ def test_the_table_is_of_this_code(passes_program, own, part):
         for sizes, layers in list(passes_program.samples(kind))[:40]:
             traced, known = (at_moments(HERE, each.by_kind(sizes, layers)) for each in (now, kept))
             for one, other in zip(traced, known, strict=True):
-                peaks = [
-                    max(size for size, phase in zip(sizes_of_moments, each.phases, strict=True) if phase not in NAMED)
-                    for sizes_of_moments, each in ((one, now), (other, kept))
-                ]
+                peaks = [largest(*pair) for pair in ((one, now), (other, kept))]
                 assert peaks[1] == pytest.approx(peaks[0], rel=0.005), kind
+
+
+def largest(sizes, passes):
+    """The peak among moments of the passes."""
+    return max(size for size, phase in zip(sizes, passes.phases, strict=True) if phase not in NAMED)
 
 
 def test_the_front_of_a_sweep(tmp_path):
     flags = ["--model=llama-7b", "--data=fixed:512", "--samples=64", "--steps=2", "--sweep", "--price=1.79"]
-    done = run_program(f"{HERE}/finetune_full.py", *flags, "--gpu=a100-80g", "--out", tmp_path / "sweep.json", check=True)
+    done = run_program(
+        f"{HERE}/finetune_full.py", *flags, "--gpu=a100-80g", "--out", tmp_path / "sweep.json", check=True
+    )
     found = sweep.Sweep.model_validate_json((tmp_path / "sweep.json").read_text())
     assert found.tried == sum(found.verdicts.values()) > 5000
     gpus, rates = zip(*((point.gpus, point.effective_tokens_per_second) for point in found.front), strict=True)
@@ -147,7 +151,8 @@ def test_the_front_of_a_sweep(tmp_path):
     assert list(rates) == sorted(rates)
     assert min(gpus) > 1  # a full run of 7 billion parameters does not fit one GPU
     for point in found.front:
-        assert point.cost_per_million_tokens == pytest.approx(1.79 * point.gpus / point.effective_tokens_per_second / 3600e-6)
+        hours = point.gpus / point.effective_tokens_per_second / 3600 * 1e6
+        assert point.cost_per_million_tokens == pytest.approx(1.79 * hours)
         assert f"| {point.flags} " in done.stdout
     # Each is a command line, which --plan answers alike.
     for point in (found.front[0], found.front[-1]):

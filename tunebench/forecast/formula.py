@@ -25,8 +25,8 @@ from tunebench.recipe import SMALLEST_BUCKET
 from tunebench.run.unsupported import paddle_table_bytes
 
 NAMED = (AT_FORWARD_END, AT_END, WEIGHTS)
-# DeepSpeed's defaults for ZeRO 3, in elements: weights that stay gathered, and those updated at once (`max_live_parameters`
-# and `sub_group_size` in deepspeed/runtime/zero/config.py).
+# DeepSpeed's defaults for ZeRO 3, in elements: weights that stay gathered, and those updated at once
+# (`max_live_parameters` and `sub_group_size` in deepspeed/runtime/zero/config.py).
 MOST_GATHERED = UPDATED_AT_ONCE = 10**9
 SAMPLE_REPLICAS = 2, 8, 64  # for which Paddle's table is made
 
@@ -72,7 +72,8 @@ class Run(NamedTuple):
 def predict(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, plan: Plan) -> Memory | None:
     """The memory of one GPU in a step with the plan's largest micro-batch; None where the table lacks such runs."""
     batch = largest_batch(flags, plan)
-    shape = Shape(*batch.input_ids.shape, len(batch.labelled))
+    rows, width = batch.input_ids.shape
+    shape = Shape(rows, width, len(batch.labelled))
     found = memory_of(framework, method, flags, checkpoint, shape)
     return found and with_unseen(found)
 
@@ -114,18 +115,15 @@ def kind_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -
 
 def kinds_of_runs(framework: str) -> Iterator[Kind]:
     """All kinds that the table of a framework has, also of runs that it does not offer."""
-    for family, tied, method in itertools.product(FAMILIES, (False, True), ("full", "lora")):
+    switch = (False, True)
+    for family, tied, method in itertools.product(FAMILIES, switch, ("full", "lora")):
         left_out = tied and (method == "lora" or family == "glm")
-        if left_out or (family == "bloom" and method == "full" and not tied) or (family, framework) == ("qwen2", "torch"):
+        if left_out or (family, tied, method) == ("bloom", False, "full") or (family, framework) == ("qwen2", "torch"):
             continue
-        switches = [(False, True)] * 3
-        for types, attention, free, recompute, labels in itertools.product(
-            ("fp32", "O1", "O2"), ("eager", "sdpa"), *switches
-        ):
-            for mp, adds in itertools.product((False,) if labels else (False, True), (False, True)):
-                if adds and framework == "paddle":
-                    continue
-                head = "labels" if labels else "all"
+        of_layers = itertools.product(("fp32", "O1", "O2"), ("eager", "sdpa"), switch, switch)
+        splits = itertools.product((("all", False), ("all", True), ("labels", False)), switch)
+        for (types, attention, free, recompute), ((head, mp), adds) in itertools.product(of_layers, splits):
+            if not adds or framework == "torch":
                 yield Kind(family, tied, method, types, attention, free, recompute, head, mp, adds)
 
 
@@ -159,8 +157,7 @@ def run_of(method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape, pass
 
 def largest(run: Run, rows: np.ndarray, by_kind: Mapping[str, np.ndarray]) -> tuple[str, Amounts]:
     """The phase and the bytes by kind of that moment, among `rows`, which holds most."""
-    total = sum(amounts[rows] for amounts in by_kind.values())
-    i = int(rows[int(np.argmax(total))])
+    i = int(rows[np.sum([amounts[rows] for amounts in by_kind.values()], axis=0).argmax()])
     return run.phases[i], {kind: float(amounts[i]) for kind, amounts in by_kind.items()}
 
 
@@ -176,7 +173,7 @@ def at_moments(framework: str, by_kind: Mapping[str, np.ndarray]) -> list[np.nda
     else:
         ways = [paddle_amounts(by_kind, *way) for way in ((False, 1), (True, 1), *((True, n) for n in SAMPLE_REPLICAS))]
         ways += [paddle_amounts(by_kind, False, n) for n in SAMPLE_REPLICAS]
-    return [sum(amounts for kind, amounts in way.items() if kind not in (WEIGHTS, "trained")) for way in ways]
+    return [np.sum([*without(way, WEIGHTS, "trained").values()], axis=0) for way in ways]
 
 
 def without(by_kind: Mapping[str, np.ndarray], *left_out: str) -> dict[str, np.ndarray]:
@@ -230,7 +227,7 @@ def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
     return held, [(phase, most), ("update", carried | {"workspace": at_once})]
 
 
-def added(*amounts: Amounts) -> Amounts:
+def added(*amounts: Mapping[str, float]) -> Amounts:
     """The sums by kind."""
     return {kind: sum(each.get(kind, 0.0) for each in amounts) for kind in {k for each in amounts for k in each}}
 
@@ -266,7 +263,7 @@ def paddle_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
     """What lasts in a run with Paddle, and what is held beyond it at the moments that may be the peak."""
     flags, config = run.flags, run.checkpoint.config
     lasting = paddle_lasting(run)
-    held = lasting.held | {"workspace": paddle_table_bytes(config) if "rope_theta" in config else 0}
+    held = {**lasting.held, "workspace": paddle_table_bytes(config) if "rope_theta" in config else 0}
     replicas = flags.replicas if flags.zero == 3 else 1
     rows = of_passes(run)
     phase, most = largest(run, rows, paddle_amounts(run.by_kind, lasting.adds_up, replicas))
@@ -274,16 +271,16 @@ def paddle_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
     if lasting.adds_up and not held["gradients"]:
         more["gradients"] = lasting.gradients
     end = run.at(AT_END)
-    update = {kind: end.get(kind, 0.0) for kind in ("logits_and_loss", "activations")} | lasting.in_update
+    update = {**{kind: end.get(kind, 0.0) for kind in ("logits_and_loss", "activations")}, **lasting.in_update}
     return held, [(phase, added(most, more)), ("optimizer", update)]
 
 
 class Lasting(NamedTuple):
     """What `Shares` says of a run."""
 
-    held: Amounts
+    held: Mapping[str, float]
     in_passes: float
-    in_update: Amounts
+    in_update: Mapping[str, float]
     gradients: float
     adds_up: bool
 
@@ -314,7 +311,7 @@ def lasting(shares: Shares) -> Lasting:
 
 
 def paddle_amounts(by_kind: Mapping[str, np.ndarray], adds_up: bool, replicas: int) -> dict[str, np.ndarray]:
-    """The bytes by kind of PARTS at each moment. `replicas`: those of ZeRO 3, or 1. See timeline in paddle/forecast.py."""
+    """The bytes by kind of PARTS at each moment, as `timeline` in paddle/forecast.py. `replicas`: ZeRO 3's, or 1."""
     nothing = np.zeros_like(next(iter(by_kind.values())))
     found = {kind: by_kind.get(kind, nothing) for kind in PARTS}
     found["gradients"] = nothing if adds_up else found["gradients"] / replicas

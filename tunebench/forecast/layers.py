@@ -24,8 +24,9 @@ def pairs(few: Sequence[Moment[T]], many: Sequence[Moment[T]]) -> Iterator[tuple
     What is held is largest in a first or in a last layer. So the operators of one layer are left out twice: of the
     earliest layer that can be, and of the latest. Raises RuntimeError where layers differ.
     """
-    parts = [[(phase, list(group)) for phase, group in itertools.groupby(each, lambda m: m.phase)] for each in (few, many)]
-    for (phase, some), (same, others) in zip(*parts, strict=True):
+    parts = [[list(group) for _, group in itertools.groupby(each, lambda m: m.phase)] for each in (few, many)]
+    for some, others in zip(*parts, strict=True):
+        phase, same = some[0].phase, others[0].phase
         names = [[each.operator for each in group] for group in (some, others)]
         latest = common_start(*names)
         earliest = len(some) - common_start(*(each[::-1] for each in names))

@@ -123,9 +123,9 @@ def setups(flags: Flags) -> Iterator[Flags]:
     def choices(name: str, *values: Any) -> tuple:
         return (getattr(flags, name),) if name in flags.given else values
 
-    ways = [(zero, mp) for zero, mp in itertools.product(choices("zero", 0, 1, 2, 3), choices("mp", 1, *TENSOR_PARALLEL))]
+    ways = itertools.product(choices("zero", 0, 1, 2, 3), choices("mp", 1, *TENSOR_PARALLEL))
     switches = itertools.product(
-        [(zero, mp) for zero, mp in ways if not (zero and mp > 1)],
+        [(zero, mp) for zero, mp in ways if not zero or mp == 1],
         choices("recompute", False, True),
         choices("attention", "eager", "sdpa"),
         choices("padding_free", False, True),
@@ -195,8 +195,9 @@ def say(found: Sweep, out: Path | None) -> None:
 
 def lines(found: Sweep) -> list[str]:
     """The sweep as text."""
-    title = f"{FRAMEWORKS[found.framework].title} {found.method}, {found.model}, {found.gpu} ({found.link}), {found.data}"
+    side, machine = FRAMEWORKS[found.framework].title, f"{found.gpu} ({found.link})"
     counts = ", ".join(f"{count:,} {verdict}" for verdict, count in sorted(found.verdicts.items()))
+    title = f"{side} {found.method}, {found.model}, {found.data}, {machine}"
     said = [f"{title}: {found.tried:,} setups in {found.seconds:.1f} s: {counts}"]
     if not found.front:
         return [*said, "no setup fits"]

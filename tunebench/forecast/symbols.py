@@ -19,8 +19,8 @@ from tunebench.plan import MicroBatch
 
 # Sizes, each a prime times a power of two.
 # - mp: --mp. kv: key and value heads of a process. group: heads for each of them. head: width of a head.
-# - hidden: width of the hidden state, divided by the number of heads. inner: width of the feed-forward layer, vocabulary:
-#   number of words, both of a process.
+# - hidden: width of the hidden state, divided by the number of heads.
+# - inner: width of the feed-forward layer, vocabulary: number of words, both of a process.
 # - rows, width: of the micro-batch. labels: positions with a label. rank: LoRA's.
 SYMBOLS = {
     "mp": 31,
@@ -35,7 +35,7 @@ SYMBOLS = {
     "labels": 8 * 37,
     "rank": 41,
 }
-PRIMES = {name: max(p for p in (5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41) if size % p == 0) for name, size in SYMBOLS.items()}
+PRIMES = {name: size >> (size & -size).bit_length() - 1 for name, size in SYMBOLS.items()}
 SMALL = 4096  # bytes of a tensor that is left out: it has no size among its factors
 
 Monomial = tuple[int, ...]  # the exponents of SYMBOLS

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
