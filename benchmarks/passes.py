@@ -12,10 +12,14 @@ within TOLERANCE. About 15 minutes for each framework.
 import contextlib
 import io
 import itertools
+import multiprocessing
+import os
 import pathlib
 import runpy
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from multiprocessing.queues import SimpleQueue
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FRAMEWORK = sys.argv[1] if len(sys.argv) == 2 and sys.argv[1] in ("torch", "paddle") else sys.exit(__doc__)
@@ -31,6 +35,7 @@ from tunebench.forecast.passes import AT_END, AT_FORWARD_END, FEWEST, FOLDER, WE
 from tunebench.forecast.symbols import Amounts, Kind, symbolic
 from tunebench.run.unsupported import not_offered
 
+Tracer = Callable[[Kind, int], tuple[list[Moment[Amounts]], Amounts]]
 SAMPLES = 150  # models and batches
 TOLERANCE = 0.003  # of a peak, for moments that are left out
 SMALL = 0.0003  # of a peak, for terms that are left out
@@ -40,14 +45,24 @@ def main() -> None:
     """Writes the table of FRAMEWORK."""
     traces = {method: tracer(method) for method in ("full", "lora")}
     kinds = [kind for kind in kinds_of_runs(FRAMEWORK) if is_offered(kind)]
-    lines = []
-    for kind in track(kinds, description=f"{len(kinds)} kinds of runs"):
+    context = multiprocessing.get_context("fork")  # the frameworks are imported once
+    made, workers = context.SimpleQueue(), os.cpu_count() or 1
+    for i in range(workers):
+        context.Process(target=work, args=(kinds[i::workers], traces, made), daemon=True).start()
+    found = [made.get() for _ in track(kinds, description=f"{len(kinds)} kinds of runs")]
+    if failed := [text for _, text in found if text.startswith("Traceback")]:
+        sys.exit(failed[0])
+    lines = dict(found)
+    write_atomically(FOLDER / f"{FRAMEWORK}.jsonl", ("\n".join(lines[kind] for kind in kinds) + "\n").encode())
+
+
+def work(kinds: list[Kind], traces: dict[str, Tracer], made: SimpleQueue) -> None:
+    """Puts each kind and its line of the table into `made`, or in place of the line what went wrong."""
+    for kind in kinds:
         try:
-            lines.append(to_line(kind, reduced(kind, traced(kind, traces[kind.method]))))
+            made.put((kind, to_line(kind, reduced(kind, traced(kind, traces[kind.method])))))
         except Exception:
-            print(kind, file=sys.stderr)
-            raise
-    write_atomically(FOLDER / f"{FRAMEWORK}.jsonl", ("\n".join(lines) + "\n").encode())
+            made.put((kind, f"{traceback.format_exc()}\n{kind}"))
 
 
 def is_offered(kind: Kind) -> bool:
@@ -57,7 +72,7 @@ def is_offered(kind: Kind) -> bool:
     return not_offered(FRAMEWORK, kind.method, flags, checkpoint) is None
 
 
-def tracer(method: str) -> Callable[[Kind, int], tuple[list[Moment[Amounts]], Amounts]]:
+def tracer(method: str) -> Tracer:
     """A function that traces a kind of run with so many layers, by the script's own functions."""
     sys.path.insert(0, str(ROOT / FRAMEWORK))
     sys.argv = ["passes.py", "--model=llama-tiny", "--plan", "--data=fixed:16", "--bsz=1", "--samples=4", "--steps=2"]
@@ -73,7 +88,7 @@ def tracer(method: str) -> Callable[[Kind, int], tuple[list[Moment[Amounts]], Am
     return trace
 
 
-def traced(kind: Kind, trace: Callable[[Kind, int], tuple[list[Moment[Amounts]], Amounts]]) -> Passes:
+def traced(kind: Kind, trace: Tracer) -> Passes:
     """All moments of a kind of run."""
     (few, few_weights), (many, many_weights) = (trace(kind, layers) for layers in (FEWEST, FEWEST + 1))
     ends = [moments_end(each, "forward") for each in (few, many)]
@@ -103,8 +118,8 @@ def reduced(kind: Kind, passes: Passes) -> Passes:
     others = [i for i in range(len(passes.phases)) if i not in named]
     amounts = [passes.at(*each) for each in samples(kind)]
     peaks = []
-    for sizes, layers in samples(kind):
-        peaks += [moments[others] for moments in at_moments(FRAMEWORK, passes.by_kind(sizes, layers))]
+    for each in samples(kind):
+        peaks += [moments[others] for moments in at_moments(FRAMEWORK, passes.by_kind(*each))]
     table = np.array(peaks)  # (samples x ways of sharding, moments)
     enough = table >= (1 - TOLERANCE) * table.max(axis=1, keepdims=True)
     kept, open_ = [], np.ones(len(table), dtype=bool)
@@ -123,8 +138,8 @@ def reduced(kind: Kind, passes: Passes) -> Passes:
     return Passes([passes.phases[i] for i in rows], kinds, passes.exponents[used], few[:, used], more[:, used])
 
 
-def samples(kind: Kind) -> Iterator[tuple[dict[str, float], int]]:
-    """Sizes of models and batches, and numbers of layers. They are the same at each call."""
+def samples(kind: Kind) -> Iterator[tuple[dict[str, float], int, int]]:
+    """Sizes of models and batches, numbers of layers, and bytes of a logit. They are the same at each call."""
     random = np.random.default_rng(0)
     for _ in range(SAMPLES):
         mp = int(random.choice([2, 4, 8])) if kind.mp else 1
@@ -148,6 +163,7 @@ def samples(kind: Kind) -> Iterator[tuple[dict[str, float], int]]:
                 "rank": int(random.choice([4, 8, 16, 64])),
             },
             int(random.choice([2, 4, 8, 16, 32, 60, 80])),
+            4 if kind.types == "fp32" else 2,
         )
 
 

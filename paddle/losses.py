@@ -11,9 +11,7 @@ from paddle.distributed.fleet.meta_parallel import ParallelCrossEntropy
 
 from tunebench.flags import Flags
 from tunebench.plan import IGNORED
-
-POSITIONS = 1024  # of which `SumOfLosses` holds logits at once
-MOST_LOGITS = 2**29  # of which `total` holds the float32 copy (2 GiB), its softmax and its gradient at once
+from tunebench.recipe import MOST_LOGITS, POSITIONS
 
 
 def total(flags: Flags, outputs: Any, labels: paddle.Tensor, group: parallel.Group) -> paddle.Tensor:

@@ -9,9 +9,7 @@ import torch.nn.functional as F
 
 from tunebench.flags import Flags
 from tunebench.plan import IGNORED
-
-POSITIONS = 1024  # of which `SumOfLosses` holds logits at once
-MOST_LOGITS = 2**29  # of which `total` holds the float32 copy (2 GiB), its softmax and its gradient at once
+from tunebench.recipe import MOST_LOGITS, POSITIONS
 
 
 def total(flags: Flags, outputs: Any, labels: torch.Tensor, group: parallel.Group) -> torch.Tensor:

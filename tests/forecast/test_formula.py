@@ -127,8 +127,8 @@ def test_the_table_is_of_this_code(passes_program, own, part):
                 return forecast.moments(*symbolic(kind, layers, HERE == "torch"), *own[kind.method])
 
         now, kept = passes_program.traced(kind, trace), read_line(table(HERE)[kind])[1]
-        for sizes, layers in list(passes_program.samples(kind))[:40]:
-            traced, known = (at_moments(HERE, each.by_kind(sizes, layers)) for each in (now, kept))
+        for sizes in list(passes_program.samples(kind))[:40]:
+            traced, known = (at_moments(HERE, each.by_kind(*sizes)) for each in (now, kept))
             for one, other in zip(traced, known, strict=True):
                 peaks = [largest(*pair) for pair in ((one, now), (other, kept))]
                 assert peaks[1] == pytest.approx(peaks[0], rel=0.005), kind

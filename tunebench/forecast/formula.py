@@ -146,7 +146,7 @@ def run_of(method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape, pass
         **shape._asdict(),
         "rank": flags.lora_r,
     }
-    by_kind = passes.by_kind(sizes, built.layers)
+    by_kind = passes.by_kind(sizes, built.layers, 4 if flags.dtype == "fp32" else 2)
     weights = passes.phases.index(WEIGHTS)
     low = flags.amp == "O2"
     total = float(by_kind["weights"][weights])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tunebench.forecast.symbols import SYMBOLS, Kind, Monomial
+from tunebench.recipe import MOST_LOGITS, POSITIONS
 
 FOLDER = Path(__file__).parent
 FEWEST = 2  # layers of the first numbers
@@ -29,14 +30,29 @@ class Passes(NamedTuple):
     few: np.ndarray
     more: np.ndarray
 
-    def at(self, sizes: Mapping[str, float], layers: int) -> np.ndarray:
-        """The bytes of each term at each moment, (moments, terms)."""
-        values = np.array([sizes[name] for name in SYMBOLS])
-        return (self.few + (layers - FEWEST) * self.more) * (values**self.exponents).prod(axis=1)
+    def at(self, sizes: Mapping[str, float], layers: int, logit_bytes: int) -> np.ndarray:
+        """The bytes of each term at each moment, (moments, terms). Logits have `logit_bytes` each.
 
-    def by_kind(self, sizes: Mapping[str, float], layers: int) -> dict[str, np.ndarray]:
+        The losses take many logits in stretches. Then only the logits and their gradient are whole.
+        """
+        values = np.array([sizes[name] for name in SYMBOLS])
+        products = (values**self.exponents).prod(axis=1)
+        products[self.where("labels", "vocabulary")] *= min(1.0, POSITIONS / sizes["labels"])
+        numbers = self.few + (layers - FEWEST) * self.more
+        amounts = numbers * products
+        logits = self.where("rows", "width", "vocabulary") & (np.array(self.kinds) == "logits_and_loss")
+        over = logits & (products > MOST_LOGITS)
+        whole = numbers[:, over] * MOST_LOGITS + 2 * logit_bytes * (products[over] - MOST_LOGITS)
+        amounts[:, over] = np.minimum(amounts[:, over], whole)
+        return amounts
+
+    def where(self, *names: str) -> np.ndarray:
+        """Which terms grow with all these sizes."""
+        return np.all(self.exponents[:, [list(SYMBOLS).index(name) for name in names]] > 0, axis=1)
+
+    def by_kind(self, sizes: Mapping[str, float], layers: int, logit_bytes: int) -> dict[str, np.ndarray]:
         """The bytes at each moment by kind of tensor."""
-        amounts = self.at(sizes, layers)
+        amounts = self.at(sizes, layers, logit_bytes)
         groups: dict[str, list[int]] = {}
         for i, kind in enumerate(self.kinds):
             groups.setdefault(kind, []).append(i)
