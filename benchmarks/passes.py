@@ -29,7 +29,7 @@ import numpy as np
 from rich.progress import track
 
 from tunebench.files import write_atomically
-from tunebench.forecast.formula import at_moments, kinds_of_runs
+from tunebench.forecast.formula import NAMED, at_moments, kinds_of_runs
 from tunebench.forecast.layers import Moment, pairs
 from tunebench.forecast.passes import AT_END, AT_FORWARD_END, FEWEST, FOLDER, WEIGHTS, Passes, to_line
 from tunebench.forecast.symbols import Amounts, Kind, symbolic
@@ -91,13 +91,14 @@ def tracer(method: str) -> Tracer:
 def traced(kind: Kind, trace: Tracer) -> Passes:
     """All moments of a kind of run."""
     (few, few_weights), (many, many_weights) = (trace(kind, layers) for layers in (FEWEST, FEWEST + 1))
-    ends = [moments_end(each, "forward") for each in (few, many)]
+    ends = [before_backward(each) for each in (few, many)]
     rows = [row for row in pairs(few, many) if grows(*row[1:])]
     rows += [(AT_FORWARD_END, *ends), (AT_END, few[-1].held, many[-1].held), (WEIGHTS, few_weights, many_weights)]
     terms = sorted({term for _, *both in rows for amounts in both for term in amounts})
     numbers = np.array([[[each.get(term, 0.0) for term in terms] for each in both] for _, *both in rows])
-    numbers, index = np.unique(numbers, axis=0, return_index=True)
-    phases = [rows[i][0] for i in index]
+    different = np.unique(numbers[: -len(NAMED)], axis=0, return_index=True)[1]
+    index = [*sorted(different), *range(len(rows) - len(NAMED), len(rows))]
+    numbers, phases = numbers[index], [rows[i][0] for i in index]
     kinds, exponents = [t[0] for t in terms], np.array([t[1] for t in terms])
     return Passes(phases, kinds, exponents, numbers[:, 0], numbers[:, 1] - numbers[:, 0])
 
@@ -107,14 +108,14 @@ def grows(few: Amounts, many: Amounts) -> bool:
     return all(many.get(term, 0.0) > size - 1e-6 for term, size in few.items())
 
 
-def moments_end(moments: list[Moment[Amounts]], phase: str) -> Amounts:
-    """What is held at the last operator of the last such phase."""
-    return next(each.held for each in reversed(moments) if each.phase == phase)
+def before_backward(moments: list[Moment[Amounts]]) -> Amounts:
+    """What is held when the last backward pass begins."""
+    return next(each.held for each in reversed(moments) if each.phase != "backward")
 
 
 def reduced(kind: Kind, passes: Passes) -> Passes:
     """The moments that are a peak for some sizes, without terms that do not count."""
-    named = [i for i, phase in enumerate(passes.phases) if phase in (AT_FORWARD_END, AT_END, WEIGHTS)]
+    named = [i for i, phase in enumerate(passes.phases) if phase in NAMED]
     others = [i for i in range(len(passes.phases)) if i not in named]
     amounts = [passes.at(*each) for each in samples(kind)]
     peaks = []
@@ -153,6 +154,7 @@ def samples(kind: Kind) -> Iterator[tuple[dict[str, float], int, int]]:
                 "mp": mp,
                 "kv": heads / group / mp,
                 "group": group,
+                "joined": group + 2,
                 "head": head,
                 "hidden": hidden,
                 "inner": heads * hidden * random.uniform(2, 6) / mp,

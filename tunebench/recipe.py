@@ -11,7 +11,7 @@ LOSS_SCALE_GROWS_AFTER = 2000
 # ZeRO 3 does not shard parameters of at most this times the hidden size elements. The factor is that of transformers'
 # Trainer.
 WHOLE_IN_ZERO_3 = 10
-# --head labels holds the logits of so many positions at once. The loss of all logits holds the float32 copy, its softmax
+# --head labels holds the logits of so many positions at once. The loss of all logits holds a float32 copy, its softmax
 # and its gradient of so many logits at once: 2 GiB each.
 POSITIONS = 1024
 MOST_LOGITS = 2**29

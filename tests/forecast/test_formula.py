@@ -44,6 +44,8 @@ CONFIGS = {
 CONFIGS["qwen2"] = CONFIGS["llama"] | {"model_type": "qwen2", "vocab_size": 50000, "tie_word_embeddings": True}
 SETUPS = (
     "full llama --bsz=8 --attention=sdpa",
+    "full llama --bsz=8 --padding-free --attention=sdpa",
+    "full qwen2 --bsz=8 --padding-free",
     "full llama --bsz=8 --dtype=bf16 --amp=O1 --micro-bsz=2",
     "full llama --bsz=8 --dtype=bf16 --padding-free --attention=sdpa --recompute",
     "full llama --bsz=8 --dtype=bf16 --head=labels --nproc=2",
@@ -81,8 +83,8 @@ def test_a_tensor_is_a_product_of_sizes():
     assert number == pytest.approx(3)
     assert {name for name, power in zip(SYMBOLS, monomial, strict=True) if power} == {"rows", "width", "head"}
     assert term(24) is None
-    with pytest.raises(ValueError, match="43 is left"):
-        term(43 * 2**20)
+    with pytest.raises(ValueError, match="53 is left"):
+        term(53 * 2**20)
     assert len({*PRIMES.values()}) == len(SYMBOLS)
 
 
@@ -108,7 +110,8 @@ def test_the_formula_gives_what_the_forecast_gives(own, tmp_path, setup):
     traced = forked(lambda each: forecast.forecast(each, *own[method]), job)
     unseen = with_unseen(found)
     assert unseen.peak == pytest.approx(traced.peak, rel=0.03)
-    assert sum(found.held.values()) == pytest.approx(sum(traced.held.values()), rel=0.03)
+    for kind in ("weights", "master_weights", "moments"):
+        assert found.held[kind] == pytest.approx(traced.held[kind], rel=0.01)
 
 
 @pytest.mark.parametrize("part", range(4))

@@ -139,6 +139,7 @@ def run_of(method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape, pass
         "mp": mp,
         "kv": built.key_value_heads / mp,
         "group": built.heads / built.key_value_heads,
+        "joined": built.heads / built.key_value_heads + 2,
         "head": built.head_size,
         "hidden": config["hidden_size"] / built.heads,
         "inner": config.get("intermediate_size", 0) / mp,
@@ -220,7 +221,7 @@ def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
         update = carried | {"gradients": of_step, "workspace": flat}
         return held, [(phase, added(most, rows_held)), ("backward", done), ("update", update)]
     held |= {"weights": run.weight_bytes / replicas, "gradients": run.width * share, "workspace": bucket}
-    gathered = MOST_GATHERED + config["vocab_size"] * hidden + bucket / run.width
+    gathered = MOST_GATHERED + 2 * bucket / run.width  # and what it fetches ahead
     phase, most = largest(run, rows, without(passing, "gradients"))
     most = added(most, {"communication_buffers": min(run.weight_bytes, run.width * gathered)})
     at_once = (4 + 2 * run.low) * min(share, UPDATED_AT_ONCE)

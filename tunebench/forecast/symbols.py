@@ -19,6 +19,7 @@ from tunebench.plan import MicroBatch
 
 # Sizes, each a prime times a power of two.
 # - mp: --mp. kv: key and value heads of a process. group: heads for each of them. head: width of a head.
+# - joined: heads of a query, key and value matrix in one, for each key head: those of `group`, and two.
 # - hidden: width of the hidden state, divided by the number of heads.
 # - inner: width of the feed-forward layer, vocabulary: number of words, both of a process.
 # - rows, width: of the micro-batch. labels: positions with a label. rank: LoRA's.
@@ -26,9 +27,10 @@ SYMBOLS = {
     "mp": 31,
     "kv": 13,
     "group": 17,
+    "joined": 17 + 2,
     "head": 8 * 11,
     "hidden": 8 * 29,
-    "inner": 64 * 19,
+    "inner": 64 * 43,
     "vocabulary": 64 * 23,
     "rows": 5,
     "width": 128 * 7,

@@ -13,7 +13,7 @@ from tunebench.recipe import MOST_LOGITS, POSITIONS
 
 FOLDER = Path(__file__).parent
 FEWEST = 2  # layers of the first numbers
-# Phases that are no moments of their own: when the forward pass ends, when the last pass ends, and the weights.
+# Phases that are no moments of their own: before the backward pass, when the last pass ends, and the weights.
 AT_FORWARD_END, AT_END, WEIGHTS = "kept", "end", "weights"
 
 
