@@ -224,6 +224,8 @@ class Device(Strict):
 # Shares of a core or a GPU. From MARKED on a table says what others took. From DISTURBED on it gives no speedup.
 MARKED, DISTURBED = 0.01, 0.05
 HARMFUL = ("thermal", "brake", "hardware")  # words in a reason to throttle; other reasons are a GPU's usual limits
+# What `peak_memory_bytes` counts: on a GPU tensors, by the framework's allocator; on a CPU all that a process holds.
+ALLOCATED, RESIDENT = "max_memory_allocated", "resident memory"
 
 
 class Conditions(Strict):
@@ -316,6 +318,8 @@ class Record(Strict):
     setup_seconds: Seconds | None
     # Of each process, from the first step on. Of peers and of older records, from the process's start.
     peak_memory_bytes: list[Amount]
+    # Of tensors on the GPU that holds most, by formula. None in older records and where no formula knows such runs.
+    predicted_peak_memory_bytes: Amount | None = None
     conditions: Conditions | None = None  # None in older records and in runs that did not end ok
     matmul_flops: list[Amount] = []  # operations per second of the framework's matrix product, for each process
     log: list[str]
@@ -354,6 +358,13 @@ class Record(Strict):
     def disturbed(self) -> bool:
         """Whether others took at least DISTURBED, so that the rate says nothing about the framework."""
         return self.disturbance is not None and self.disturbance[0] >= DISTURBED
+
+    @property
+    def peak_memory_counter(self) -> str | None:
+        """The counter of `peak_memory_bytes`, ALLOCATED or RESIDENT; None where nothing was counted."""
+        if not self.peak_memory_bytes or self.hardware.device is None:
+            return None
+        return RESIDENT if self.hardware.device == "cpu" else ALLOCATED
 
     @property
     def effective_tokens_per_second(self) -> float:

@@ -121,6 +121,7 @@ class TestEnds:
         record = run.end(within=120)
         assert run.supervisor.returncode == 1
         assert record.status == "oom"
+        assert record.predicted_peak_memory_bytes >= 16 * record.model.parameters  # weight, gradient, two moments
         assert record.reason.startswith("rank 1: ") == (nproc == 2)
 
 

@@ -104,10 +104,19 @@ def test_a_record_says_what_it_ran_on(records):
         assert all(seconds > 0 for seconds in record.steps.seconds)
         assert 0 < record.setup_seconds < 300
         assert record.peak_memory_bytes[0] > record.model.parameters * 4
+        assert record.peak_memory_counter == "resident memory"
         assert record.hardware.threads == int(maths_settings()["OMP_NUM_THREADS"])
         assert record.hardware.device == "cpu"
         chosen = (os.environ | maths_settings()).get("MKL_DEBUG_CPU_TYPE")
         assert record.hardware.environment.get("MKL_DEBUG_CPU_TYPE") == chosen
+
+
+def test_a_record_has_the_predicted_peak(records):
+    """In fp32 a run holds 4 bytes of each weight, and 12 more of each trained one: its gradient and two moments."""
+    for (_, method, _), record in records.items():
+        model = record.model
+        held = 4 * model.parameters + (16 if method == "lora" else 12) * model.trainable_parameters
+        assert held <= record.predicted_peak_memory_bytes < 2**31
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

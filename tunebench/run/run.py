@@ -18,6 +18,7 @@ from tunebench.checkout import read_git
 from tunebench.errors import NO_ROOM, BadInput, forget_stdout
 from tunebench.files import results_folder
 from tunebench.flags import Flags
+from tunebench.forecast.formula import predict
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.hardware import Hardware, bind_to_gpu, read_hardware
 from tunebench.models.checkpoint import Checkpoint
@@ -75,10 +76,21 @@ class Run:
         )
         self.watchdog = threading.Timer(self.flags.timeout, _end_at_timeout, [self])
         self.watchdog.daemon = True
+        # Known before anything runs, so that a run which memory ends has it too.
+        self.predicted_peak_memory_bytes = self._predict_peak()
         self.setup_seconds: float | None = None
         self.meter = Meter(self.flags, self.plan, self.world, self.say)
         self.losses_are_whole = self.flags.replicas == 1  # with more replicas a process knows its share's losses
         self.written = False
+
+    def _predict_peak(self) -> int | None:
+        """The predicted peak of the GPU that holds most. Where a formula fails, prints a warning. The run goes on."""
+        try:
+            memory = predict(self.framework, self.method, self.flags, self.checkpoint, self.plan)
+        except Exception as error:
+            self.say(f"warning: the peak of memory cannot be predicted: {type(error).__name__}: {error}")
+            return None
+        return None if memory is None else memory.peak
 
     def describe(self, device: str, parameters: int, trainable: int, built: Built) -> None:
         """Keeps the device, the framework's parameter counts and the model that it built.
@@ -182,6 +194,7 @@ class Run:
             steps=steps,
             setup_seconds=self.setup_seconds,
             peak_memory_bytes=list(peak_memory_bytes),
+            predicted_peak_memory_bytes=None if status == "unsupported" else self.predicted_peak_memory_bytes,
             matmul_flops=list(matmul_flops),
             conditions=self.meter.conditions if status == "ok" else None,
             log=list(log[-LOG_LINES:]),
