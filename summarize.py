@@ -3,6 +3,7 @@
 python summarize.py                       every record under results/
 python summarize.py results/cpu --format csv
 python summarize.py results/published     the published record's tables, from its figures
+python summarize.py --memory              predicted and measured peaks of memory
 """
 
 import pathlib
@@ -17,6 +18,7 @@ from tunebench.files import results_folder, write_atomically
 from tunebench.flags import Parser
 from tunebench.report.documents import documents
 from tunebench.report.keep import keep
+from tunebench.report.memory import render_memory
 from tunebench.report.page import combined
 from tunebench.report.pairing import join
 from tunebench.report.published import FOLDER, combine, load, render_against, render_published
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("paths", nargs="*", type=pathlib.Path, help="record files or folders (default: results/)")
     parser.add_argument("--format", choices=["md", "csv", "json"], default="md", help="default: md")
     parser.add_argument("--parity", action="store_true", help="a column with the largest relative differences")
+    parser.add_argument("--memory", action="store_true", help="the table of predicted and measured peaks of memory")
     parser.add_argument("--against", choices=["published"], help="a table of what stands beside that record's runs")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a record is broken")
     parser.add_argument(
@@ -38,6 +41,9 @@ def main() -> None:
         "--docs", action="store_true", help="write docs/results.md, docs/flags.md and README's table anew"
     )
     options = parser.parse_args()
+    others = [name for name in ("parity", "against", "keep", "docs") if options.memory and getattr(options, name)]
+    if others:
+        raise BadInput(f"--memory prints a table of its own; leave --{others[0]} out")
     if options.keep:
         if len(options.paths) != 1 or not options.paths[0].is_dir():
             raise BadInput("--keep copies the records of one folder; name it, such as results/cpu")
@@ -53,17 +59,17 @@ def main() -> None:
     parts, broken = [], list(dict.fromkeys(broken + faults))
     for fault in broken:
         print(f"summarize.py: skipped {fault}", file=sys.stderr)
-    if records or not published:
+    if not records and options.format == "md" and (options.memory or not published):
+        parts.append(f"no records in {', '.join(map(str, paths))} yet; make some with: bash run_all.sh")
+    elif options.memory:
+        parts.append(render_memory(records, options.format))
+    elif records or not published:
         parts.append(
-            (
-                combined(records, options.parity)
-                if options.format == "md"
-                else render(join(records), options.format, records, options.parity)
-            )
-            if records or options.format != "md"
-            else f"no records in {', '.join(map(str, paths))} yet; make some with: bash run_all.sh"
+            combined(records, options.parity)
+            if options.format == "md"
+            else render(join(records), options.format, records, options.parity)
         )
-    if published:
+    if published and not options.memory:
         parts.append(render_published(published, options.format))
     if options.against:
         parts.append(render_against(records, reference, options.format))

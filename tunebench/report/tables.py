@@ -87,7 +87,7 @@ def render(rows: list[Row], form: str, records: list[Record], parity: bool = Fal
         parts.append(f"### {FAMILIES[family].title if family in FAMILIES else family}{TUNED * tuned}\n")
         parts.append(measured_on([r for r in records if model_of(r)[0] == family and r.aa is None]) + "\n")
         parts.append(table(columns, members) + "\n")
-        parts.extend(_notes(members))
+        parts.extend(notes(members))
     parts.extend(_setup_tables(rows))
     parts.extend(_noise(records))
     parts.append(_caption(rows))
@@ -157,11 +157,12 @@ def _setup_tables(rows: list[Row]) -> list[str]:
         parts.append(f"### {METHODS[method]} with {devices} GPUs (or processes, where there are none), by setup\n")
         parts.append(markdown(SETUP_COLUMNS, lines) + "\n")
         parts.append("Bold: the fastest of its model and batch size.\n")
-        parts.extend(_notes(members))
+        parts.extend(notes(members))
     return parts
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
+def notes(rows: Iterable[Any]) -> list[str]:
+    """The notes of rows, as paragraphs for below their table."""
     return [f"{row.model} {METHODS[row.method]} bsz {row.batch_size}: {row.note}\n" for row in rows if row.note]
 
 
