@@ -58,7 +58,7 @@ MEMORY_COLUMNS = [
 ]
 CAPTION = (
     "Predicted: bytes of tensors on the GPU that holds most, by formula. Measured: the largest of all processes and "
-    "rounds, from the first step on; of older records, which have no prediction, from the process's start. "
+    "rounds, from the first step on; older records may count from the process's start. "
     f"{ALLOCATED} counts tensors on a GPU, by the framework's allocator. Error = predicted ÷ measured - 1. "
     f"{RESIDENT.capitalize()} is all that a process on a CPU holds, libraries included. The prediction leaves these "
     "out, so that the two have no error. 1 GB = 10⁹ bytes."
