@@ -92,6 +92,7 @@ class Flags(BaseModel):
     gpu: str | None = None
     link: str | None = None
     price: float | None = None
+    calibrate: Path | None = None
     given: frozenset[str] = Field(default=frozenset(), exclude=True)
     lora_r: int = 0
     lora_alpha: int = 0
@@ -241,10 +242,19 @@ def add_forecast_flags(parser: argparse.ArgumentParser, plan: str) -> None:
     add("--gpu", choices=list(GPUS), help=f"with --plan: the kind of GPU (default: the visible one, or {DEFAULT_GPU})")
     add("--link", choices=list(LINKS), help="with --plan: what joins the GPUs of a node (default: that of the kind)")
     add("--price", type=positive_float, help="with --plan: dollars per GPU and hour")
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="RECORDS",
+        help="with --plan: a record of a run on the machine that is planned for, or a folder of such records",
+    )
 
 
 def settle_forecast(options: dict) -> None:
-    """Fills in --gpu. Raises `BadInput` where the visible GPU is of no kind that is known."""
+    """Fills in --gpu, but with --calibrate, whose records say it. Raises `BadInput` where no known GPU is visible."""
+    if options["calibrate"] is not None:
+        options["calibrate"] = path_of("calibrate", str(options["calibrate"]))
+        return
     visible = visible_accelerators()
     if options["gpu"] is None:
         options["gpu"] = kind_of(visible[0]) if visible else DEFAULT_GPU
@@ -335,7 +345,7 @@ def parse_flags(
             f"use {' or '.join(str(n * replicas) for n in (bsz // replicas, bsz // replicas + 1) if n)}"
         )
     options["micro_bsz"] = options["micro_bsz"] or bsz // replicas
-    for name in ("gpu", "link", "price"):
+    for name in ("gpu", "link", "price", "calibrate"):
         if options[name] is not None and not options["plan"]:
             raise BadInput(f"--{name} is for --plan; add it, or leave --{name} out")
     flags = Flags(**resolve_plan_flags(options), given=given)

@@ -5,11 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from tunebench.flags import Flags, in_words
-from tunebench.forecast.formula import predict
-from tunebench.forecast.gpus import DEFAULT_GPU, GPUS, LINKS
+from tunebench.forecast.formula import tensors_of
+from tunebench.forecast.machine import Machine
 from tunebench.forecast.memory import Memory
-from tunebench.forecast.speed import forecast_speed
-from tunebench.forecast.verdict import judge
 from tunebench.run.run import Job
 from tunebench.run.unsupported import not_offered
 
@@ -56,33 +54,34 @@ def smaller_activations(flags: Flags) -> list[dict[str, Any]]:
     return single + [{"micro_bsz": size} for size in range(1, flags.micro_bsz) if flags.micro_bsz % size == 0]
 
 
-def cheapest(framework: str, method: str, job: Job, memory: Memory, forecast: Callable[[Job], Memory]) -> Change | None:
+def cheapest(
+    framework: str, method: str, job: Job, memory: Memory, forecast: Callable[[Job], Memory], machine: Machine
+) -> Change | None:
     """The fastest change that fits, among those that the framework offers; None where none of the fastest few fits.
 
     `memory` is that of the job, which does not fit. What does not fit by formula is not forecast.
     """
-    flags, gpu = job.flags, GPUS[job.flags.gpu or DEFAULT_GPU]
+    flags = job.flags
     passing = memory.parts["activations"] + memory.parts["logits_and_loss"]
-    of_states = judge(memory.peak - passing, gpu, flags.world_size).verdict != "fits"
-    link = LINKS[flags.link or gpu.link]
+    of_states = machine.judge(memory.peak - passing, flags).verdict != "fits"
     ranked: list[tuple[float, dict[str, Any], Job]] = []
     for change in changes(flags, of_states):
         changed = flags.model_copy(update=change)
         plan = dataclasses.replace(job.plan, padding_free=changed.padding_free)
         candidate = job._replace(flags=changed, plan=plan)
-        if not_offered(framework, method, changed, job.checkpoint) is None and may_fit(framework, method, candidate):
-            speed = forecast_speed(framework, method, changed, job.checkpoint, plan, gpu, link)
+        offered = not_offered(framework, method, changed, job.checkpoint) is None
+        if offered and may_fit(framework, method, candidate, machine):
+            speed = machine.speed(framework, method, changed, job.checkpoint, plan)
             ranked.append((speed.effective_tokens_per_second, change, candidate))
     ranked.sort(key=lambda each: -each[0])
     for rate, change, candidate in ranked[:MOST_TRIES]:
         peak = forecast(candidate).peak
-        if judge(peak, gpu, flags.world_size).verdict == "fits":
+        if machine.judge(peak, flags).verdict == "fits":
             return Change(in_words(change), peak, rate)
     return None
 
 
-def may_fit(framework: str, method: str, job: Job) -> bool:
+def may_fit(framework: str, method: str, job: Job, machine: Machine) -> bool:
     """Whether a job fits by formula, or no formula knows it."""
-    found = predict(framework, method, job.flags, job.checkpoint, job.plan)
-    gpu = GPUS[job.flags.gpu or DEFAULT_GPU]
-    return found is None or judge(found.peak, gpu, job.flags.world_size).verdict != "out of memory"
+    found = tensors_of(framework, method, job.flags, job.checkpoint, job.plan)
+    return found is None or machine.judge(machine.memory(found).peak, job.flags).verdict != "out of memory"

@@ -71,11 +71,15 @@ class Run(NamedTuple):
 
 def predict(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, plan: Plan) -> Memory | None:
     """The memory of one GPU in a step with the plan's largest micro-batch; None where the table lacks such runs."""
+    found = tensors_of(framework, method, flags, checkpoint, plan)
+    return found and with_unseen(found)
+
+
+def tensors_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, plan: Plan) -> Memory | None:
+    """As `predict`, the tensors alone."""
     batch = largest_batch(flags, plan)
     rows, width = batch.input_ids.shape
-    shape = Shape(rows, width, len(batch.labelled))
-    found = memory_of(framework, method, flags, checkpoint, shape)
-    return found and with_unseen(found)
+    return memory_of(framework, method, flags, checkpoint, Shape(rows, width, len(batch.labelled)))
 
 
 def memory_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape) -> Memory | None:

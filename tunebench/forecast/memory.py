@@ -47,11 +47,19 @@ class Memory(Strict):
         return self
 
 
-def with_unseen(memory: Memory) -> Memory:
-    """The forecast tensors and, as workspace, the share UNSEEN of what a step adds to those that last."""
-    unseen = int(UNSEEN * max(0, memory.peak - sum(memory.held.values())))
-    parts = memory.parts | {"workspace": memory.parts["workspace"] + unseen}
-    return memory.model_copy(update={"peak": memory.peak + unseen, "parts": parts})
+def with_unseen(memory: Memory, share: float = UNSEEN) -> Memory:
+    """The forecast tensors and, as workspace, such a share of what a step adds to those that last."""
+    return with_more(memory, int(share * max(0, memory.peak - sum(memory.held.values()))))
+
+
+def with_more(memory: Memory, more: int) -> Memory:
+    """The memory with so many bytes more, as workspace. Fewer are taken from the last kinds that have any."""
+    parts = dict(memory.parts)
+    for kind in reversed(PARTS):
+        change = max(more, -parts[kind])
+        parts[kind] += change
+        more -= change
+    return memory.model_copy(update={"peak": sum(parts.values()), "parts": parts})
 
 
 def largest_batch(flags: Flags, plan: Plan) -> MicroBatch:

@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict
 
 from tunebench import processes
 from tunebench.files import write_atomically
-from tunebench.flags import Flags
+from tunebench.forecast.calibrate import machine_of
 from tunebench.forecast.changes import Change, cheapest
-from tunebench.forecast.gpus import DEFAULT_GPU, GPUS, LINKS
+from tunebench.forecast.formula import tensors_of
+from tunebench.forecast.machine import Calibration
 from tunebench.forecast.memory import Memory, largest_batch, with_unseen
-from tunebench.forecast.speed import forecast_speed
-from tunebench.forecast.verdict import FRAGMENTATION, Room, Verdict, judge
+from tunebench.forecast.verdict import FRAGMENTATION, Room, Verdict
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.record import Setup
 from tunebench.run.run import Job, setup_of
@@ -25,7 +25,7 @@ HOUR = 3600
 
 
 class Answer(BaseModel):
-    """What a run would take. Bytes are of one GPU. `cost` is in dollars, None without --price.
+    """What a run would take. Bytes are of one GPU, on a CPU of one process. `cost` is in dollars, None without --price.
 
     `effective_tokens_per_second` is of the whole job. `interval` covers 90% of the rows that the constants were not
     fitted to. `seconds` are those of all steps, without start-up. Where `verdict` is `unsupported`, `reason` says why,
@@ -53,18 +53,26 @@ class Answer(BaseModel):
     seconds: float | None = None
     seconds_of_a_step: dict[str, float] | None = None
     cost: float | None = None
+    calibration: Calibration | None = None
     change: Change | None = None  # where the run does not fit, the fastest change that does
 
 
 def answer(framework: str, method: str, job: Job, forecast: Callable[[Job], Memory]) -> Answer:
-    """The answer for a run. `forecast` counts its memory."""
-    flags, gpu = job.flags, GPUS[job.flags.gpu or DEFAULT_GPU]
-    memory = forked(forecast, job)
-    room = judge(memory.peak, gpu, flags.world_size)
-    change = None
+    """The answer for a run. `forecast` counts its memory.
+
+    A calibrated answer takes the memory by formula where there is one, since the records' is by formula too.
+    """
+    flags, machine = job.flags, machine_of(framework, job.flags)
+
+    def memory_of(run: Job) -> Memory:
+        by_formula = machine.calibration and tensors_of(framework, method, run.flags, run.checkpoint, run.plan)
+        return machine.memory(by_formula) if by_formula else forked(forecast, run, machine.memory)
+
+    memory, change = memory_of(job), None
+    room = machine.judge(memory.peak, flags)
     if room.verdict == "out of memory":
-        change = cheapest(framework, method, job, memory, lambda changed: forked(forecast, changed))
-    speed = forecast_speed(framework, method, flags, job.checkpoint, job.plan, gpu, LINKS[link_of(flags)])
+        change = cheapest(framework, method, job, memory, memory_of, machine)
+    speed = machine.speed(framework, method, flags, job.checkpoint, job.plan)
     cost = None if flags.price is None else flags.price * flags.world_size * speed.seconds / HOUR
     return about(framework, method, job, room.verdict).model_copy(
         update={
@@ -80,10 +88,10 @@ def answer(framework: str, method: str, job: Job, forecast: Callable[[Job], Memo
     )
 
 
-def forked(forecast: Callable[[Job], Memory], job: Job) -> Memory:
+def forked(forecast: Callable[[Job], Memory], job: Job, with_rest: Callable[[Memory], Memory] = with_unseen) -> Memory:
     """What `forecast` finds in a process of its own: process groups and DeepSpeed can be made once in each.
 
-    It adds what a forecast does not see.
+    `with_rest` adds what a forecast does not see.
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
@@ -105,7 +113,7 @@ def forked(forecast: Callable[[Job], Memory], job: Job) -> Memory:
     finally:
         process.join()  # leaves no zombie
         receiver.close()
-    return with_unseen(memory)
+    return with_rest(memory)
 
 
 def refused(framework: str, method: str, job: Job, reason: str) -> Answer:
@@ -115,25 +123,21 @@ def refused(framework: str, method: str, job: Job, reason: str) -> Answer:
 
 def about(framework: str, method: str, job: Job, verdict: Verdict) -> Answer:
     """An answer without figures."""
-    flags = job.flags
+    flags, machine = job.flags, machine_of(framework, job.flags)
     return Answer(
         framework=framework,
         method=method,
         model=flags.model_name,
         parameters=job.checkpoint.parameters,
         setup=setup_of(flags),
-        gpu=flags.gpu or DEFAULT_GPU,
-        link=link_of(flags),
+        gpu=machine.name,
+        link=machine.link_name,
+        calibration=machine.calibration,
         data=flags.data,
         steps=job.plan.steps,
         largest_batch=largest_batch(flags, job.plan).input_ids.shape,
         verdict=verdict,
     )
-
-
-def link_of(flags: Flags) -> str:
-    """What joins the GPUs of a node: --link, or what the kind of GPU usually has."""
-    return flags.link or GPUS[flags.gpu or DEFAULT_GPU].link
 
 
 def say(found: Answer, out: Path | None) -> None:
@@ -155,12 +159,16 @@ def lines(found: Answer) -> list[str]:
     if found.memory is None or found.room is None:
         return [*said, f"verdict: {found.verdict}: {found.reason}"]
     memory, room, (rows, width) = found.memory, found.room, found.largest_batch
-    said.append(f"peak of a GPU's memory, in phase {memory.moment}; largest micro-batch: {rows} x {width} tokens")
+    resident = found.calibration is not None and found.calibration.resident_bytes is not None
+    whose = "process" if resident else "GPU"
+    said += [found.calibration.in_words] if found.calibration else []
+    said.append(f"peak of a {whose}'s memory, in phase {memory.moment}; largest micro-batch: {rows} x {width} tokens")
     for kind, size in memory.parts.items():
         said.append(f"  {kind.replace('_', ' '):22}{size / GB:8.2f} GB")
-    said.append(f"  {'sum':22}{memory.peak / GB:8.2f} GB allocated by tensors")
+    said.append(f"  {'sum':22}{memory.peak / GB:8.2f} GB {'resident' if resident else 'allocated by tensors'}")
     said.append(f"  {'with gaps':22}{room.needed / GB:8.2f} GB, {FRAGMENTATION:.0%} more for gaps between tensors")
-    said.append(f"  {'usable':22}{room.usable / GB:8.2f} GB of {room.total / GB:.2f}; the rest is CUDA's and NCCL's")
+    rest = "" if room.usable == room.total else "; the rest is CUDA's and NCCL's"
+    said.append(f"  {'usable':22}{room.usable / GB:8.2f} GB of {room.total / GB:.2f}{rest}")
     said.append(f"verdict: {found.verdict}")
     if found.change:
         said.append(

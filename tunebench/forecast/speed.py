@@ -179,16 +179,14 @@ def forecast_speed(
     parts = step_parts(constants, setup, timed, gpu, link)
     step = sum(parts.values())
     rate = timed.effective / step
-    interval = interval_of(rate, half, framework, flags, setup.parameters, gpu, link)
+    interval = interval_of(rate, half, len(unlike(framework, flags, setup.parameters, gpu, link)))
     seconds = step_seconds(constants, setup, whole, gpu, link) * plan.steps
     return Speed(rate, interval, step, seconds, parts)
 
 
-def interval_of(
-    rate: float, half: float, framework: str, flags: Flags, parameters: float, gpu: Gpu, link: Link
-) -> tuple[float, float]:
-    """The interval around a rate. `half` is the fitted half width as a logarithm."""
-    factor = math.exp(math.hypot(half, *[WIDER] * len(unlike(framework, flags, parameters, gpu, link))))
+def interval_of(rate: float, half: float, ways: int) -> tuple[float, float]:
+    """The interval around a rate. `half` is half its width as a logarithm for runs that are unlike others in no way."""
+    factor = math.exp(math.hypot(half, *[WIDER] * ways))
     return rate / factor, rate * factor
 
 

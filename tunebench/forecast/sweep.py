@@ -15,11 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from tunebench.files import write_atomically
 from tunebench.flags import Flags, in_words
+from tunebench.forecast.calibrate import machine_of
 from tunebench.forecast.formula import Shape, memory_of
-from tunebench.forecast.gpus import DEFAULT_GPU, GPUS, LINKS
-from tunebench.forecast.memory import with_unseen
-from tunebench.forecast.speed import Rows, Tokens, fitted, interval_of, setup_of_run, step_seconds
-from tunebench.forecast.verdict import judge
+from tunebench.forecast.machine import Calibration
+from tunebench.forecast.speed import Rows, Tokens, fitted, setup_of_run, step_seconds
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.report.markdown import markdown
 from tunebench.run.run import Job
@@ -62,14 +61,13 @@ class Sweep(BaseModel):
     seconds: float
     verdicts: dict[str, int]
     front: list[Point]
+    calibration: Calibration | None = None
 
 
 def sweep(framework: str, method: str, job: Job) -> Sweep:
     """Looks at all setups that the flags of the job leave open."""
     started, flags = time.monotonic(), job.flags
-    gpu = GPUS[flags.gpu or DEFAULT_GPU]
-    link_name = flags.link or gpu.link
-    link, (constants, half) = LINKS[link_name], fitted()[framework]
+    machine, constants = machine_of(framework, flags), fitted()[framework][0]
     rows = Rows.of(job.plan)
     batches: dict[tuple, tuple[Tokens, Shape]] = {}
     offered: dict[tuple, bool] = {}
@@ -90,30 +88,32 @@ def sweep(framework: str, method: str, job: Job) -> Sweep:
         if memory is None:
             verdicts["unknown"] += 1
             continue
-        peak = with_unseen(memory).peak
-        verdict = judge(peak, gpu, setup.world_size).verdict
+        peak = machine.memory(memory).peak
+        verdict = machine.judge(peak, setup).verdict
         verdicts[verdict] += 1
         if verdict == "fits":
-            seconds = step_seconds(constants, setup_of_run(framework, method, setup, job.checkpoint), tokens, gpu, link)
+            sizes, gpu = setup_of_run(framework, method, setup, job.checkpoint), machine.each(setup.nproc)
+            seconds = step_seconds(constants, sizes, tokens, gpu, machine.link) * machine.time_factor
             fitting.append((setup.world_size, -tokens.effective / seconds, len(fitting), peak, setup))
     front: list[Point] = []
     for gpus, rate, _, peak, setup in sorted(fitting):
         if not front or -rate > front[-1].effective_tokens_per_second:
             hours = gpus / (-rate * 3600) * 1e6
-            interval = interval_of(-rate, half, framework, setup, job.checkpoint.parameters, gpu, link)
+            interval = machine.interval(framework, -rate, setup, job.checkpoint.parameters)
             cost = None if flags.price is None else flags.price * hours
             front.append(Point(gpus, spelled(setup), setup.bsz, -rate, interval, peak, hours, cost))
     return Sweep(
         framework=framework,
         method=method,
         model=flags.model_name,
-        gpu=flags.gpu or DEFAULT_GPU,
-        link=link_name,
+        gpu=machine.name,
+        link=machine.link_name,
         data=flags.data,
         tried=verdicts.total(),
         seconds=time.monotonic() - started,
         verdicts=dict(verdicts),
         front=front,
+        calibration=machine.calibration,
     )
 
 
@@ -199,6 +199,7 @@ def lines(found: Sweep) -> list[str]:
     counts = ", ".join(f"{count:,} {verdict}" for verdict, count in sorted(found.verdicts.items()))
     title = f"{side} {found.method}, {found.model}, {found.data}, {machine}"
     said = [f"{title}: {found.tried:,} setups in {found.seconds:.1f} s: {counts}"]
+    said += [found.calibration.in_words] if found.calibration else []
     if not found.front:
         return [*said, "no setup fits"]
     priced = found.front[0].cost_per_million_tokens is not None

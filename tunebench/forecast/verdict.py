@@ -24,9 +24,9 @@ class Room(NamedTuple):
     verdict: Verdict
 
 
-def judge(peak: int, gpu: Gpu, processes: int) -> Room:
-    """`fits` with the margin for fragmentation, `marginal` only without it, else `out of memory`."""
-    usable = gpu.memory_bytes - CONTEXT_BYTES - NCCL_BYTES * (processes > 1)
+def judge(peak: int, gpu: Gpu, processes: int, cpu: bool = False) -> Room:
+    """`fits` with the margin for fragmentation, `marginal` only without it, else `out of memory`. A CPU has no CUDA."""
+    usable = gpu.memory_bytes - (0 if cpu else CONTEXT_BYTES + NCCL_BYTES * (processes > 1))
     needed = int(peak * (1 + FRAGMENTATION))
     verdict: Verdict = "fits" if needed <= usable else "marginal" if peak <= usable else "out of memory"
     return Room(gpu.memory_bytes, usable, needed, verdict)

@@ -16,6 +16,7 @@ from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder, results_folder
 from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
 from tunebench.forecast import sweep
+from tunebench.forecast.calibrate import machine_of
 from tunebench.forecast.job import describe
 from tunebench.forecast.report import refused, say
 from tunebench.frameworks import FRAMEWORKS
@@ -83,6 +84,7 @@ def describe_job(framework: str, method: str, flags: Flags) -> Job:
     check_packages(framework, flags, FRAMEWORKS[framework].versions(), sys.executable)
     for remark in remarks:
         print(remark, flush=True)
+    machine_of(framework, flags)  # refuses records that do not go together
     job = Job(flags, checkpoint, plan, ALONE)
     if flags.sweep:
         sweep.say(sweep.sweep(framework, method, job), flags.out)

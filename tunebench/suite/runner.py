@@ -96,12 +96,14 @@ def main() -> int:
     if options.plan:
         if suite.contest:
             raise BadInput(f"--plan: {path} has peers, which are not forecast; use a suite of pairs")
-        settings = {name: vars(options)[name] for name in ("plan", "gpu", "link", "price")}
+        settings = {name: vars(options)[name] for name in ("plan", "gpu", "link", "price", "calibrate")}
         settings = {name: value for name, value in settings.items() if value is not None}
+        if options.calibrate is not None:
+            settings["calibrate"] = str(options.calibrate.expanduser().absolute())  # the runs' folders are others
         asked = dict.fromkeys((entry.name for entry in suite.entries), settings)
         rounds = options.repeats or suite.repeats
         return forecast_suite(plan_runs(path, suite, folder, 1, options.only, changes=asked), rounds, options.out)
-    for name in ("gpu", "link", "price", "out"):
+    for name in ("gpu", "link", "price", "calibrate", "out"):
         if vars(options)[name] is not None:
             raise BadInput(f"--{name} is for --plan; add it, or leave --{name} out")
     whole = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only, options.aa)
