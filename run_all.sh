@@ -16,8 +16,9 @@
 # --check        look at the machine and at what each run needs, start none; exit code 1 where something is wrong
 # --rehearse     each run for a few steps with two layers: what would fail, and how long the suite would take
 # --plan         say what each run would take on GPUs, start none: memory, tokens per second, time; needs no GPU
-# --gpu KIND, --link KIND, --price DOLLARS, --out FILE
-#                with --plan: the kind of GPU, what joins them, the price per GPU and hour, a file for the same as JSON
+# --gpu KIND, --link KIND, --price DOLLARS, --calibrate RECORDS, --out FILE
+#                with --plan: the kind of GPU, what joins them, the price per GPU and hour, records of runs on the machine,
+#                a file for the same as JSON
 # --torch PYTHON, --paddle PYTHON
 #                interpreters of your own, with the packages installed; TUNEBENCH_TORCH and TUNEBENCH_PADDLE do the same
 #

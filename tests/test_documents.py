@@ -62,6 +62,11 @@ RUN_ELSEWHERE = {
     "bash run_all.sh --suite a100x4-as-published": "needs four GPUs; test_gpu_suites.py builds its runs by shapes",
     "bash run_all.sh --suite a100x4 --plan --gpu a100-80g --price 1.79 --out answers.json": "takes ten minutes; "
     "test_suite_forecast.py plans a suite",
+    "bash run_all.sh --suite a100x4 --plan --calibrate results/gpu1-80g": "needs records of an A100; "
+    "test_calibrate.py calibrates a plan, test_suite_forecast.py plans a suite",
+    "bash run_all.sh --suite calibration": "takes five minutes; test_suite.py checks its flags",
+    ".venv/torch/bin/python -P benchmarks/calibration.py results/measured/20261128-epyc-2-cores/quick": "takes a "
+    "minute; test_calibrate.py runs it on two records",
     ".venv/torch/bin/python -P -m tunebench.forecast.speed_points": "test_speed.py fits the constants anew",
     ".venv/torch/bin/python benchmarks/peaks.py": "test_forecast.py asks for the same points",
     "bash run_all.sh --suite NAME --aa": "test_suite.py runs a suite with --aa",
@@ -138,7 +143,9 @@ def test_what_a_command_prints(command, tmp_path):
 
 
 @pytest.mark.frameworks
-@pytest.mark.parametrize("suite", ["cpu", "quick", "tuned", "parity", "a100x4", "h100x8", "a100x4-as-published"])
+@pytest.mark.parametrize(
+    "suite", ["cpu", "quick", "tuned", "parity", "calibration", "a100x4", "h100x8", "a100x4-as-published"]
+)
 def test_each_suite_of_a_page_can_be_planned(suite, tmp_path):
     command = ["bash", str(ROOT / "run_all.sh"), "--suite", suite, "--dry-run"]
     env = os.environ | {"TUNEBENCH_RESULTS": str(tmp_path)}

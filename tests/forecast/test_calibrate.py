@@ -223,3 +223,16 @@ def test_a_record_is_rebuilt_as_it_ran(records, written):
         assert getattr(run.flags, name) == getattr(setup, name), name
     again = describe(run.flags)[2]
     assert again.sha256 == records["full"].plan.sha256
+
+
+def test_each_record_of_a_folder_predicts_the_others(records, tmp_path):
+    """Also in bytes of tensors, for which the runs are made again."""
+    for method, record in records.items():
+        (tmp_path / method).mkdir()
+        record.write(tmp_path / method / "r.json")
+    printed = run_program("benchmarks/calibration.py", tmp_path, "--tracked", check=True).stdout
+    lines = [line for line in printed.splitlines() if line.startswith(("| full", "| lora"))]
+    assert len(lines) == 2
+    assert "memory (max_memory_allocated): median error" in printed
+    errors = [float(cell.strip().rstrip("%")) for line in lines for cell in line.split("|")[-3:-1]]
+    assert max(errors) < 5
