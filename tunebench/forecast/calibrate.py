@@ -89,8 +89,8 @@ def known_runs(framework: str, path: Path) -> list[Known]:
         )
     for file, record in found:
         if place(record) != place(found[0][1]):
-            names = f"{' '.join(map(str, place(found[0][1])))} and {' '.join(map(str, place(record)))}"
-            raise BadInput(f"--calibrate {found[0][0]} and {file} are of several machines, {names}; name those of one")
+            names = " and ".join(", ".join(place(each)) for each in (found[0][1], record))
+            raise BadInput(f"--calibrate {found[0][0]} and {file} are of several machines ({names}); name those of one")
         if record.disturbed and record.disturbance:
             raise BadInput(f"--calibrate {file}: {record.disturbance[1]}; measure it again, or name other records")
         if not record.matmul_flops and record.hardware.device == "cpu":
@@ -110,6 +110,7 @@ def rebuilt(file: Path, record: Record) -> Known:
     argv = ["--model=llama-7b" if gpus else "--model=llama-tiny", *without_out(record.argv[1:])]
     argv += ["--plan", f"--gpu={DEFAULT_GPU}"]  # no flag asks this machine for its GPUs
     argv += [f"--{name.replace('_', '-')}={getattr(setup, name)}" for name in AS_IT_RAN]
+    argv += [] if gpus or setup.attention == "eager" else ["--attention=sdpa"]  # CPUs' flash kernels take float32 too
     try:
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
             flags = parse_flags(record.method, argv, prog=f"--calibrate {file}", framework=record.framework)
@@ -121,7 +122,7 @@ def rebuilt(file: Path, record: Record) -> Known:
         raise BadInput(f"--calibrate {file}: its model has another config here; name records of the models here")
     if plan.sha256 != record.plan.sha256:
         raise BadInput(f"--calibrate {file}: its data make other batches here; name records of the data here")
-    flags = flags.model_copy(update={"warmup_steps": record.timed_from})
+    flags = flags.model_copy(update={"warmup_steps": record.timed_from, "attention": setup.attention})
     tensors = tensors_of(record.framework, record.method, flags, checkpoint, plan)
     counter = record.peak_memory_counter or RESIDENT
     return Known(file, record, flags, checkpoint, plan, tensors, max(record.peak_memory_bytes, default=0), counter)
