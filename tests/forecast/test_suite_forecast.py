@@ -31,5 +31,6 @@ def test_a_suite_is_planned_without_a_run(suite):
     assert not (suite / "results").exists()
 
 
-def test_questions_of_a_plan_need_a_plan(suite):
-    assert "--gpu is for --plan" in refusal_of_suite(suite, "--gpu=h100")
+@pytest.mark.parametrize("flag", ["--gpu=h100", "--calibrate=results"])
+def test_questions_of_a_plan_need_a_plan(suite, flag):
+    assert f"{flag.split('=')[0]} is for --plan" in refusal_of_suite(suite, flag)
