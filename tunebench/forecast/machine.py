@@ -62,11 +62,13 @@ class Traits(NamedTuple):
     mp: int
     low: bool
     compiled: bool
+    lean: bool
 
     @classmethod
     def of(cls, flags: Flags) -> "Traits":
         """Those of a run."""
-        return cls(flags.nnodes, flags.world_size, flags.zero, flags.mp, flags.dtype != "fp32", flags.compile)
+        low = flags.dtype != "fp32"
+        return cls(flags.nnodes, flags.world_size, flags.zero, flags.mp, low, flags.compile, flags.lean)
 
 
 @dataclasses.dataclass(frozen=True)
