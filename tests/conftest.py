@@ -15,7 +15,11 @@ import pytest
 from filelock import FileLock
 
 from tunebench import bootstrap
+from tunebench.flags import parse_flags
+from tunebench.forecast.job import describe
 from tunebench.record import Record, read_record
+from tunebench.run.run import Job
+from tunebench.world import ALONE
 
 ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = ("torch", "paddle")
@@ -135,6 +139,13 @@ def alone(short, shared_folder):
             return train(framework, method, out, f"--model={family}-tiny", *short)
 
     return record
+
+
+def job_of(method: str, *flags: object, gpu: str = "a100-80g") -> Job:
+    """The job of these flags on a planned GPU."""
+    given = parse_flags(method, [*map(str, flags), "--plan", f"--gpu={gpu}"], framework=HERE)
+    described, checkpoint, plan, _ = describe(given)
+    return Job(described, checkpoint, plan, ALONE)
 
 
 @contextlib.contextmanager

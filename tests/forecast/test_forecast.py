@@ -4,15 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from conftest import HERE, ROOT, run_program
+from conftest import HERE, ROOT, job_of, run_program
 
-from tunebench.flags import parse_flags
 from tunebench.forecast.gpus import GPUS, kind_of
-from tunebench.forecast.job import describe
 from tunebench.forecast.memory import PARTS, largest_batch
 from tunebench.forecast.report import Answer, answer, forked, lines
 from tunebench.forecast.verdict import judge
-from tunebench.run.run import Job
 from tunebench.world import ALONE
 
 FAMILIES = ("llama", "bloom", "qwen2", "chatglm2", "llama-3.2-1b")
@@ -35,13 +32,6 @@ def forecasts(scripts):
 def memory_of(forecasts):
     """What a script's --plan finds for the memory, without importing the framework again."""
     return lambda method, *flags: forked(forecasts[method], job_of(method, *flags))
-
-
-def job_of(method, *flags, gpu="a100-80g"):
-    """The job of these flags on a planned GPU."""
-    given = parse_flags(method, [*flags, "--plan", f"--gpu={gpu}"], framework=HERE)
-    flags, checkpoint, plan, _ = describe(given)
-    return Job(flags, checkpoint, plan, ALONE)
 
 
 def test_the_longest_batch_decides():

@@ -8,8 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import HERE, ROOT, run_program
-from test_forecast import job_of
+from conftest import HERE, ROOT, job_of, run_program
 
 from tunebench.forecast import sweep
 from tunebench.forecast.formula import NAMED, Shape, at_moments, kinds_of_runs, memory_of, predict
