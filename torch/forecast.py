@@ -227,7 +227,8 @@ def trace(
     with joined(flags) as group, without_collector(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # DeepSpeed's calls of older functions, and of addresses of tensors
         shapes = FakeTensorMode(allow_non_fake_inputs=True)
-        model = build(flags, checkpoint, group, shapes, build_model)
+        with without_start_values():
+            model = build(flags, checkpoint, group, shapes, build_model)
         parameters = [*model.parameters()]
         trainable = [p for p in parameters if p.requires_grad]
         ledger = Ledger(vocabulary_sizes(flags, checkpoint), rounded)
@@ -355,6 +356,16 @@ def build(
                     tensors[name] = known[tensor] if tensor in known else on_cpu(tensor, shapes)
                     known[tensor] = tensors[name]
     return model
+
+
+@contextlib.contextmanager
+def without_start_values() -> Iterator[None]:
+    """Leaves LoRA's matrices as they are. Those of a tensor-parallel model are real, and peft draws values for them."""
+    with (
+        replaced(parallel, "fill", lambda *_: None),
+        replaced(torch.nn.init, "kaiming_uniform_", lambda tensor, **_: tensor),
+    ):
+        yield
 
 
 def left_unloaded(model: torch.nn.Module, *_: Any) -> tuple[LoadStateDictInfo, None]:
