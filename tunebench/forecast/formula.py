@@ -47,6 +47,7 @@ class Run(NamedTuple):
     flags: Flags
     checkpoint: Checkpoint
     method: str
+    shape: Shape
     low: bool  # weights and gradients in two bytes
     weight_bytes: float
     trained_bytes: float
@@ -157,7 +158,7 @@ def run_of(method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape, pass
     total = float(by_kind["weights"][weights])
     if method == "lora" and is_tied(checkpoint) and checkpoint.config["model_type"] != "bloom":
         total -= config["vocab_size"] / mp * config["hidden_size"] * (2 if low else 4)
-    return Run(flags, checkpoint, method, low, total, float(by_kind["trained"][weights]), by_kind, passes.phases)
+    return Run(flags, checkpoint, method, shape, low, total, float(by_kind["trained"][weights]), by_kind, passes.phases)
 
 
 def largest(run: Run, rows: np.ndarray, by_kind: Mapping[str, np.ndarray]) -> tuple[str, Amounts]:
@@ -199,8 +200,10 @@ def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
         "moments": 8 * run.trained,
     }
     if not zero:
-        if replicas > 1:  # DDP's buckets hold a copy of all gradients, as those of transformers' replicas do
-            held["communication_buffers"] = run.trained_bytes
+        if (
+            replicas > 1
+        ):  # DDP's buckets hold a copy of all gradients, those of transformers' replicas one of all weights
+            held["communication_buffers"] = run.trained_bytes if flags.mp == 1 else run.weight_bytes
         update = carried | {"gradients": 4 * run.trained}  # precision.py casts one after the other
         if run.low and run.method == "full" and not is_tied(run.checkpoint):
             update["workspace"] = 2 * config["vocab_size"] * hidden / flags.mp
@@ -228,8 +231,27 @@ def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
     gathered = MOST_GATHERED + 2 * bucket / run.width  # and what it fetches ahead
     phase, most = largest(run, rows, without(passing, "gradients"))
     most = added(most, {"communication_buffers": min(run.weight_bytes, run.width * gathered)})
+    if run.method == "lora":
+        most = added(most, {"activations": kept_inputs(run)})
     at_once = (4 + 2 * run.low) * min(share, UPDATED_AT_ONCE)
     return held, [(phase, most), ("update", carried | {"workspace": at_once})]
+
+
+def kept_inputs(run: Run) -> float:
+    """Bytes of the inputs of frozen layers without an adapter, which ZeRO 3's own linear function keeps all the same.
+
+    See LinearFunctionForZeroStage3 in deepspeed/runtime/zero/linear.py. Layers side by side have one input.
+    """
+    checkpoint = run.checkpoint
+    kept: dict[tuple[str, bool, int], bool] = {}  # by input, whether an adapter keeps it
+    for name, shape in checkpoint.tensors.items():
+        *_, part, module, _ = ("", "", *name.split("."))
+        if len(shape) == 2 and part in ("self_attn", "self_attention", "mlp"):
+            place = part, module in ("o_proj", "dense"), shape[1]
+            kept[place] = kept.get(place, False) or module in checkpoint.family.lora_targets
+    widths = sum(width for (_, _, width), adapted in kept.items() if not adapted)
+    layers = 1 if run.flags.recompute else checkpoint.expected.layers
+    return layers * widths * run.shape.rows * run.shape.width * (4 if run.flags.dtype == "fp32" else 2)
 
 
 def added(*amounts: Mapping[str, float]) -> Amounts:

@@ -33,7 +33,7 @@ class Passes(NamedTuple):
     def at(self, sizes: Mapping[str, float], layers: int, logit_bytes: int) -> np.ndarray:
         """The bytes of each term at each moment, (moments, terms). Logits have `logit_bytes` each.
 
-        The losses take many logits in stretches. Then only the logits and their gradient are whole.
+        The losses take many logits in stretches, each a copy. Then only the logits and their gradient are whole.
         """
         values = np.array([sizes[name] for name in SYMBOLS])
         products = (values**self.exponents).prod(axis=1)
@@ -42,7 +42,7 @@ class Passes(NamedTuple):
         amounts = numbers * products
         logits = self.where("rows", "width", "vocabulary") & (np.array(self.kinds) == "logits_and_loss")
         over = logits & (products > MOST_LOGITS)
-        whole = numbers[:, over] * MOST_LOGITS + 2 * logit_bytes * (products[over] - MOST_LOGITS)
+        whole = numbers[:, over] * MOST_LOGITS + logit_bytes * (2 * products[over] - MOST_LOGITS)
         amounts[:, over] = np.minimum(amounts[:, over], whole)
         return amounts
 
