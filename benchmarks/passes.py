@@ -161,6 +161,7 @@ def samples(kind: Kind) -> Iterator[tuple[dict[str, float], int, int]]:
                 "vocabulary": 2 ** random.uniform(11, 18) / mp,
                 "rows": 1 if kind.padding_free else rows,
                 "width": width,
+                "squares": (1 if kind.padding_free else rows) * width**2,
                 "labels": random.uniform(0.2, 1) * rows * width,
                 "rank": int(random.choice([4, 8, 16, 64])),
             },

@@ -310,7 +310,7 @@ def moments(
 @contextlib.contextmanager
 def joined(flags: Flags) -> Iterator[parallel.Group]:
     """The place of rank 0 in the setup. Its process group sends nothing, and each operation returns at once."""
-    mesh = None
+    mesh, before = None, os.environ.copy()
     if flags.world_size > 1:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(flags.world_size))
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=flags.world_size)
@@ -329,6 +329,8 @@ def joined(flags: Flags) -> Iterator[parallel.Group]:
     yield parallel.Group(torch.device("cpu"), 0, flags.world_size, flags.zero, flags.mp, mesh, scale)
     if flags.world_size > 1:
         torch.distributed.destroy_process_group()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
 
 
 def build(

@@ -34,11 +34,15 @@ Amounts = dict[str, float]  # bytes by kind of tensor
 
 
 class Shape(NamedTuple):
-    """A micro-batch: rows, their width, and positions with a label."""
+    """A micro-batch: rows, their width, positions with a label, and the sum of the squares of the samples' lengths.
+
+    With padding the last one is of the rows' widths.
+    """
 
     rows: int
     width: int
     labels: int
+    squares: int
 
 
 class Run(NamedTuple):
@@ -80,7 +84,8 @@ def tensors_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint
     """As `predict`, the tensors alone."""
     batch = largest_batch(flags, plan)
     rows, width = batch.input_ids.shape
-    return memory_of(framework, method, flags, checkpoint, Shape(rows, width, len(batch.labelled)))
+    squares = rows * width**2 if batch.lengths is None else sum(length**2 for length in batch.lengths)
+    return memory_of(framework, method, flags, checkpoint, Shape(rows, width, len(batch.labelled), squares))
 
 
 def memory_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape) -> Memory | None:

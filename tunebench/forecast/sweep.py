@@ -170,8 +170,10 @@ def batches_of(rows: Rows, replicas: int, passes: int, micro_bsz: int, padding_f
     cut = Rows(*(each[order].reshape(steps, replicas, passes, micro_bsz) for each in rows))
     labels = int(cut.labels.sum(axis=3).max())
     if padding_free:
-        return Tokens.of_rows(cut, True), Shape(1, int(cut.lengths.sum(axis=3).max()), labels)
-    return Tokens.of_rows(cut, False), Shape(micro_bsz, int(cut.lengths.max()), labels)
+        tokens, squares = (int(each.sum(axis=3).max()) for each in (cut.lengths, cut.squares))
+        return Tokens.of_rows(cut, True), Shape(1, tokens, labels, squares)
+    width = int(cut.lengths.max())
+    return Tokens.of_rows(cut, False), Shape(micro_bsz, width, labels, micro_bsz * width**2)
 
 
 def spelled(flags: Flags) -> str:

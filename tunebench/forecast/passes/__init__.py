@@ -33,10 +33,14 @@ class Passes(NamedTuple):
     def at(self, sizes: Mapping[str, float], layers: int, logit_bytes: int) -> np.ndarray:
         """The bytes of each term at each moment, (moments, terms). Logits have `logit_bytes` each.
 
-        The losses take many logits in stretches, each a copy. Then only the logits and their gradient are whole.
+        Beside SYMBOLS `sizes` has `squares`, the sum of the squares of the rows' widths. Without padding it is that of the
+        samples' lengths: eager attention goes sample by sample. The losses take many logits in stretches, each a copy. Then only the logits and their gradient are whole.
         """
         values = np.array([sizes[name] for name in SYMBOLS])
         products = (values**self.exponents).prod(axis=1)
+        products[self.exponents[:, list(SYMBOLS).index("width")] > 1] *= sizes["squares"] / (
+            sizes["rows"] * sizes["width"] ** 2
+        )
         products[self.where("labels", "vocabulary")] *= min(1.0, POSITIONS / sizes["labels"])
         numbers = self.few + (layers - FEWEST) * self.more
         amounts = numbers * products
