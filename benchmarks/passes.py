@@ -31,7 +31,7 @@ from rich.progress import track
 from tunebench.files import write_atomically
 from tunebench.forecast.formula import NAMED, at_moments, kinds_of_runs
 from tunebench.forecast.layers import Moment, pairs
-from tunebench.forecast.passes import AT_END, AT_FORWARD_END, FEWEST, FOLDER, WEIGHTS, Passes, to_line
+from tunebench.forecast.passes import AT_END, AT_FORWARD_END, FEWEST, FOLDER, WEIGHTS, Logit, Passes, to_line
 from tunebench.forecast.symbols import Amounts, Kind, symbolic
 from tunebench.run.unsupported import not_offered
 
@@ -139,8 +139,8 @@ def reduced(kind: Kind, passes: Passes) -> Passes:
     return Passes([passes.phases[i] for i in rows], kinds, passes.exponents[used], few[:, used], more[:, used])
 
 
-def samples(kind: Kind) -> Iterator[tuple[dict[str, float], int, int]]:
-    """Sizes of models and batches, numbers of layers, and bytes of a logit. They are the same at each call."""
+def samples(kind: Kind) -> Iterator[tuple[dict[str, float], int, Logit]]:
+    """Sizes of models and batches, numbers of layers, and logits. They are the same at each call."""
     random = np.random.default_rng(0)
     for _ in range(SAMPLES):
         mp = int(random.choice([2, 4, 8])) if kind.mp else 1
@@ -166,7 +166,7 @@ def samples(kind: Kind) -> Iterator[tuple[dict[str, float], int, int]]:
                 "rank": int(random.choice([4, 8, 16, 64])),
             },
             int(random.choice([2, 4, 8, 16, 32, 60, 80])),
-            4 if kind.types == "fp32" else 2,
+            Logit.of(FRAMEWORK, kind.types),
         )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from tunebench.flags import Flags
 from tunebench.forecast.memory import PARTS, Memory, largest_batch, with_unseen
-from tunebench.forecast.passes import AT_END, AT_FORWARD_END, WEIGHTS, Passes, passes_of
+from tunebench.forecast.passes import AT_END, AT_FORWARD_END, WEIGHTS, Logit, Passes, passes_of
 from tunebench.forecast.shares import Shares, Split, Weight
 from tunebench.forecast.symbols import Kind
 from tunebench.models.checkpoint import Checkpoint
@@ -90,10 +90,11 @@ def tensors_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint
 
 def memory_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape) -> Memory | None:
     """The memory of one GPU in a step with such a micro-batch; None where the table lacks such runs."""
-    passes = passes_of(framework, kind_of(framework, method, flags, checkpoint))
+    kind = kind_of(framework, method, flags, checkpoint)
+    passes = passes_of(framework, kind)
     if passes is None:
         return None
-    run = run_of(method, flags, checkpoint, shape, passes)
+    run = run_of(method, flags, checkpoint, shape, passes, Logit.of(framework, kind.types))
     held, moments = OF_FRAMEWORK[framework](run)
     phase, most = max(moments, key=lambda each: sum(each[1].values()))
     parts = {kind: round(held.get(kind, 0) + most.get(kind, 0)) for kind in PARTS}
@@ -142,7 +143,7 @@ def is_tied(checkpoint: Checkpoint) -> bool:
     return bool(checkpoint.config.get("tie_word_embeddings"))
 
 
-def run_of(method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape, passes: Passes) -> Run:
+def run_of(method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape, passes: Passes, logit: Logit) -> Run:
     """The run, with the bytes of its passes."""
     built, config, mp = checkpoint.expected, checkpoint.config, flags.mp
     sizes = {
@@ -157,7 +158,7 @@ def run_of(method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape, pass
         **shape._asdict(),
         "rank": flags.lora_r,
     }
-    by_kind = passes.by_kind(sizes, built.layers, 4 if flags.dtype == "fp32" else 2)
+    by_kind = passes.by_kind(sizes, built.layers, logit)
     weights = passes.phases.index(WEIGHTS)
     low = flags.amp == "O2"
     total = float(by_kind["weights"][weights])

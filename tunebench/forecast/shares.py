@@ -1,5 +1,7 @@
 """What Paddle's ZeRO and data parallelism make of weights, gradients and optimizer states, by formula."""
 
+import functools
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,6 +50,7 @@ class Shares:
         self.masters = masters
         self.segment = WHOLE_IN_ZERO_3 * hidden * self.trained[0].width
         # Of all weights, or of the slices of ZeRO 3.
+        self.weights = sum(self.cut(each.bytes) for each in self.parameters)
         self.gradients = sum(self.cut(each.bytes) for each in self.trained)
 
     def cut(self, size: int) -> int:
@@ -65,6 +68,7 @@ class Shares:
         """Whether DataParallel's reducer sends the gradients, which it keeps, as its buffers (EagerGroup)."""
         return self.split.zero == 0 and self.split.mp == 1 and self.split.replicas > 1
 
+    @functools.cached_property
     def of_ranks(self) -> list[list[Weight]]:
         """The trained weights that each process updates.
 
@@ -74,17 +78,22 @@ class Shares:
         if self.split.zero not in (1, 2):
             return [self.trained]
         ranks: list[list[Weight]] = [[] for _ in range(self.split.replicas)]
-        sizes = [0] * len(ranks)
+        least = [(0, rank) for rank in range(len(ranks))]  # a heap of sizes
         largest_first = sorted(self.trained, key=lambda each: each.size, reverse=True)
         for weight in largest_first if self.split.zero == 1 else self.trained:
-            rank = sizes.index(min(sizes))
+            size, rank = least[0]
             ranks[rank].append(weight)
-            sizes[rank] += weight.size
+            heapq.heapreplace(least, (size + weight.size, rank))
         return ranks
+
+    @functools.cached_property
+    def room(self) -> int:
+        """Entries of GradStorage, one for each process: those of the largest share, but at most 2**23."""
+        return min(max(sum(each.size for each in rank) for rank in self.of_ranks), 2**23)
 
     def held(self) -> dict[str, int]:
         """Bytes by kind between two steps."""
-        return max((self.held_by(own) for own in self.of_ranks()), key=lambda held: sum(held.values()))
+        return max((self.held_by(own) for own in self.of_ranks), key=lambda held: sum(held.values()))
 
     def held_by(self, own: list[Weight]) -> dict[str, int]:
         """The same of a process that updates these weights. AdamW's moments and masters are in float32."""
@@ -94,20 +103,19 @@ class Shares:
         if self.sends_in_buffers:
             gradients = buffers = self.gradients
         elif self.split.zero == 2:
-            # GradStorage, one for each process: of the largest share, but at most 2**23 entries. What has no room in
-            # it, smallest first, has a gradient of its own. The last one that was sent stays (`_comm_task`).
-            room = min(max(sum(each.size for each in rank) for rank in self.of_ranks()), 2**23)
-            storage, used = room * own[0].width if own else 0, 0
+            # What has no room in the storage, smallest first, has a gradient of its own. The last one that was sent
+            # stays (`_comm_task`).
+            storage, used = self.room * own[0].width if own else 0, 0
             gradients = storage
             for weight in sorted(own, key=lambda each: each.size):
-                if used + weight.size <= room:
+                if used + weight.size <= self.room:
                     used += weight.size
                 else:
                     gradients += weight.bytes
             if not any(each is self.trained[0] for each in own):
-                buffers = storage if self.trained[0].size <= room else self.trained[0].bytes
+                buffers = storage if self.trained[0].size <= self.room else self.trained[0].bytes
         return {
-            "weights": sum(self.cut(each.bytes) for each in self.parameters),
+            "weights": self.weights,
             "gradients": gradients,
             "master_weights": 4 * low if self.masters else 0,
             "moments": 2 * 4 * sum(entries.values()),
@@ -118,8 +126,7 @@ class Shares:
         """Bytes of the buffers in which ZeRO 2 sends, one for each other process (`_build_grad_storages`)."""
         if self.split.zero != 2:
             return 0
-        room = min(max(sum(each.size for each in rank) for rank in self.of_ranks()), 2**23)
-        return (self.split.replicas - 1) * room * self.trained[0].width
+        return (self.split.replicas - 1) * self.room * self.trained[0].width
 
     def in_update(self) -> dict[str, int]:
         """Bytes by kind while the weights are updated, beyond those held.

@@ -17,6 +17,19 @@ FEWEST = 2  # layers of the first numbers
 AT_FORWARD_END, AT_END, WEIGHTS = "kept", "end", "weights"
 
 
+class Logit(NamedTuple):
+    """The bytes of a logit, and those of its copies in a stretch beside what it takes without stretches."""
+
+    size: int
+    copied: int
+
+    @classmethod
+    def of(cls, framework: str, types: str) -> "Logit":
+        """That of a framework for `types` of a Kind."""
+        size = 4 if types == "fp32" else 2
+        return cls(size, size if framework == "torch" else size + 4)
+
+
 class Passes(NamedTuple):
     """The passes of a kind of run.
 
@@ -30,11 +43,12 @@ class Passes(NamedTuple):
     few: np.ndarray
     more: np.ndarray
 
-    def at(self, sizes: Mapping[str, float], layers: int, logit_bytes: int) -> np.ndarray:
-        """The bytes of each term at each moment, (moments, terms). Logits have `logit_bytes` each.
+    def at(self, sizes: Mapping[str, float], layers: int, logit: Logit) -> np.ndarray:
+        """The bytes of each term at each moment, (moments, terms).
 
-        Beside SYMBOLS `sizes` has `squares`, the sum of the squares of the rows' widths. Without padding it is that of the
-        samples' lengths: eager attention goes sample by sample. The losses take many logits in stretches, each a copy. Then only the logits and their gradient are whole.
+        Beside SYMBOLS `sizes` has `squares`, the sum of the squares of the rows' widths. Without padding it is that of
+        the samples' lengths: eager attention goes sample by sample. The losses take many logits in stretches. Then only
+        the logits and their gradient are whole.
         """
         values = np.array([sizes[name] for name in SYMBOLS])
         products = (values**self.exponents).prod(axis=1)
@@ -46,7 +60,8 @@ class Passes(NamedTuple):
         amounts = numbers * products
         logits = self.where("rows", "width", "vocabulary") & (np.array(self.kinds) == "logits_and_loss")
         over = logits & (products > MOST_LOGITS)
-        whole = numbers[:, over] * MOST_LOGITS + logit_bytes * (2 * products[over] - MOST_LOGITS)
+        rest = 2 * logit.size * (products[over] - MOST_LOGITS)
+        whole = (numbers[:, over] + logit.copied) * MOST_LOGITS + rest
         amounts[:, over] = np.minimum(amounts[:, over], whole)
         return amounts
 
@@ -54,9 +69,9 @@ class Passes(NamedTuple):
         """Which terms grow with all these sizes."""
         return np.all(self.exponents[:, [list(SYMBOLS).index(name) for name in names]] > 0, axis=1)
 
-    def by_kind(self, sizes: Mapping[str, float], layers: int, logit_bytes: int) -> dict[str, np.ndarray]:
+    def by_kind(self, sizes: Mapping[str, float], layers: int, logit: Logit) -> dict[str, np.ndarray]:
         """The bytes at each moment by kind of tensor."""
-        amounts = self.at(sizes, layers, logit_bytes)
+        amounts = self.at(sizes, layers, logit)
         groups: dict[str, list[int]] = {}
         for i, kind in enumerate(self.kinds):
             groups.setdefault(kind, []).append(i)
