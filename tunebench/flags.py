@@ -39,6 +39,7 @@ TUNED: dict[str, Any] = {
 }
 NAMED_DATA = f"{', '.join(DATA_NAMES)}, {FIXED}N (samples of N tokens)"
 BSZ, WARMUP_STEPS, STEPS = 4, 8, 30  # defaults; other flags may change the first two
+SWEEP_ROWS = 1000  # of the plan whose lengths --sweep looks at
 COMPILED_STEPS = 2  # with --compile, the first steps compile and must not be timed
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -227,7 +228,7 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
     add(
         "--sweep",
         action="store_true",
-        help="as --plan, for all setups that the other flags leave open: the fastest ones by number of GPUs",
+        help="as --plan, for a grid of setups that the other flags leave open: the fastest ones by number of GPUs",
     )
     if method == "lora":
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")
@@ -348,6 +349,8 @@ def parse_flags(
     for name in ("gpu", "link", "price", "calibrate"):
         if options[name] is not None and not options["plan"]:
             raise BadInput(f"--{name} is for --plan; add it, or leave --{name} out")
+    if options["sweep"] and not given & {"steps", "epochs"}:
+        options["steps"] = max(STEPS, SWEEP_ROWS // bsz)
     flags = Flags(**resolve_plan_flags(options), given=given)
     if bsz // replicas % flags.micro_bsz:
         raise BadInput(

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import HERE, ROOT, job_of, run_program
+from conftest import HERE, ROOT, job_of, refusal, run_program
 
 from tunebench.forecast import sweep
 from tunebench.forecast.formula import NAMED, at_moments, kinds_of_runs, predict, tensors_of
@@ -157,8 +157,29 @@ def test_the_front_of_a_sweep(tmp_path):
         assert f"| {point.flags} " in done.stdout
     # Each is a command line, which --plan answers alike.
     for point in (found.front[0], found.front[-1]):
-        job = job_of("full", *flags[:4], "--dtype=bf16", *point.flags.split())
+        job = job_of("full", *flags[:4], *point.flags.split())
         assert predict(HERE, "full", job.flags, job.checkpoint, job.plan).peak == pytest.approx(point.peak, rel=0.01)
+
+
+def test_rows_of_a_sweep_are_planned_alike_on_data_of_many_lengths(tmp_path):
+    flags = ["--model=llama-7b", "--data=synthetic-en", "--sweep", "--nproc=1", "--nnodes=1", "--micro-bsz=1"]
+    run_program(f"{HERE}/finetune_lora.py", *flags, "--bsz=4", "--out", tmp_path / "sweep.json", check=True)
+    [point] = sweep.Sweep.model_validate_json((tmp_path / "sweep.json").read_text()).front
+    job = job_of("lora", *flags[:2], "--steps=250", *point.flags.split())
+    assert predict(HERE, "lora", job.flags, job.checkpoint, job.plan).peak == pytest.approx(point.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--order=grouped"], "batches are grouped for one --bsz; add --bsz"),
+        (["--nnodes=4", "--zero=1", "--bsz=8"], "no setup goes with --bsz 8"),
+        (["--sweep", "--mp=3", "--nproc=3"], "--mp 3 does not divide"),
+    ],
+)
+def test_sweeps_that_cannot_be_are_refused(flags, says):
+    given = ["--model=llama-7b", "--data=fixed:64", "--samples=8", "--sweep", *flags]
+    assert says in refusal(run_program(f"{HERE}/finetune_full.py", *given))
 
 
 def test_given_flags_stay(tmp_path):

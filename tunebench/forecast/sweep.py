@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from tunebench.errors import BadInput
 from tunebench.files import write_atomically
 from tunebench.flags import Flags, in_words
 from tunebench.forecast.calibrate import machine_of
@@ -22,14 +23,14 @@ from tunebench.forecast.speed import Rows, Tokens, fitted, setup_of_run, step_se
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.report.markdown import markdown
 from tunebench.run.run import Job
-from tunebench.run.unsupported import not_offered
+from tunebench.run.unsupported import heads_left, not_offered
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 GPUS_OF_A_NODE = (1, 2, 4, 8)  # of one node; several nodes have the largest number
 TENSOR_PARALLEL = (2, 4, 8)
 MICRO_BATCHES = (1, 2, 4, 8, 16, 32)
 PASSES = (1, 4)  # micro-batches of a step, where --bsz is not given
-MOST_STEPS = 8  # steps whose batches are looked at
+MOST_STEPS = 8  # steps whose tokens give the rate; the largest micro-batch is that of all rows
 COLUMNS = ("GPUs", "Setup", "Global Batch", "Effective Tokens/s", "90% Interval", "Peak GB")
 
 
@@ -47,7 +48,7 @@ class Point(NamedTuple):
 
 
 class Sweep(BaseModel):
-    """The setups that no other one beats with as many GPUs or fewer, by number of GPUs; and how many were looked at."""
+    """The setups with the highest forecast rates for as many GPUs or fewer, and how many were looked at."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -61,23 +62,28 @@ class Sweep(BaseModel):
     seconds: float
     verdicts: dict[str, int]
     front: list[Point]
+    refusals: list[str]  # why setups are unsupported
     calibration: Calibration | None = None
 
 
 def sweep(framework: str, method: str, job: Job) -> Sweep:
     """Looks at all setups that the flags of the job leave open."""
     started, flags = time.monotonic(), job.flags
+    if flags.order == "grouped" and "bsz" not in flags.given:
+        raise BadInput("--sweep with --order grouped, which --tuned has: batches are grouped for one --bsz; add --bsz")
     machine, constants = machine_of(framework, flags), fitted()[framework][0]
     rows = Rows.of(job.plan)
     batches: dict[tuple, tuple[Tokens, Shape]] = {}
-    offered: dict[tuple, bool] = {}
+    if machine.cpu:
+        raise BadInput("--sweep is for GPUs, and the records of --calibrate are of a CPU; use --plan")
+    refusals: dict[tuple, str | None] = {}
     verdicts: Counter[str] = Counter()
     fitting: list[tuple[int, float, int, int, Flags]] = []
     for setup in setups(flags):
         kind = (setup.zero, setup.mp, setup.attention, setup.padding_free, setup.head, setup.recompute)
-        if kind not in offered:
-            offered[kind] = not_offered(framework, method, setup, job.checkpoint) is None
-        if not offered[kind]:
+        if kind not in refusals:
+            refusals[kind] = heads_left(setup, job.checkpoint) or not_offered(framework, method, setup, job.checkpoint)
+        if refusals[kind]:
             verdicts["unsupported"] += 1
             continue
         split = (setup.replicas, setup.accumulation, setup.micro_bsz, setup.padding_free)
@@ -95,6 +101,8 @@ def sweep(framework: str, method: str, job: Job) -> Sweep:
             sizes, gpu = setup_of_run(framework, method, setup, job.checkpoint), machine.each(setup.nproc)
             seconds = step_seconds(constants, sizes, tokens, gpu, machine.link) * machine.time_factor
             fitting.append((setup.world_size, -tokens.effective / seconds, len(fitting), peak, setup))
+    if not verdicts:
+        raise BadInput(f"--sweep: no setup goes with --bsz {flags.bsz} and the other flags; leave some of them out")
     front: list[Point] = []
     for gpus, rate, _, peak, setup in sorted(fitting):
         if not front or -rate > front[-1].effective_tokens_per_second:
@@ -113,6 +121,7 @@ def sweep(framework: str, method: str, job: Job) -> Sweep:
         seconds=time.monotonic() - started,
         verdicts=dict(verdicts),
         front=front,
+        refusals=sorted({reason for reason in refusals.values() if reason}),
         calibration=machine.calibration,
     )
 
@@ -128,7 +137,7 @@ def setups(flags: Flags) -> Iterator[Flags]:
         [(zero, mp) for zero, mp in ways if not zero or mp == 1],
         choices("recompute", False, True),
         choices("attention", "eager", "sdpa"),
-        choices("padding_free", False, True),
+        (True,) if flags.packing else choices("padding_free", False, True),
         choices("head", "all", "labels"),
         choices("micro_bsz", *MICRO_BATCHES),
         [1] if "bsz" in flags.given else PASSES,
@@ -143,7 +152,14 @@ def setups(flags: Flags) -> Iterator[Flags]:
     ):
         replicas = nnodes * nproc // mp
         bsz = flags.bsz if "bsz" in flags.given else micro * passes * max(replicas, 1)
-        wrong = nproc % mp or (zero and replicas < 2) or (head == "labels" and mp > 1) or bsz % (micro * replicas or 1)
+        wrong = "compile" in flags.given and flags.compile and (mp > 1 or recompute)
+        wrong = (
+            wrong
+            or nproc % mp
+            or (zero and replicas < 2)
+            or (head == "labels" and mp > 1)
+            or bsz % (micro * replicas or 1)
+        )
         if wrong:
             continue
         yield flags.model_copy(
@@ -158,6 +174,7 @@ def setups(flags: Flags) -> Iterator[Flags]:
                 "head": head,
                 "micro_bsz": micro,
                 "bsz": bsz,
+                "compile": flags.compile and mp == 1 and not recompute,
             }
         )
 
@@ -165,15 +182,16 @@ def setups(flags: Flags) -> Iterator[Flags]:
 def batches_of(rows: Rows, replicas: int, passes: int, micro_bsz: int, padding_free: bool) -> tuple[Tokens, Shape]:
     """The tokens of such steps and their largest micro-batch. The rows begin anew where they are too few."""
     bsz = replicas * passes * micro_bsz
-    steps = min(MOST_STEPS, max(1, len(rows.lengths) // bsz))
+    steps = -(-len(rows.lengths) // bsz)
     order = np.arange(steps * bsz) % len(rows.lengths)
-    cut = Rows(*(each[order].reshape(steps, replicas, passes, micro_bsz) for each in rows))
-    labels = int(cut.labels.sum(axis=3).max())
+    every = Rows(*(each[order].reshape(steps, replicas, passes, micro_bsz) for each in rows))
+    tokens = Tokens.of_rows(Rows(*(each[:MOST_STEPS] for each in every)), padding_free)
+    labels = int(every.labels.sum(axis=3).max())
     if padding_free:
-        tokens, squares = (int(each.sum(axis=3).max()) for each in (cut.lengths, cut.squares))
-        return Tokens.of_rows(cut, True), Shape(1, tokens, labels, squares)
-    width = int(cut.lengths.max())
-    return Tokens.of_rows(cut, False), Shape(micro_bsz, width, labels, micro_bsz * width**2)
+        width, squares = (int(each.sum(axis=3).max()) for each in (every.lengths, every.squares))
+        return tokens, Shape(1, width, labels, squares)
+    width = int(every.lengths.max())
+    return tokens, Shape(micro_bsz, width, labels, micro_bsz * width**2)
 
 
 def spelled(flags: Flags) -> str:
@@ -182,9 +200,10 @@ def spelled(flags: Flags) -> str:
     options |= {"nnodes": flags.nnodes} if flags.nnodes > 1 else {}
     options |= {"zero": flags.zero} if flags.zero else {}
     options |= {"mp": flags.mp} if flags.mp > 1 else {}
-    options |= {"bsz": flags.bsz, "micro_bsz": flags.micro_bsz, "attention": flags.attention}
-    options |= {"head": flags.head} if flags.head != "all" else {}
+    options |= {"bsz": flags.bsz, "micro_bsz": flags.micro_bsz, "dtype": flags.dtype}
+    options |= {"attention": flags.attention, "head": flags.head}
     options |= {name: True for name in ("padding_free", "recompute") if getattr(flags, name)}
+    options |= {"no_padding_free": True} if flags.tuned and not flags.padding_free else {}
     return in_words(options)
 
 
@@ -203,7 +222,7 @@ def lines(found: Sweep) -> list[str]:
     said = [f"{title}: {found.tried:,} setups in {found.seconds:.1f} s: {counts}"]
     said += [found.calibration.in_words] if found.calibration else []
     if not found.front:
-        return [*said, "no setup fits"]
+        return [*said, "no setup fits", *(f"unsupported: {reason}" for reason in found.refusals)]
     priced = found.front[0].cost_per_million_tokens is not None
     rates = [each.cost_per_million_tokens if priced else each.gpu_hours_per_million_tokens for each in found.front]
     table = []
@@ -215,7 +234,7 @@ def lines(found: Sweep) -> list[str]:
     cost = "$ per Million Tokens" if priced else "GPU-Hours per Million Tokens"
     return [
         *said,
-        "Each setup below beats all others with as many GPUs or fewer:",
+        "Each setup below has the highest forecast rate for as many GPUs or fewer. The intervals say how sure that is.",
         "",
         markdown((*COLUMNS, cost), table),
     ]

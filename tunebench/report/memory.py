@@ -57,7 +57,8 @@ MEMORY_COLUMNS = [
     Column("Error", lambda row: (row.refusal or NOT_AVAILABLE) if row.error is None else f"{row.error:+.1%}"),
 ]
 CAPTION = (
-    "Predicted: bytes of tensors on the GPU that holds most, by formula. Measured: the largest of all processes and "
+    "Predicted: bytes on the GPU that holds most, by formula: tensors, and 8% of what a step adds to those that last. "
+    "Layers compiled by --compile are not forecast. Measured: the largest of all processes and "
     "rounds, from the first step on; older records may count from the process's start. "
     f"{ALLOCATED} counts tensors on a GPU, by the framework's allocator. Error = predicted ÷ measured - 1. "
     f"{RESIDENT.capitalize()} is all that a process on a CPU holds, libraries included. The prediction leaves these "
@@ -105,7 +106,9 @@ def _row(group: tuple[Any, ...], cell: Cell, told_apart: bool) -> Row:
     measured = max(largest.peak_memory_bytes, default=None) if ended_ok else None
     counter = largest.peak_memory_counter if measured else None
     refusal = error = note = None
-    if measured and predicted is None:
+    if measured and largest.setup.compile:
+        refusal = "none: compiled"
+    elif measured and predicted is None:
         refusal = "none: no prediction"
     elif measured and counter != ALLOCATED:
         refusal = "none: other counters"

@@ -28,7 +28,7 @@ from tunebench.run.outcome import folder_of_run
 from tunebench.run.place import export_place, read_world
 from tunebench.run.run import Job, Run
 from tunebench.run.supervisor import run_workers
-from tunebench.run.unsupported import not_offered
+from tunebench.run.unsupported import heads_left, not_offered
 from tunebench.world import ALONE, share_threads
 
 MP_NEEDS = "5.18.0"  # the oldest transformers that was seen to split a model; 5.16.0 does not
@@ -136,13 +136,9 @@ def check_build(framework: str) -> None:
 
 
 def check_tensor_parallel(flags: Flags, checkpoint: Checkpoint) -> None:
-    """Raises `BadInput` where --mp does not divide the model's heads. Both frameworks need whole heads."""
-    needed = {name: width for name, width in checkpoint.widths.items() if "heads" in name}
-    for name, width in needed.items():
-        if width % flags.mp:
-            smaller = range(1, min(flags.mp, width + 1))
-            works = [str(mp) for mp in smaller if not any(width % mp for width in needed.values())]
-            raise BadInput(f"--mp {flags.mp} does not divide the model's {width} ({name}); use {' or '.join(works)}")
+    """Raises `BadInput` where --mp does not divide the model's heads."""
+    if reason := heads_left(flags, checkpoint):
+        raise BadInput(reason)
 
 
 def check_packages(framework: str, flags: Flags, packages: Mapping[str, str], python: str | Path) -> None:

@@ -34,6 +34,17 @@ def named(distribution: str) -> str:
     return NAMES[distribution]
 
 
+def heads_left(flags: Flags, checkpoint: Checkpoint) -> str | None:
+    """Why --mp cannot slice the model: it does not divide its heads. None where it can. Both need whole heads."""
+    needed = {name: width for name, width in checkpoint.widths.items() if "heads" in name}
+    for name, width in needed.items():
+        if width % flags.mp:
+            smaller = range(1, min(flags.mp, width + 1))
+            works = [str(mp) for mp in smaller if not any(width % mp for width in needed.values())]
+            return f"--mp {flags.mp} does not divide the model's {width} ({name}); use {' or '.join(works)}"
+    return None
+
+
 def not_offered(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
     """Why the framework does not support the run; None where it does."""
     families = FRAMEWORKS[framework].families

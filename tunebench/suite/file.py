@@ -30,7 +30,7 @@ def _check_flags(flags: dict[str, Any]) -> dict[str, Any]:
     for name, value in flags.items():
         if not re.fullmatch("[a-z0-9-]+", name):
             raise ValueError(f"{name!r} is no flag's name without its dashes")
-        if name in ("out", "aa", "help", "plan", "gpu", "link", "price", "calibrate"):
+        if name in ("out", "aa", "help", "plan", "sweep", "gpu", "link", "price", "calibrate"):
             raise ValueError(f"{name} is no flag for a suite")
         if not isinstance(value, bool | int | float | str):
             raise ValueError(f"{name}: a flag is a text, a number, true or false")

@@ -31,7 +31,7 @@ from rich.text import Text
 from tunebench import conditions, processes
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
-from tunebench.flags import Parser, add_forecast_flags, positive
+from tunebench.flags import Parser, add_forecast_flags, path_of, positive
 from tunebench.peers import check_environment
 from tunebench.progress import Step, read_step
 from tunebench.record import LOG_LINES, Record, read_record
@@ -99,7 +99,8 @@ def main() -> int:
         settings = {name: vars(options)[name] for name in ("plan", "gpu", "link", "price", "calibrate")}
         settings = {name: value for name, value in settings.items() if value is not None}
         if options.calibrate is not None:
-            settings["calibrate"] = str(options.calibrate.expanduser().absolute())  # the runs' folders are others
+            # The runs' folders are others.
+            settings["calibrate"] = str(path_of("calibrate", str(options.calibrate)).absolute())
         asked = dict.fromkeys((entry.name for entry in suite.entries), settings)
         rounds = options.repeats or suite.repeats
         return forecast_suite(plan_runs(path, suite, folder, 1, options.only, changes=asked), rounds, options.out)

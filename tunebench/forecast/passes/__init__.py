@@ -62,7 +62,7 @@ class Passes(NamedTuple):
         over = logits & (products > MOST_LOGITS)
         rest = 2 * logit.size * (products[over] - MOST_LOGITS)
         whole = (numbers[:, over] + logit.copied) * MOST_LOGITS + rest
-        amounts[:, over] = np.minimum(amounts[:, over], whole)
+        amounts[:, over] = np.where(numbers[:, over] > 2 * logit.size, whole, amounts[:, over])
         return amounts
 
     def where(self, *names: str) -> np.ndarray:
