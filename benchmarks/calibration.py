@@ -19,7 +19,7 @@ from collections.abc import Sequence
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["enter_environment"]("torch", "paddle")
 
-from tunebench.errors import one_line_refusals
+from tunebench.errors import BadInput, one_line_refusals
 from tunebench.forecast.calibrate import Known, calibrated, known_runs, without_out
 from tunebench.forecast.machine import Machine
 from tunebench.forecast.speed_points import covering
@@ -59,6 +59,8 @@ def report(framework: str, known: Sequence[Known]) -> str:
             [name_of(one), f"{machine.time_factor:.3f}", *shown([math.expm1(x) for x in of_time]), *shown(of_size)]
         )
         times, sizes = times + of_time, sizes + of_size
+    if not times:
+        raise BadInput("all runs have the same setup; name the folder of a suite with several")
     rates, memory = (shown(each) for each in ([math.expm1(x) for x in times], sizes))
     said = [
         f"time: median error {rates[0]}, largest {rates[1]}; 90% within a factor of {math.exp(covering(times)):.3f}",
@@ -99,7 +101,9 @@ def with_tracked_bytes(run: Known) -> Known:
         framework, script = run.record.framework, run.record.argv[0]
         command = [ROOT / ".venv" / framework / "bin" / "python", "-P", ROOT / "benchmarks" / "tracked.py"]
         arguments = [f"{framework}/{script}", *without_out(run.record.argv[1:]), f"--out={out}"]
-        subprocess.run([*map(str, command), *arguments], check=True, capture_output=True)
+        done = subprocess.run([*map(str, command), *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise BadInput(f"{run.file}: run again it ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         peak = max(read_record(out).peak_memory_bytes)
     print(f"{name_of(run)}: {peak / 1e9:.3f} GB of tensors", flush=True)
     return run._replace(peak=peak, counter=ALLOCATED)

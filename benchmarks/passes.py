@@ -17,6 +17,7 @@ import os
 import pathlib
 import runpy
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.queues import SimpleQueue
@@ -38,7 +39,7 @@ from tunebench.run.unsupported import not_offered
 Tracer = Callable[[Kind, int], tuple[list[Moment[Amounts]], Amounts]]
 SAMPLES = 150  # models and batches
 TOLERANCE = 0.003  # of a peak, for moments that are left out
-SMALL = 0.0003  # of a peak, for terms that are left out
+SMALL_SHARE = 0.0003  # of a peak, for terms that are left out
 
 
 def main() -> None:
@@ -47,9 +48,18 @@ def main() -> None:
     kinds = [kind for kind in kinds_of_runs(FRAMEWORK) if is_offered(kind)]
     context = multiprocessing.get_context("fork")  # the frameworks are imported once
     made, workers = context.SimpleQueue(), os.cpu_count() or 1
-    for i in range(workers):
-        context.Process(target=work, args=(kinds[i::workers], traces, made), daemon=True).start()
-    found = [made.get() for _ in track(kinds, description=f"{len(kinds)} kinds of runs")]
+    processes = [
+        context.Process(target=work, args=(kinds[i::workers], traces, made), daemon=True) for i in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    found = []
+    for _ in track(kinds, description=f"{len(kinds)} kinds of runs"):
+        while made.empty():
+            if any(process.exitcode for process in processes):
+                sys.exit("a worker was ended, perhaps for want of memory; no table was written")
+            time.sleep(0.05)
+        found.append(made.get())
     if failed := [text for _, text in found if text.startswith("Traceback")]:
         sys.exit(failed[0])
     lines = dict(found)
@@ -132,7 +142,7 @@ def reduced(kind: Kind, passes: Passes) -> Passes:
     parts = [np.abs(each[rows]) for each in amounts]
     largest = np.max([each / each.sum(axis=1).max() for each in parts], axis=0)
     weights = np.array([passes.phases[i] == WEIGHTS for i in rows])[:, None]
-    counts = (largest >= SMALL) | weights
+    counts = (largest >= SMALL_SHARE) | weights
     few, more = (np.where(counts, each[rows], 0.0) for each in (passes.few, passes.more))
     used = ((few != 0) | (more != 0)).any(axis=0)
     kinds = list(itertools.compress(passes.kinds, used))

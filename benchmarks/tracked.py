@@ -69,6 +69,8 @@ def track_paddle(script: Any) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     script = load(ROOT / sys.argv[1])
     (track_torch if script.FRAMEWORK == "torch" else track_paddle)(script)
     with script.recorded(script.FRAMEWORK, script.METHOD, script.JOB) as run:

@@ -11,8 +11,6 @@ LOSS_SCALE_GROWS_AFTER = 2000
 # ZeRO 3 does not shard parameters of at most this times the hidden size elements. The factor is that of transformers'
 # Trainer.
 WHOLE_IN_ZERO_3 = 10
-# --head labels holds the logits of so many positions at once. The loss of all logits holds a float32 copy, its softmax
-# and its gradient of so many logits at once: 2 GiB each.
-POSITIONS = 1024
-MOST_LOGITS = 2**29
+POSITIONS = 1024  # --head labels holds the logits of so many positions at once
+MOST_LOGITS = 2**29  # --head all holds the float32 copy (2 GiB), its softmax and its gradient of so many logits at once
 SMALLEST_BUCKET = 2**20  # gradients that DeepSpeed sends at once; Paddle's default is 2**23

@@ -318,7 +318,7 @@ class Record(Strict):
     setup_seconds: Seconds | None
     # Of each process, from the first step on. Of peers and of older records, from the process's start.
     peak_memory_bytes: list[Amount]
-    # Of tensors on the GPU that holds most, by formula. None in older records and where no formula knows such runs.
+    # Of the GPU that holds most, by formula as for --plan. None in older records and where no formula knows such runs.
     predicted_peak_memory_bytes: Amount | None = None
     conditions: Conditions | None = None  # None in older records and in runs that did not end ok
     matmul_flops: list[Amount] = []  # operations per second of the framework's matrix product, for each process

@@ -206,9 +206,8 @@ def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
         "moments": 8 * run.trained,
     }
     if not zero:
-        if (
-            replicas > 1
-        ):  # DDP's buckets hold a copy of all gradients, those of transformers' replicas one of all weights
+        # DDP's buckets hold a copy of all gradients. With --mp those of transformers' replicas hold one of all weights.
+        if replicas > 1:
             held["communication_buffers"] = run.trained_bytes if flags.mp == 1 else run.weight_bytes
         update = carried | {"gradients": 4 * run.trained}  # precision.py casts one after the other
         if run.low and run.method == "full" and not is_tied(run.checkpoint):
@@ -251,7 +250,7 @@ def kept_inputs(run: Run) -> float:
     checkpoint = run.checkpoint
     kept: dict[tuple[str, bool, int], bool] = {}  # by input, whether an adapter keeps it
     for name, shape in checkpoint.tensors.items():
-        *_, part, module, _ = ("", "", *name.split("."))
+        *_, part, module, _ = ("", "", *name.split("."))  # a short name, as lm_head.weight, has no part
         if len(shape) == 2 and part in ("self_attn", "self_attention", "mlp"):
             place = part, module in ("o_proj", "dense"), shape[1]
             kept[place] = kept.get(place, False) or module in checkpoint.family.lora_targets

@@ -53,7 +53,7 @@ def with_unseen(memory: Memory, share: float = UNSEEN) -> Memory:
 
 
 def with_more(memory: Memory, more: int) -> Memory:
-    """The memory with so many bytes more, as workspace. Fewer are taken from the last kinds that have any."""
+    """The memory with so many bytes more, as workspace. A negative number is taken from the last of PARTS first."""
     parts = dict(memory.parts)
     for kind in reversed(PARTS):
         change = max(more, -parts[kind])

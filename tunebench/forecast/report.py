@@ -28,8 +28,8 @@ class Answer(BaseModel):
     """What a run would take. Bytes are of one GPU, on a CPU of one process. `cost` is in dollars, None without --price.
 
     `effective_tokens_per_second` is of the whole job. `interval` covers 90% of the rows that the constants were not
-    fitted to. `seconds` are those of all steps, without start-up. Where `verdict` is `unsupported`, `reason` says why,
-    and all figures are None.
+    fitted to; with `calibration`, of the runs of a machine that did not calibrate. `seconds` are those of all steps,
+    without start-up. Where `verdict` is `unsupported`, `reason` says why, and all figures are None.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

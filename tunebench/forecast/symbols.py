@@ -38,7 +38,7 @@ SYMBOLS = {
     "rank": 41,
 }
 PRIMES = {name: size >> (size & -size).bit_length() - 1 for name, size in SYMBOLS.items()}
-SMALL = 4096  # bytes of a tensor that is left out: it has no size among its factors
+SMALL_BYTES = 4096  # bytes of a tensor that is left out: it has no size among its factors
 
 Monomial = tuple[int, ...]  # the exponents of SYMBOLS
 Amounts = dict[tuple[str, Monomial], float]  # numbers before monomials, by kind of tensor
@@ -79,7 +79,7 @@ def term(size: int) -> tuple[Monomial, float] | None:
     while rest % 3 == 0 and rest:
         rest //= 3
     if rest != 1:
-        if size <= SMALL:
+        if size <= SMALL_BYTES:
             return None
         raise ValueError(f"{size} bytes are no product of the known sizes: {rest} is left")
     monomial = tuple(exponents)

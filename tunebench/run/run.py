@@ -76,7 +76,7 @@ class Run:
         )
         self.watchdog = threading.Timer(self.flags.timeout, _end_at_timeout, [self])
         self.watchdog.daemon = True
-        # Known before anything runs, so that a run which memory ends has it too.
+        # Known before anything runs, so that a run that ends out of memory has it too.
         self.predicted_peak_memory_bytes = self._predict_peak()
         self.setup_seconds: float | None = None
         self.meter = Meter(self.flags, self.plan, self.world, self.say)

@@ -84,7 +84,9 @@ def describe_job(framework: str, method: str, flags: Flags) -> Job:
     check_packages(framework, flags, FRAMEWORKS[framework].versions(), sys.executable)
     for remark in remarks:
         print(remark, flush=True)
-    machine_of(framework, flags)  # refuses records that do not go together
+    machine = machine_of(framework, flags)  # refuses records that do not go together
+    if machine.cpu and flags.price is not None:
+        raise BadInput("--price is for a GPU and hour, and the records of --calibrate are of a CPU; leave --price out")
     job = Job(flags, checkpoint, plan, ALONE)
     if flags.sweep:
         sweep.say(sweep.sweep(framework, method, job), flags.out)
