@@ -1,10 +1,12 @@
 """Any flag, data file or record is accepted or refused in one line, never with a traceback."""
 
 import contextlib
+import gc
 import io
 import itertools
 import json
 import os
+import warnings
 from pathlib import Path
 
 import pyarrow
@@ -31,6 +33,14 @@ FUZZ = settings(
     suppress_health_check=list(HealthCheck),
 )
 RECORDS = ROOT / "tests" / "data" / "quick.jsonl"
+
+
+@pytest.fixture(autouse=True)
+def without_garbage_of_others():
+    """Frees what other files' tests left, such as open pipes: a warning about it would be an error here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)
