@@ -9,7 +9,7 @@ from tunebench.forecast.formula import tensors_of
 from tunebench.forecast.machine import Machine
 from tunebench.forecast.memory import Memory
 from tunebench.run.run import Job
-from tunebench.run.unsupported import heads_left, not_offered
+from tunebench.run.unsupported import not_offered
 
 MOST_TRIES = 4  # forecasts of memory, which take seconds each
 
@@ -83,7 +83,5 @@ def cheapest(
 
 def may_fit(framework: str, method: str, job: Job, machine: Machine) -> bool:
     """Whether a job fits by formula, with its error to spare, or no formula knows it."""
-    if heads_left(job.flags, job.checkpoint):
-        return False
     found = tensors_of(framework, method, job.flags, job.checkpoint, job.plan)
     return found is None or machine.judge(int(0.97 * machine.memory(found).peak), job.flags).verdict == "fits"

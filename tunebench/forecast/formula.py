@@ -46,7 +46,7 @@ class Shape(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What a formula needs of a run. `elements` of trained weights and `bytes` are those of a process before ZeRO."""
+    """What a formula needs of a run. The bytes and numbers of weights are those of a process before ZeRO."""
 
     flags: Flags
     checkpoint: Checkpoint
@@ -72,6 +72,12 @@ class Run(NamedTuple):
         """What is held beyond what lasts at a named moment."""
         i = self.phases.index(phase)
         return {kind: float(amounts[i]) for kind, amounts in self.by_kind.items()}
+
+    @property
+    def carried(self) -> Amounts:
+        """What the last pass leaves to the update, gradients left out."""
+        end = self.at(AT_END)
+        return {kind: end.get(kind, 0.0) for kind in ("logits_and_loss", "activations")}
 
 
 def predict(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, plan: Plan) -> Memory | None:
@@ -198,8 +204,7 @@ def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
     flags, config, zero = run.flags, run.checkpoint.config, run.flags.zero
     hidden, replicas = config["hidden_size"], flags.replicas
     passing = without(run.by_kind, WEIGHTS, "trained")
-    rows, end = of_passes(run), run.at(AT_END)
-    carried = {kind: end.get(kind, 0.0) for kind in ("logits_and_loss", "activations")}
+    rows, carried = of_passes(run), run.carried
     held: Amounts = {
         "weights": run.weight_bytes,
         "master_weights": 4 * run.trained * run.low,
@@ -302,9 +307,7 @@ def paddle_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
     more = {"communication_buffers": lasting.in_passes}
     if lasting.adds_up and not held["gradients"]:
         more["gradients"] = lasting.gradients
-    end = run.at(AT_END)
-    update = {**{kind: end.get(kind, 0.0) for kind in ("logits_and_loss", "activations")}, **lasting.in_update}
-    return held, [(phase, added(most, more)), ("optimizer", update)]
+    return held, [(phase, added(most, more)), ("optimizer", {**run.carried, **lasting.in_update})]
 
 
 class Lasting(NamedTuple):

@@ -23,7 +23,7 @@ from tunebench.forecast.speed import Rows, Tokens, fitted, setup_of_run, step_se
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.report.markdown import markdown
 from tunebench.run.run import Job
-from tunebench.run.unsupported import heads_left, not_offered
+from tunebench.run.unsupported import not_offered
 
 NODES = (1, 2, 4, 8, 16, 32, 64, 128)
 GPUS_OF_A_NODE = (1, 2, 4, 8)  # of one node; several nodes have the largest number
@@ -82,7 +82,7 @@ def sweep(framework: str, method: str, job: Job) -> Sweep:
     for setup in setups(flags):
         kind = (setup.zero, setup.mp, setup.attention, setup.padding_free, setup.head, setup.recompute)
         if kind not in refusals:
-            refusals[kind] = heads_left(setup, job.checkpoint) or not_offered(framework, method, setup, job.checkpoint)
+            refusals[kind] = not_offered(framework, method, setup, job.checkpoint)
         if refusals[kind]:
             verdicts["unsupported"] += 1
             continue

@@ -47,6 +47,8 @@ def heads_left(flags: Flags, checkpoint: Checkpoint) -> str | None:
 
 def not_offered(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
     """Why the framework does not support the run; None where it does."""
+    if reason := heads_left(flags, checkpoint):
+        return reason
     families = FRAMEWORKS[framework].families
     if families is not None and checkpoint.config["model_type"] not in families:
         return f"{FRAMEWORKS[framework].title} has no {checkpoint.family.title} here, but {', '.join(families)}"
