@@ -151,6 +151,22 @@ def test_other_runs_of_a_folder_are_left_out(records, written):
     assert [run.file.name for run in known_runs(HERE, path)] == ["r.json"]
 
 
+def test_what_cannot_calibrate_is_left_out_of_a_folder(alone, written, capsys):
+    conditions = alone(HERE, "llama", "full").conditions
+    taken = conditions.own_core_seconds + conditions.seconds
+    written(name="disturbed.json", conditions=conditions.model_copy(update={"busy_core_seconds": taken}))
+    written("lora", name="older.json", matmul_flops=[])
+    path = written().parent
+    (path / "broken.json").write_text("{")
+    assert [run.file.name for run in known_runs(HERE, path)] == ["r.json"]
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0].removeprefix(f"--calibrate leaves out {path}/") for line in said] == [
+        "broken.json",
+        "disturbed.json",
+        "older.json",
+    ]
+
+
 class TestRefusals:
     def refused(self, path, said, gpu=None, link=None):
         with pytest.raises(BadInput, match=said) as fault:

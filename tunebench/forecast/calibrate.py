@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import os
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,33 +70,48 @@ def machine_of_records(framework: str, path: Path, gpu: str | None, link: str | 
 
 
 def known_runs(framework: str, path: Path) -> list[Known]:
-    """The runs of a framework in a file or a folder of records. Raises `BadInput` where one of them cannot be used."""
-    found: list[tuple[Path, Record]] = []
+    """The runs of a framework in a file or a folder of records. Raises `BadInput`.
+
+    A record of a folder that cannot calibrate is left out, with a line on stderr. A file is refused.
+    """
     try:
         files = record_files(path)
     except BadInput as fault:
         raise BadInput(f"--calibrate {fault}") from None
+    found: list[Known] = []
+    faults: list[BadInput] = []
     for file in files:
         try:
             record = read_record(file)
+            if (record.framework, record.status, record.peer) == (framework, "ok", None):
+                found.append(known_run(file, record))
         except BadInput as fault:
-            raise BadInput(f"--calibrate {fault}; name records as runs wrote them") from None
-        if (record.framework, record.status, record.peer) == (framework, "ok", None):
-            found.append((file, record))
+            faults.append(fault)
+    if not found and faults:
+        raise BadInput(f"--calibrate {faults[0]}")
     if not found:
         raise BadInput(
             f"--calibrate {path}: none of {len(files)} record(s) is of a run of {framework}/ that ended ok; make one "
             f"there: python3 {framework}/finetune_full.py --out FILE"
         )
-    for file, record in found:
-        if place(record) != place(found[0][1]):
-            names = " and ".join(", ".join(place(each)) for each in (found[0][1], record))
-            raise BadInput(f"--calibrate {found[0][0]} and {file} are of several machines ({names}); name those of one")
-        if record.disturbed and record.disturbance:
-            raise BadInput(f"--calibrate {file}: {record.disturbance[1]}; measure it again, or name other records")
-        if not record.matmul_flops and record.hardware.device == "cpu":
-            raise BadInput(f"--calibrate {file}: an older record without rates of matrix products; measure it again")
-    return [rebuilt(file, record) for file, record in found]
+    for run in found:
+        if place(run.record) != place(found[0].record):
+            names = " and ".join(", ".join(place(each.record)) for each in (found[0], run))
+            raise BadInput(
+                f"--calibrate {found[0].file} and {run.file} are of several machines ({names}); name those of one"
+            )
+    for each in faults:
+        print(f"--calibrate leaves out {each}", file=sys.stderr)
+    return found
+
+
+def known_run(file: Path, record: Record) -> Known:
+    """The run of a record. Raises `BadInput` where it cannot calibrate."""
+    if record.disturbed and record.disturbance:
+        raise BadInput(f"{file}: {record.disturbance[1]}; measure it again, or name other records")
+    if not record.matmul_flops and record.hardware.device == "cpu":
+        raise BadInput(f"{file}: an older record without rates of matrix products; measure it again")
+    return rebuilt(file, record)
 
 
 def place(record: Record) -> tuple[str, str, str]:
@@ -116,12 +132,12 @@ def rebuilt(file: Path, record: Record) -> Known:
             flags = parse_flags(record.method, argv, prog=f"--calibrate {file}", framework=record.framework)
             flags, checkpoint, plan, _ = describe(flags)
     except BadInput as fault:
-        raise BadInput(f"--calibrate {file}: {fault}") from None
+        raise BadInput(f"{file}: {fault}") from None
     assert record.plan is not None and record.model is not None
     if checkpoint.config_sha256 != record.model.config_sha256:
-        raise BadInput(f"--calibrate {file}: its model has another config here; name records of the models here")
+        raise BadInput(f"{file}: its model has another config here; name records of the models here")
     if plan.sha256 != record.plan.sha256:
-        raise BadInput(f"--calibrate {file}: its data make other batches here; name records of the data here")
+        raise BadInput(f"{file}: its data make other batches here; name records of the data here")
     flags = flags.model_copy(update={"warmup_steps": record.timed_from, "attention": setup.attention})
     tensors = tensors_of(record.framework, record.method, flags, checkpoint, plan)
     counter = record.peak_memory_counter or RESIDENT
