@@ -4,6 +4,7 @@ python summarize.py                       every record under results/
 python summarize.py results/cpu --format csv
 python summarize.py results/published     the published record's tables, from its figures
 python summarize.py --memory              predicted and measured peaks of memory
+python summarize.py --html report.html    all tables with charts and each run's details, as one page
 """
 
 import pathlib
@@ -16,13 +17,26 @@ runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch", "paddle")
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import results_folder, write_atomically
 from tunebench.flags import Parser
+from tunebench.record import Record
 from tunebench.report.documents import documents
+from tunebench.report.html.words import LANGUAGES
 from tunebench.report.keep import keep
 from tunebench.report.memory import render_memory
 from tunebench.report.page import combined
 from tunebench.report.pairing import join
 from tunebench.report.published import FOLDER, combine, load, render_against, render_published
 from tunebench.report.tables import render
+
+
+def write_page(file: pathlib.Path, records: list[Record], language: str, paths: list[pathlib.Path]) -> None:
+    """Writes the page of these records, and says so. Raises `BadInput` without records."""
+    from tunebench.report.html.page import page_of  # only here: the import of altair takes a second
+
+    if not records:
+        raise BadInput(f"--html: no records of runs in {', '.join(map(str, paths))}; make some with: bash run_all.sh")
+    text = page_of(records, language).encode()
+    write_atomically(file, text)
+    print(f"{file}: {len(records)} records, {len(text) / 1e6:.1f} MB")
 
 
 def main() -> None:
@@ -40,7 +54,19 @@ def main() -> None:
     parser.add_argument(
         "--docs", action="store_true", help="write docs/results.md, docs/flags.md and README's table anew"
     )
+    parser.add_argument(
+        "--html", type=pathlib.Path, metavar="FILE", help="write one page there with all tables, charts and records"
+    )
+    parser.add_argument("--lang", choices=LANGUAGES, help="the language of --html's page (default: en)")
     options = parser.parse_args()
+    given = [
+        name for name in ("parity", "memory", "against", "keep", "docs") if options.html and getattr(options, name)
+    ]
+    given += ["format"] * bool(options.html and options.format != "md")
+    if given:
+        raise BadInput(f"--html writes a page of its own; leave --{given[0]} out")
+    if options.lang and not options.html:
+        raise BadInput("--lang is the language of a page; give --html FILE too, or leave --lang out")
     others = [name for name in ("parity", "against", "keep", "docs") if options.memory and getattr(options, name)]
     if others:
         raise BadInput(f"--memory prints a table of its own; leave --{others[0]} out")
@@ -59,6 +85,11 @@ def main() -> None:
     parts, broken = [], list(dict.fromkeys(broken + faults))
     for fault in broken:
         print(f"summarize.py: skipped {fault}", file=sys.stderr)
+    if options.html:
+        write_page(options.html, records, options.lang or "en", paths)
+        if broken and options.strict:
+            sys.exit(1)
+        return
     if not records and options.format == "md" and (options.memory or not published):
         parts.append(f"no records in {', '.join(map(str, paths))} yet; make some with: bash run_all.sh")
     elif options.memory:

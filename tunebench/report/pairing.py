@@ -90,6 +90,23 @@ class SelfComparison:
     disturbed: str | None
 
 
+class Joined(NamedTuple):
+    """A row, the cells of its two sides, and the complete rounds that its figures come from."""
+
+    row: Row
+    paddle: Cell | None
+    torch: Cell | None
+    rounds: Rounds
+
+
+class Comparison(NamedTuple):
+    """The rounds of two cells, and why they have no ratio, in a few words and in full; None where they have one."""
+
+    rounds: Rounds
+    refusal: str | None
+    note: str | None
+
+
 class Apart(NamedTuple):
     """The fields of `Row` that say how far apart the curves of two sides are."""
 
@@ -100,6 +117,11 @@ class Apart(NamedTuple):
 
 def join(records: list[Record]) -> list[Row]:
     """The rows: like for like first, then the best of each side, then the remaining runs. It leaves out A/A runs."""
+    return [joined.row for joined in join_cells(records)]
+
+
+def join_cells(records: list[Record]) -> list[Joined]:
+    """The rows of `join`, each with what it was made of."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for record in records:
         if record.aa is None and record.peer is None and record.framework in SIDES:
@@ -113,7 +135,7 @@ def join(records: list[Record]) -> list[Row]:
         headings = [(pair[0] == BEST_OF_EACH, sides[0].setup) for pair, sides in zip(pairs, members, strict=True)]
         counts = Counter(headings)
         for (compared, paddle, torch), sides, heading in zip(pairs, members, headings, strict=True):
-            row = _row(group, compared, paddle, torch, told_apart=counts[heading] > 1, near=near)
+            row, rounds = _row(group, compared, paddle, torch, told_apart=counts[heading] > 1, near=near)
             noise = noises.get(sides[0].first.hardware.machine)
             # A/A runs are next to each other. The sides of a row "best of each" are not, so their noise is unknown.
             if compared == BEST_OF_EACH:
@@ -121,8 +143,17 @@ def join(records: list[Record]) -> list[Row]:
                 row = replace(row, note="; ".join(filter(None, lines)) or None)
             elif noise and row.rounds:
                 row = replace(row, noise=noise.worth(row.rounds))
-            rows.append(row)
+            rows.append(Joined(row, paddle, torch, rounds))
     return rows
+
+
+def compare(ours: Cell, theirs: Cell, near: Near) -> Comparison:
+    """The rounds of two cells with rates, in which both did the same work within one series of measurement."""
+    if ours.work != theirs.work:
+        refusal = "not the same work"
+        return Comparison(Rounds([], 0), refusal, f"{refusal}: {'; '.join(differences(ours.first, theirs.first))}")
+    rounds = pair_rounds(ours.records, theirs.records, near)
+    return Comparison(rounds, *_refusal(ours, theirs, rounds))
 
 
 def against_itself(records: list[Record]) -> list[SelfComparison]:
@@ -227,19 +258,13 @@ def _order(record: Record) -> tuple[int, ...]:
 
 def _row(
     group: tuple[Any, ...], compared: str | None, paddle: Cell | None, torch: Cell | None, told_apart: bool, near: Near
-) -> Row:
+) -> tuple[Row, Rounds]:
     family, model, method, devices, bsz = group
     refusal = note = None
     rounds, apart = Rounds([], 0), Apart()
     if paddle and torch and paddle.rate and torch.rate:
-        if paddle.work != torch.work:
-            refusal = "not the same work"
-            note = f"{refusal}: {'; '.join(differences(paddle.first, torch.first))}"
-        else:
-            near = near if compared == BEST_OF_EACH else beside
-            rounds = pair_rounds(paddle.records, torch.records, near)
-            refusal, note = _refusal(paddle, torch, rounds)
-            apart = _apart(rounds)
+        rounds, refusal, note = compare(paddle, torch, near if compared == BEST_OF_EACH else beside)
+        apart = _apart(rounds)
     sides = [cell for cell in (paddle, torch) if cell]
     notes = [note, *remarks_of_rounds(rounds)]
     if compared == BEST_OF_EACH and (minutes := max(itertools.starmap(minutes_apart, rounds.pairs), default=0)) > 2:
@@ -252,7 +277,7 @@ def _row(
         notes += [f"conditions not recorded ({' and '.join(unknown)})"] * bool(unknown)
     notes += [on_what(cell.first) for cell in sides if cell.rate and told_apart][:1]
     ratios = rounds.log_ratios
-    return Row(
+    row = Row(
         family=family,
         model=model,
         method=method,
@@ -271,6 +296,7 @@ def _row(
         round_noise=statistics.stdev(ratios) if len(ratios) > 1 else None,
         **apart._asdict(),
     )
+    return row, rounds
 
 
 def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str | None]:

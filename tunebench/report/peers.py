@@ -4,6 +4,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.record import Record
@@ -22,21 +23,46 @@ CAVEAT = (
 )
 
 
-def render_peers(records: list[Record]) -> str:
-    """A table for each framework, model and method of a peer; empty without peers."""
-    parts = []
+class PeerTable(NamedTuple):
+    """The trainers of one framework, model and method: columns, lines of texts, the runs, remarks on disturbed ones."""
+
+    framework: str
+    model: str
+    method: str
+    columns: list[str]
+    lines: list[list[str]]
+    members: list[Record]
+    remarks: list[str]
+
+    @property
+    def heading(self) -> str:
+        """The words above the table."""
+        return f"{FRAMEWORKS[self.framework].title}, {self.model}, {METHODS[self.method]}: beside other trainers"
+
+
+def peer_tables(records: list[Record]) -> list[PeerTable]:
+    """A table for each framework, model and method of a peer."""
     near = in_one_series(records)
+    tables = []
     for (framework, _, model, method), members in sorted(_groups(records), key=lambda group: _place(group[0])):
-        parts.append(f"### {FRAMEWORKS[framework].title}, {model}, {METHODS[method]}: beside other trainers\n")
-        parts.append(measured_on(members) + "\n")
         baseline = FRAMEWORKS[framework].trainer
         columns = [column.format(baseline) for column in COLUMNS]
-        parts.append(markdown(columns, _lines(members, baseline, near)) + "\n")
-        parts += [
-            f"{record.peer or 'ours'} was disturbed, and left out: {record.disturbance[1]}\n"
+        remarks = [
+            f"{record.peer or 'ours'} was disturbed, and left out: {record.disturbance[1]}"
             for record in members
             if record.disturbance and record.disturbed
         ]
+        lines = _lines(members, baseline, near)
+        tables.append(PeerTable(framework, model, method, columns, lines, members, remarks))
+    return tables
+
+
+def render_peers(records: list[Record]) -> str:
+    """The tables of peers as Markdown; empty without peers."""
+    parts = []
+    for each in peer_tables(records):
+        parts += [f"### {each.heading}\n", measured_on(each.members) + "\n"]
+        parts += [markdown(each.columns, each.lines) + "\n", *(f"{remark}\n" for remark in each.remarks)]
     return "\n".join([*parts, CAVEAT]) if parts else ""
 
 

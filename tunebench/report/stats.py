@@ -30,6 +30,20 @@ def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[floa
     return _expm1(mean - margin), _expm1(mean + margin)
 
 
+def rate_interval(rates: Sequence[float]) -> tuple[float, float] | None:
+    """The 95% interval of the geometric mean of rates, by Student's t of their logarithms.
+
+    It holds the machine's drift, which the sides of a round share: whether sides differ, `ratio_interval` tells. None
+    with fewer than two rates.
+    """
+    if len(rates) < 2:
+        return None
+    logs = [math.log(rate) for rate in rates]
+    margin = _t95(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    middle = statistics.fmean(logs)
+    return math.exp(middle - margin), math.exp(min(middle + margin, 700.0))
+
+
 def log_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """log(ours ÷ theirs) of each round."""
     return [math.log(a) - math.log(b) for a, b in zip(ours, theirs, strict=True)]

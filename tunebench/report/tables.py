@@ -90,11 +90,11 @@ def render(rows: list[Row], form: str, records: list[Record], parity: bool = Fal
         parts.extend(notes(members))
     parts.extend(_setup_tables(rows))
     parts.extend(_noise(records))
-    parts.append(_caption(rows))
+    parts.append(caption(rows))
     return "\n".join(parts)
 
 
-def _caption(rows: list[Row]) -> str:
+def caption(rows: list[Row]) -> str:
     """The caption of all tables: what the figures mean, and how often intervals miss."""
     known = sum(row.interval is not None for row in rows)
     lines = ["Speedup = Paddle ÷ Torch - 1. Effective tokens/s leave padding out; warm-up and start-up are not timed."]
@@ -122,22 +122,28 @@ def _noise(records: list[Record]) -> list[str]:
         measured_on([record for record in records if record.aa is not None]) + "\n",
         table(SELF_COLUMNS, comparisons) + "\n",
     ]
+    return [*parts, *(f"{line}\n" for line in noise_in_words(comparisons))]
+
+
+def noise_in_words(comparisons: list[SelfComparison]) -> list[str]:
+    """The sentences below the A/A comparisons: each machine's noise, and how many comparisons claimed a difference."""
+    lines = []
     for noise in noise_by_machine(comparisons).values():
         worth = ", ".join(f"±{noise.worth(n):.1%} of {n}" for n in (1, 3, 5))
-        parts.append(
+        lines.append(
             f"Noise: the rounds of a side against itself scatter by {noise.deviation:.1%} (pooled, {noise.freedom} "
-            f"degrees of freedom). A difference of rounds is worth that much, at 95%: {worth}.\n"
+            f"degrees of freedom). A difference of rounds is worth that much, at 95%: {worth}."
         )
     sure = [each.interval for each in comparisons if each.interval and not each.disturbed]
     if sure:
         claims = sum(not is_across_zero(interval) for interval in sure)
-        parts.append(
+        lines.append(
             f"{claims} of {len(sure)} comparisons claimed a difference where there is none; chance makes "
-            f"{len(sure) / 20:.2g} of them.\n"
+            f"{len(sure) / 20:.2g} of them."
         )
     else:
-        parts.append("No comparison has two rounds that nothing disturbed: repeat with --repeats 4.\n")
-    return parts
+        lines.append("No comparison has two rounds that nothing disturbed: repeat with --repeats 4.")
+    return lines
 
 
 def _setup_tables(rows: list[Row]) -> list[str]:
