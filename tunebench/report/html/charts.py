@@ -1,5 +1,7 @@
 """The charts of the page as Vega-Lite specifications. The page's script gives each the data named `rows`.
 
+It also sets the height of charts that have a row for each label.
+
 Colours are variables of style.css, so that a chart follows light, dark and print.
 """
 
@@ -14,7 +16,9 @@ Chart = alt.LayerChart | alt.FacetChart
 SIDES = ["Paddle", "Torch"]
 COLOURS = alt.Scale(domain=SIDES, range=["var(--paddle)", "var(--torch)"])
 DASHES = alt.Scale(domain=SIDES, range=[[1, 0], [5, 4]])
-WIDTHS = alt.Scale(domain=SIDES, range=[3.5, 1.8])  # equal curves of both sides stay visible
+WIDTHS = alt.Scale(domain=SIDES, range=[4.5, 1.8])  # equal curves of both sides stay visible
+# The shares of a profile, in the order of tunebench/record.py.
+PARTS = ("computing", "communication_alone", "communication_hidden", "copies", "waiting_for_host", "idle")
 ROWS = alt.NamedData(name="rows")
 
 
@@ -32,6 +36,7 @@ def charts(words: Words) -> dict[str, dict[str, Any]]:
         "steps": _curves("seconds", words.say("seconds"), words, from_zero=True),
         "loss": _curves("loss", words.say("loss"), words, from_zero=False),
         "memory": _memory(words),
+        "profile": _profile(words),
     }
     return {name: _finished(chart).to_dict() for name, chart in made.items()}
 
@@ -68,7 +73,7 @@ def _rates(words: Words) -> Chart:
         x=alt.X("rate:Q", title=words.say("rates_title")), color=alt.Color("side:N", scale=COLOURS)
     )
     intervals = base.mark_rule(color="var(--ink)", strokeWidth=1.5).encode(x="low:Q", x2="high:Q")
-    return alt.layer(bars, intervals).properties(height=alt.Step(12))
+    return alt.layer(bars, intervals)
 
 
 def _speedups(words: Words) -> Chart:
@@ -81,7 +86,7 @@ def _speedups(words: Words) -> Chart:
         "rounds:N", scale=alt.Scale(domain=["one", "more"], range=["var(--page)", "var(--ink)"]), legend=None
     )
     points = base.mark_point(size=70, stroke="var(--ink)", strokeWidth=2, opacity=1).encode(x=percent, fill=shape)
-    return alt.layer(noise, zero, intervals, points).properties(height=alt.Step(24))
+    return alt.layer(noise, zero, intervals, points)
 
 
 def _curves(field: str, title: str, words: Words, from_zero: bool) -> Chart:
@@ -108,6 +113,27 @@ def _curves(field: str, title: str, words: Words, from_zero: bool) -> Chart:
 
 def _memory(words: Words) -> Chart:
     base = alt.Chart(ROWS).encode(y=_label_axis())
-    bars = base.mark_bar(height=12).encode(x=alt.X("measured:Q", title="GB"), color=alt.Color("side:N", scale=COLOURS))
+    bars = base.mark_bar(height=12).encode(
+        x=alt.X("measured:Q", title="GB", axis=alt.Axis(tickCount=6)), color=alt.Color("side:N", scale=COLOURS)
+    )
     ticks = base.mark_tick(color="var(--ink)", thickness=3, size=16).encode(x="predicted:Q")
-    return alt.layer(bars, ticks).properties(height=alt.Step(20))
+    return alt.layer(bars, ticks)
+
+
+def _profile(words: Words) -> Chart:
+    names = [words.say(f"share_{part}") for part in PARTS]
+    bars = (
+        alt.Chart(ROWS)
+        .mark_bar(height=16)
+        .encode(
+            x=alt.X("share:Q", title=words.say("share"), axis=alt.Axis(format=".0%"), scale=alt.Scale(domain=[0, 1])),
+            y=_label_axis(),
+            color=alt.Color(
+                "part:N",
+                scale=alt.Scale(domain=names, range=[f"var(--part{i})" for i in range(len(PARTS))]),
+                legend=alt.Legend(columns=2, labelLimit=300),
+            ),
+            order="place:Q",
+        )
+    )
+    return alt.layer(bars)

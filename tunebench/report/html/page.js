@@ -6,6 +6,7 @@
   const FILTERS = ["machine", "model", "method", "setup", "status", "significance"];
   const SIDES = ["Paddle", "Torch"];
   const MOST_DRAWN = 40; // rows of a chart
+  const ROW_HEIGHTS = { rates: 24, speedups: 24, memory: 20, profile: 26 }; // pixels of a label
   const form = document.getElementById("filters");
   const byId = new Map(DATA.rows.map((row) => [row.id, row]));
   const say = (key, values = {}) => DATA.words[key].replace(/\{(\w+)\}/g, (whole, name) => values[name] ?? whole);
@@ -221,6 +222,7 @@
     const specification = structuredClone(DATA.charts[name]);
     specification.datasets = { rows };
     const labels = [...new Set(rows.map((row) => row.label))];
+    if (name in ROW_HEIGHTS) specification.height = ROW_HEIGHTS[name] * labels.length;
     for (const { encoding } of specification.layer) {
       if (encoding.y?.field === "label") encoding.y.scale = { domain: labels }; // else each layer adds its own in its order
       if (encoding.x?.field === "speedup") encoding.x.scale = { domain: reach(rows) };
@@ -249,7 +251,7 @@
   function drawOverview(drawn) {
     const name = drawn.dataset.chart;
     const rows = shownLines(drawn.closest("section")).map((line) => byId.get(line.dataset.row));
-    const known = rows.filter((row) => (name === "rates" ? row.rates.some((rate) => rate !== null) : row.speedup !== null));
+    const known = rows.filter((row) => row.speedup !== null || (name === "rates" && row.ends.join() === "alone"));
     const some = known.slice(0, MOST_DRAWN);
     const data = name === "rates"
       ? some.flatMap((row) => SIDES.map((side, i) => ({
@@ -385,8 +387,21 @@
     return known.length ? [pictured("memory", known, numbers)] : [];
   }
 
-  function profiles() {
-    return [];
+  // Where the time went, of runs with --profile: shares of the traced time, seconds by kind of kernel, longest kernels.
+  function profiles(runs) {
+    const ranks = runs.flatMap((run) => (run.record.profile?.ranks ?? []).map((rank, i, all) => (
+      { ...rank, label: all.length > 1 ? `${run.short}, ${i}` : run.short })));
+    if (!ranks.length) return [];
+    const parts = Object.keys(ranks[0].shares);
+    const kinds = [...new Set(ranks.flatMap((rank) => Object.keys(rank.kinds)))];
+    const rows = ranks.flatMap((rank) => parts.map((part, i) => ({ label: rank.label, part: say(`share_${part}`), place: i, share: rank.shares[part] })));
+    const numbers = make("div", {},
+      table([say("run"), ...parts.map((part) => say(`share_${part}`))],
+        ranks.map((rank) => [rank.label, ...parts.map((part) => `${(rank.shares[part] * 100).toFixed(1)}%`)]), say("profile_title")),
+      table([say("run"), ...kinds], ranks.map((rank) => [rank.label, ...kinds.map((kind) => figure(rank.kinds[kind] ?? null))]), say("profile_kinds")),
+      table([say("run"), say("kernel"), say("kind"), say("seconds"), say("calls")],
+        ranks.flatMap((rank) => rank.longest.map((kernel) => [rank.label, kernel.name, kernel.kind, figure(kernel.seconds), figure(kernel.calls)])), say("profile_longest")));
+    return [pictured("profile", rows, numbers)];
   }
 
   function flat(value, name = "", found = {}) {
