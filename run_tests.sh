@@ -13,6 +13,7 @@ export OMP_NUM_THREADS=1
 arguments=(--numprocesses=2 --dist=loadfile "$@")
 
 bash setup.sh
+bash tests/browser.sh
 .venv/torch/bin/ruff format --check .
 .venv/torch/bin/ruff check .
 .venv/torch/bin/mypy

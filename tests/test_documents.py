@@ -71,6 +71,7 @@ RUN_ELSEWHERE = {
     "ten seconds; test_calibrate.py runs it on two records",
     ".venv/torch/bin/python -P -m tunebench.forecast.speed_points": "test_speed.py fits the constants anew",
     ".venv/torch/bin/python benchmarks/peaks.py": "test_forecast.py asks for the same points",
+    "python3 summarize.py --html report.html": "test_html.py writes pages",
     "bash run_all.sh --suite NAME --aa": "test_suite.py runs a suite with --aa",
     "bash run_tests.sh": "runs this test",
     "bash setup.sh": "test_setup.py",

@@ -16,10 +16,12 @@ from tunebench.report.html.content import HEADLINE, content_of, padding_share
 from tunebench.report.html.page import page_of
 from tunebench.report.html.words import FILE, LANGUAGES, Words
 from tunebench.report.load import load_records
+from tunebench.report.markdown import figure, measured_on
+from tunebench.report.memory import memory_rows
 from tunebench.report.page import combined
-from tunebench.report.pairing import join
+from tunebench.report.pairing import against_itself, join
 from tunebench.report.stats import rate_interval
-from tunebench.report.tables import COLUMNS
+from tunebench.report.tables import COLUMNS, noise_in_words, verdict
 
 QUICK = ROOT / "results" / "measured" / "20261128-epyc-2-cores" / "quick"
 
@@ -189,6 +191,32 @@ def dictionary():
     return json.loads(FILE.read_text(encoding="utf-8"))
 
 
+def rare_texts(quick):
+    """What reports say of records of a GPU, of other commits, of other losses, of one round, of none."""
+    first = [r for r in quick if not r.aa and r.model.name == "llama-tiny" and r.method == "full"]
+    paddle, torch = (next(r for r in first if r.framework == side) for side in ("paddle", "torch"))
+    hardware = torch.hardware.model_copy(update={"device": "NVIDIA H200"})
+    git = torch.git.model_copy(update={"revision": "0" * 40, "dirty": True})
+    losses = torch.steps.model_copy(update={"loss": [2 * loss for loss in torch.steps.loss]})
+    built = torch.model.built.model_copy(update={"heads": 7})
+    others = [
+        torch.model_copy(update={"git": git, "hardware": hardware}),
+        torch.model_copy(update={"steps": losses}),
+        torch.model_copy(update={"model": torch.model.model_copy(update={"built": built})}),
+    ]
+    once = [r for r in quick if r.aa and r.argv[-1].endswith("r1.json")]
+    predicted = torch.model_copy(update={"predicted_peak_memory_bytes": 10**9})
+    return [
+        *noise_in_words(against_itself(once)),
+        measured_on(others[:1]),
+        measured_on([]),
+        verdict(0.0, (-0.01, 0.01)),
+        *(row.refusal or "" for row in memory_rows([predicted])),
+        *(row.refusal or "" for other in others for row in join([paddle, other])),
+        figure(None, "disturbed"),
+    ]
+
+
 class TestWords:
     def test_both_languages_have_the_same_words_and_fields(self, dictionary):
         for key, texts in dictionary["words"].items():
@@ -228,9 +256,10 @@ class TestWords:
         assert any(text.startswith("无法区分（") for text in texts)
         assert any(text.endswith("（一轮，A/A 噪声）") for text in texts)
 
-    def test_every_phrase_occurs(self, dictionary, pages):
-        """But for those of GPUs and of ends that no record of the tests has."""
+    def test_every_phrase_occurs(self, dictionary, pages, quick):
+        """On the page of the mixed records, or in what the functions of reports say of other records."""
         text = html.unescape(re.sub(r"<[^>]+>", "\n", re.sub("</?code>", "`", pages["en"])))
+        text = "\n".join([text, *rare_texts(quick)])
         unmatched = [p for p, _ in dictionary["phrases"] if not re.search(p, text, re.MULTILINE)]
         assert unmatched == []
 

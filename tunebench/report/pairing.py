@@ -17,6 +17,7 @@ from tunebench.report.rounds import APART, RUNS_APART, Near, Rounds, beside, in_
 from tunebench.report.stats import Noise, pooled_noise, spread
 
 LIKE_FOR_LIKE, BEST_OF_EACH = "like for like", "best of each"
+MINUTES_APART = 2  # from here on a row says how far apart its sides ran
 SIDES = ("paddle", "torch")  # the sides of a row; the speedup is the first ÷ the second - 1
 
 
@@ -267,7 +268,8 @@ def _row(
         apart = _apart(rounds)
     sides = [cell for cell in (paddle, torch) if cell]
     notes = [note, *remarks_of_rounds(rounds)]
-    if compared == BEST_OF_EACH and (minutes := max(itertools.starmap(minutes_apart, rounds.pairs), default=0)) > 2:
+    minutes = max(itertools.starmap(minutes_apart, rounds.pairs), default=0)
+    if compared == BEST_OF_EACH and minutes > MINUTES_APART:
         notes.append(
             f"its sides ran up to {minutes:.0f} minutes apart: run both beside each other before you rely on it"
         )

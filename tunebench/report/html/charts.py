@@ -5,6 +5,7 @@ It also sets the height of charts that have a row for each label.
 Colours are variables of style.css, so that a chart follows light, dark and print.
 """
 
+import functools
 from typing import Any
 
 import altair as alt
@@ -22,6 +23,7 @@ PARTS = ("computing", "communication_alone", "communication_hidden", "copies", "
 ROWS = alt.NamedData(name="rows")
 
 
+@functools.cache
 def chart_script() -> str:
     """The script that draws Vega-Lite: it defines vegaEmbed, and loads nothing."""
     version = alt.SCHEMA_VERSION.removeprefix("v").rpartition(".")[0]

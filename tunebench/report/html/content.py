@@ -20,10 +20,10 @@ from tunebench.report.identity import METHODS, as_key, attempt_of, work_of
 from tunebench.report.markdown import NOT_AVAILABLE, measured_on
 from tunebench.report.memory import CAPTION as MEMORY_CAPTION
 from tunebench.report.memory import MEMORY_COLUMNS, memory_rows
-from tunebench.report.pairing import SIDES, Joined, Row, against_itself, compare, join_cells
+from tunebench.report.pairing import MINUTES_APART, SIDES, Joined, Row, against_itself, compare, join_cells
 from tunebench.report.peers import CAVEAT as PEERS_CAPTION
 from tunebench.report.peers import peer_tables
-from tunebench.report.rounds import Near, in_one_series, round_of
+from tunebench.report.rounds import Near, Rounds, in_one_series, minutes_apart, round_of
 from tunebench.report.stats import is_across_zero, is_within, rate_interval
 from tunebench.report.tables import COLUMNS, NOTE, SELF_COLUMNS, Column, caption, noise_in_words, verdict
 
@@ -231,9 +231,8 @@ def _add_cells(joined: list[Joined], near: Near, content: Content, words: Words)
         if cell.work not in works:
             works[cell.work] = len(content.works)
             content.works.append(work_of(cell.first))
+    ratios = _ratios(cells, alike.values(), near, words)
     for i, cell in enumerate(cells):
-        others = alike[cell.first.framework, cell.work] if cell.rate else []
-        ratios = {first + j: _ratio(cell, cells[j], near, words) for j in others if j != i}
         runs = range(len(content.records), len(content.records) + len(cell.records))
         content.records += cell.records
         (memory,) = memory_rows(cell.records)
@@ -251,7 +250,7 @@ def _add_cells(joined: list[Joined], near: Near, content: Content, words: Words)
                     }
                     for index, record in zip(runs, cell.records, strict=True)
                 ],
-                "ratios": ratios,
+                "ratios": {first + j: ratio for j, ratio in ratios[i].items()},
                 "timed": bool(cell.rate),
                 "taken": max((r.disturbance[0] for r in cell.records if r.disturbance), default=None),
                 "padding": padding_share(cell.records),
@@ -261,16 +260,30 @@ def _add_cells(joined: list[Joined], near: Near, content: Content, words: Words)
         )
 
 
-def _ratio(cell: Cell, base: Cell, near: Near, words: Words) -> dict[str, Any]:
-    """The rate of a cell ÷ that of a baseline of the same work - 1: the verdict, or why there is none."""
-    rounds, refusal, _ = compare(cell, base, near)
+def _ratios(
+    cells: Sequence[Cell], groups: Iterable[Sequence[int]], near: Near, words: Words
+) -> dict[int, dict[int, dict[str, Any]]]:
+    """The rates of cells ÷ those of the other cells of their group, by both indices: verdicts, or why there is none."""
+    found: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+    for group in groups:
+        for i, j in itertools.combinations(group, 2):
+            rounds, refusal, _ = compare(cells[i], cells[j], near)
+            found[i][j] = _ratio(rounds, refusal, words)
+            found[j][i] = _ratio(Rounds([(b, a) for a, b in rounds.pairs], rounds.dropped), refusal, words)
+    return found
+
+
+def _ratio(rounds: Rounds, refusal: str | None, words: Words) -> dict[str, Any]:
     if not rounds.pairs:
         return {"refusal": words.say("not_one_series")}
     if refusal:
         return {"refusal": words.translated(refusal)}
     difference = math.expm1(statistics.fmean(rounds.log_ratios))
-    # Runs of different rows are minutes apart, and the noise of such pairs is unknown.
-    return {"text": words.translated(verdict(difference, rounds.interval)), "value": difference}
+    # The noise of runs that are minutes apart is unknown, so that the verdict on one round has none.
+    text = words.translated(verdict(difference, rounds.interval))
+    minutes = max(itertools.starmap(minutes_apart, rounds.pairs))
+    apart = words.say("minutes_apart", minutes=f"{minutes:.0f}") if minutes > MINUTES_APART else ""
+    return {"text": text + apart, "value": difference}
 
 
 def padding_share(records: Iterable[Record]) -> float | None:

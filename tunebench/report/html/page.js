@@ -184,10 +184,10 @@
     for (const [id, line] of lineOf) setOpen(id, line);
     order();
     for (const part of document.querySelectorAll("section.machine")) {
-      part.hidden = Boolean(state.machine && part.dataset.machine !== state.machine);
-      const nothing = part.querySelector(".nothing");
-      if (nothing) nothing.hidden = shownLines(part).length > 0;
+      const empty = part.querySelector("table.headline") && !shownLines(part).length;
+      part.hidden = Boolean(empty || (state.machine && part.dataset.machine !== state.machine));
     }
+    document.getElementById("nothing").hidden = shown > 0 || !DATA.rows.length;
     document.getElementById("shown").textContent = say("shown", { shown, total: DATA.rows.length });
     writeState();
     for (const drawn of document.querySelectorAll("figure[data-chart]")) waiting.observe(drawn);
