@@ -86,6 +86,8 @@ def main() -> None:
     for fault in broken:
         print(f"summarize.py: skipped {fault}", file=sys.stderr)
     if options.html:
+        if published:
+            print(f"summarize.py: --html leaves {len(published)} published records out", file=sys.stderr)
         write_page(options.html, records, options.lang or "en", paths)
         if broken and options.strict:
             sys.exit(1)

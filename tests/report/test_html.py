@@ -264,6 +264,7 @@ class TestWords:
         assert unmatched == []
 
 
+@pytest.mark.frameworks
 class TestProgram:
     def test_writes_the_page(self, tmp_path):
         file = tmp_path / "report.html"
@@ -283,7 +284,13 @@ class TestProgram:
         assert said == "summarize.py: --lang is the language of a page; give --html FILE too, or leave --lang out"
 
     def test_no_records_make_no_page(self, tmp_path):
-        for paths in ([tmp_path], [ROOT / "results" / "published"]):
-            said = refusal(run_program("summarize.py", *paths, "--html", tmp_path / "a.html"))
-            assert said.startswith("summarize.py: --html: no records of runs in ")
+        said = refusal(run_program("summarize.py", tmp_path, "--html", tmp_path / "a.html"))
+        assert said.startswith("summarize.py: --html: no records of runs in ")
         assert not list(tmp_path.iterdir())
+
+    def test_published_records_are_left_out_and_counted(self, tmp_path):
+        published = ROOT / "results" / "published"
+        done = run_program("summarize.py", QUICK, published, "--html", tmp_path / "a.html", check=True)
+        assert (
+            done.stderr == f"summarize.py: --html leaves {len(list(published.glob('*.json')))} published records out\n"
+        )

@@ -128,7 +128,12 @@ def _profile(words: Words) -> Chart:
         alt.Chart(ROWS)
         .mark_bar(height=16)
         .encode(
-            x=alt.X("share:Q", title=words.say("share"), axis=alt.Axis(format=".0%"), scale=alt.Scale(domain=[0, 1])),
+            x=alt.X(
+                "share:Q",
+                title=words.say("share"),
+                axis=alt.Axis(format=".0%", tickCount=5),
+                scale=alt.Scale(domain=[0, 1]),
+            ),
             y=_label_axis(),
             color=alt.Color(
                 "part:N",

@@ -33,7 +33,7 @@ ORDER = (
     *("Compared", "Paddle Effective Tokens/s", "Torch Effective Tokens/s", "Rounds", "Paddle Spread", "Torch Spread"),
     "Round Noise",
 )
-HEADLINE = sorted(COLUMNS, key=lambda column: ORDER.index(column.title))
+HEADLINE = sorted(COLUMNS, key=lambda column: ORDER.index(column.title) if column.title in ORDER else len(ORDER))
 SORT_KEYS = {
     "Num GPUs": "num_gpus",
     "Batch Size": "batch_size",
