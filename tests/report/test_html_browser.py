@@ -310,6 +310,7 @@ def test_a_row_opens_to_its_runs(session, content):
     session.wait(lambda: len(session.all(".detail figure svg")) == 3)
     assert session.fragment() == f"open={line.key}"
     assert button.get_attribute("aria-expanded") == "true"
+    assert session.driver.switch_to.active_element == button
     for picture in session.all(".detail svg, figure[data-chart] svg"):
         assert picture.get_attribute("role") == "img"
         for relation in ("aria-labelledby", "aria-describedby"):

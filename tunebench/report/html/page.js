@@ -158,9 +158,10 @@
         if (i === at) head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
         else head.removeAttribute("aria-sort");
       });
-      const lines = [...own.tBodies[0].rows].filter((line) => line.dataset.row);
-      lines.sort((a, b) => (at < 0 ? 0 : compareKeys(sortKey(a.cells[at]), sortKey(b.cells[at]), sign))
+      const before = [...own.tBodies[0].rows].filter((line) => line.dataset.row);
+      const lines = [...before].sort((a, b) => (at < 0 ? 0 : compareKeys(sortKey(a.cells[at]), sortKey(b.cells[at]), sign))
         || byId.get(a.dataset.row).number - byId.get(b.dataset.row).number);
+      if (lines.every((line, i) => line === before[i])) continue; // a line that is moved loses the keyboard's focus
       for (const line of lines) {
         const opened = line.nextElementSibling?.classList.contains("details") ? line.nextElementSibling : null;
         own.tBodies[0].append(line, ...(opened ? [opened] : []));
