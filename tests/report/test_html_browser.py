@@ -255,18 +255,19 @@ def test_sorting_by_a_heading_with_the_keyboard(session, content):
 
 
 def test_a_baseline_gives_signed_percents_for_the_same_work_alone(session, content):
-    rows, cells = content.data()["rows"], content.cells
+    rows = content.data()["rows"]
     base = next(r for r in rows if r["model"] == "llama-tiny" and "ZeRO 3, fp32" in r["setups"] and r["kind"] == "one")
     session.open()
     assert not session.one(".against").is_displayed()
     session.choose("base", base["id"])
+    session.wait(lambda: session.one("#baseline").is_displayed())
     assert f"base={base['id']}" in session.fragment()
     assert session.one("#baseline").text.startswith(f"Baseline: row {base['number']}.")
     compared = 0
     for row in rows:
         for side, text in enumerate(session.texts(row["id"], "td.against")):
             own = row["cells"][side]
-            ratio = None if own is None else cells[own]["ratios"].get(base["cells"][side])
+            ratio = None if own is None else content.ratios[own].get(base["cells"][side])
             if row is base:
                 assert text == "baseline"
             elif row["machine"] != base["machine"]:
@@ -298,6 +299,7 @@ def test_the_csv_has_what_is_shown(session, content):
         assert (row["Row"], row["Method"]) == (str(lines[key].number), "LoRA")
     assert "Paddle to baseline" not in rows[0]
     session.choose("base", shown[0])
+    session.wait(lambda: session.one("#baseline").is_displayed())
     assert session.csv()[0]["Paddle to baseline"] == "baseline"
 
 

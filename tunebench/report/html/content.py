@@ -107,12 +107,16 @@ class MachinePart:
 
 @dataclass
 class Content:
-    """The whole page. `cells` and `works` are shared by rows: a row names them by index. `records` is in that order."""
+    """The whole page. Rows share cells and name them by index; cells share works and name their records.
+
+    `ratios` has for each cell, by the index of another one of the same work, its rate ÷ that one's - 1.
+    """
 
     memory_columns: list[str]
     machines: list[MachinePart] = field(default_factory=list)
     cells: list[dict[str, Any]] = field(default_factory=list)
     works: list[dict[str, Any]] = field(default_factory=list)
+    ratios: list[dict[int, dict[str, Any]]] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
     @property
@@ -146,6 +150,10 @@ class Content:
                 json.dumps(content | {"sha256": digest_of(content)}, separators=(",", ":"), ensure_ascii=False)
             )
         return gzip.compress("\n".join(lines).encode(), mtime=0)
+
+    def packed_ratios(self) -> bytes:
+        """The ratios as JSON, compressed (gzip)."""
+        return gzip.compress(json.dumps(self.ratios, separators=(",", ":"), ensure_ascii=False).encode(), mtime=0)
 
 
 def content_of(records: list[Record], words: Words) -> Content:
@@ -232,7 +240,8 @@ def _add_cells(joined: list[Joined], near: Near, content: Content, words: Words)
             works[cell.work] = len(content.works)
             content.works.append(work_of(cell.first))
     ratios = _ratios(cells, alike.values(), near, words)
-    for i, cell in enumerate(cells):
+    content.ratios += [{first + j: ratio for j, ratio in ratios[i].items()} for i in range(len(cells))]
+    for cell in cells:
         runs = range(len(content.records), len(content.records) + len(cell.records))
         content.records += cell.records
         (memory,) = memory_rows(cell.records)
@@ -250,7 +259,6 @@ def _add_cells(joined: list[Joined], near: Near, content: Content, words: Words)
                     }
                     for index, record in zip(runs, cell.records, strict=True)
                 ],
-                "ratios": {first + j: ratio for j, ratio in ratios[i].items()},
                 "timed": bool(cell.rate),
                 "taken": max((r.disturbance[0] for r in cell.records if r.disturbance), default=None),
                 "padding": padding_share(cell.records),
@@ -283,7 +291,7 @@ def _ratio(rounds: Rounds, refusal: str | None, words: Words) -> dict[str, Any]:
     text = words.translated(verdict(difference, rounds.interval))
     minutes = max(itertools.starmap(minutes_apart, rounds.pairs))
     apart = words.say("minutes_apart", minutes=f"{minutes:.0f}") if minutes > MINUTES_APART else ""
-    return {"text": text + apart, "value": difference}
+    return {"text": text + apart, "value": round(difference, 5)}
 
 
 def padding_share(records: Iterable[Record]) -> float | None:

@@ -1,6 +1,7 @@
 "use strict";
 // The page's own script: filters, order, baseline and open rows, all kept in the URL's fragment. It computes no
-// statistics: every verdict is in the data. Records stay compressed until a row is opened.
+// statistics: every verdict is in the data. Records stay compressed until a row is opened, the ratios of rows until there
+// is a baseline.
 (() => {
   const DATA = JSON.parse(document.getElementById("data").textContent);
   const FILTERS = ["machine", "model", "method", "setup", "status", "significance"];
@@ -40,6 +41,17 @@
   const scrolled = (label, content, kind = "scroll numbers") => make("div", { class: kind, tabindex: 0, role: "region", "aria-label": label }, content);
   const folded = (summary, content) => make("details", {}, make("summary", {}, summary), content);
 
+  // What stands compressed in the page.
+
+  const canUnpack = "DecompressionStream" in window;
+  let ratios = null; // of each cell to others of the same work
+
+  async function unpacked(id) {
+    const packed = Uint8Array.from(atob(document.getElementById(id).textContent), (letter) => letter.charCodeAt(0));
+    const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+    return new Response(stream).text();
+  }
+
   // State: the values of the filters, the column that sorts, the baseline, the open rows.
 
   function readState() {
@@ -48,6 +60,7 @@
     for (const name of [...FILTERS, "base"]) {
       if (![...form.elements[name].options].some((option) => option.value === state[name])) state[name] = "";
     }
+    if (!canUnpack) state.base = "";
     state.sort = given.get("sort") ?? "";
     state.open = (given.get("open") ?? "").split(",").filter((id) => byId.has(id));
     return state;
@@ -115,7 +128,7 @@
       const fields = Object.keys({ ...ours, ...others }).filter((name) => JSON.stringify(ours[name]) !== JSON.stringify(others[name]));
       return refuse(say("other_work", { fields: [...new Set(fields.map(partOfWork))].join(", ") }));
     }
-    const ratio = mine.ratios[base.cells[side]];
+    const ratio = ratios[row.cells[side]][base.cells[side]];
     return ratio.refusal ? refuse(ratio.refusal) : ratio;
   }
 
@@ -171,7 +184,9 @@
 
   const shownLines = (part) => [...part.querySelectorAll("tr[data-row]")].filter((line) => !line.hidden);
 
-  function apply() {
+  // Shows what the state says. It ends when all is shown but charts and details.
+  async function apply() {
+    if (state.base) ratios ??= JSON.parse(await unpacked("ratios"));
     for (const name of [...FILTERS, "base"]) form.elements[name].value = state[name];
     let shown = 0;
     for (const [id, line] of lineOf) {
@@ -282,17 +297,7 @@
 
   // The details of a row.
 
-  let unpacked = null;
-
-  // The records' texts, in the order of the data.
-  function records() {
-    unpacked ??= (async () => {
-      const packed = Uint8Array.from(atob(document.getElementById("records").textContent), (letter) => letter.charCodeAt(0));
-      const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
-      return (await new Response(stream).text()).split("\n");
-    })();
-    return unpacked;
-  }
+  let texts = null; // of the records, in the order of the data
 
   function toggle(id) {
     state.open = state.open.includes(id) ? state.open.filter((other) => other !== id) : [...state.open, id];
@@ -313,11 +318,11 @@
   }
 
   async function fill(inside, row) {
-    if (!("DecompressionStream" in window)) {
+    if (!canUnpack) {
       inside.replaceChildren(make("p", {}, say("cannot_unpack")));
       return;
     }
-    const texts = await records();
+    texts ??= (await unpacked("records")).split("\n");
     const runs = row.cells.flatMap((cell, side) => (cell === null ? [] : DATA.cells[cell].runs.map((run) => ({
       ...run, side: SIDES[side], text: texts[run.record], record: JSON.parse(texts[run.record]),
     }))));
@@ -467,6 +472,7 @@
     return lines.map((line) => line.map(quoted).join(",")).join("\n") + "\n";
   }
 
+  if (!canUnpack) form.elements.base.disabled = true;
   form.addEventListener("change", (event) => {
     if (event.target.name in state) state[event.target.name] = event.target.value;
     apply();
@@ -489,6 +495,5 @@
   const box = document.getElementById("filter-box");
   box.hidden = false;
   box.open = window.matchMedia("(min-width: 641px)").matches || location.hash.length > 1;
-  apply();
-  document.documentElement.dataset.ready = String(Math.round(performance.now()));
+  apply().then(() => { document.documentElement.dataset.ready = String(Math.round(performance.now())); });
 })();

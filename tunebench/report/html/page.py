@@ -37,6 +37,7 @@ def page_of(records: list[Record], language: str = "en") -> str:
         runs=len(records),
         data=content.data() | {"words": words.own, "charts": charts(words)},
         records=base64.b64encode(content.packed_records()).decode(),
+        ratios=base64.b64encode(content.packed_ratios()).decode(),
         words=words,
         columns=[(column.title, words.heading(column.title)) for column in HEADLINE],
         numeric=set(SORT_KEYS),
