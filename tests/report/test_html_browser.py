@@ -359,8 +359,8 @@ PROFILE = {
                 "waiting_for_host": 0.2,
                 "idle": 0.1,
             },
-            "kinds": {"matmul": 0.8, "attention": 0.2},
-            "longest": [{"name": "aten::mm", "kind": "matmul", "seconds": 0.75, "calls": 90.0}],
+            "kinds": {"matrix products": 0.8, "attention": 0.2},
+            "longest": [{"name": "aten::mm", "kind": "matrix products", "seconds": 0.75, "calls": 90.0}],
             "memory": [[0.0, 0], [1.0, 1000]],
             "trace": "rank0.json.gz",
         }
@@ -388,10 +388,10 @@ def test_a_profile_shows_where_the_time_went(session, content):
         session.wait(lambda: len(session.all(".detail figure svg")) == 4)
         assert "Where the time went" in session.one(".detail").text
         tables = session.tables(".detail table")
-        shares, kinds, longest = (t for t in tables if t[0][1] in ("computing", "matmul", "Kernel"))
+        shares, kinds, longest = (t for t in tables if t[0][1] in ("computing", "matrix products", "Kernel"))
         assert shares[1][1:] == ["50.0%", "10.0%", "5.0%", "5.0%", "20.0%", "10.0%"]
-        assert kinds == [["Run", "matmul", "attention"], [shares[1][0], "0.8", "0.2"]]
-        assert longest[1][1:] == ["aten::mm", "matmul", "0.75", "90"]
+        assert kinds == [["Run", "matrix products", "attention"], [shares[1][0], "0.8", "0.2"]]
+        assert longest[1][1:] == ["aten::mm", "matrix products", "0.75", "90"]
         assert len(session.all(".detail figure:last-of-type svg .mark-rect path")) >= 6
     finally:
         session.page = own
