@@ -101,6 +101,12 @@ class Hardware(BaseModel):
     driver: str | None
     cuda: str | None
 
+    @property
+    def place(self) -> str:
+        """The machine as one that noise and series belong to: a virtual machine may move to another processor."""
+        kind = f"{self.cpu} {self.cores} {[accelerator.name for accelerator in self.accelerators]}"
+        return f"{self.machine}-{hashlib.sha256(kind.encode()).hexdigest()[:6]}"
+
     def lasting(self) -> dict[str, Any]:
         """What does not change from run to run, by field; a GPU's are `accelerators.INDEX.FIELD`."""
         fields = {name: value for name, value in self if name not in ("device", "accelerators", "environment")}

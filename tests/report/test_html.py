@@ -109,9 +109,20 @@ def test_a_second_machine_has_a_part_of_its_own(mixed):
     content = content_of(mixed, Words("en"))
     assert len(content.machines) == 2
     for machine in content.machines:
-        runs = [record for record in mixed if record.hardware.machine == machine.key]
+        runs = [record for record in mixed if record.hardware.place == machine.key]
         rows = sorted(join([record for record in runs if record.peer is None]), key=lambda row: row.tuned)
         assert [line.row for line in machine.lines] == rows
+
+
+def test_a_machine_with_another_processor_is_another_one(quick):
+    """A virtual machine may keep its name and id. Its noise is not that of the other processor."""
+    moved = [r.model_copy(update={"hardware": r.hardware.model_copy(update={"cpu": "Other CPU"})}) for r in quick]
+    plain = [record for record in moved if record.aa is None]
+    content = content_of([*quick, *plain], Words("en"))
+    assert len({machine.key for machine in content.machines}) == len(content.machines) == 2
+    noises = {machine.name.split(",")[0]: {line.row.noise for line in machine.lines} for machine in content.machines}
+    assert noises.pop("Other CPU") == {None}
+    assert None not in noises.popitem()[1]
 
 
 def test_a_baseline_has_figures_for_the_same_work_alone(mixed):

@@ -137,7 +137,7 @@ def join_cells(records: list[Record]) -> list[Joined]:
         counts = Counter(headings)
         for (compared, paddle, torch), sides, heading in zip(pairs, members, headings, strict=True):
             row, rounds = _row(group, compared, paddle, torch, told_apart=counts[heading] > 1, near=near)
-            noise = noises.get(sides[0].first.hardware.machine)
+            noise = noises.get(sides[0].first.hardware.place)
             # A/A runs are next to each other. The sides of a row "best of each" are not, so their noise is unknown.
             if compared == BEST_OF_EACH:
                 lines = [row.note, *(runner_up(cell, cells[cell.first.framework], near) for cell in sides)]
@@ -180,7 +180,7 @@ def against_itself(records: list[Record]) -> list[SelfComparison]:
                         batch_size=bsz,
                         framework=framework,
                         setup=cell.setup,
-                        machine=cell.first.hardware.machine,
+                        machine=cell.first.hardware.place,
                         log_ratios=ratios,
                         dropped=rounds.dropped,
                         difference=math.expm1(statistics.fmean(ratios)),

@@ -72,7 +72,7 @@ def _groups(records: list[Record]) -> Iterator[tuple[tuple[str, str, str, str], 
     for record in records:
         if record.aa is None:
             about = record.framework, *model_of(record), record.method
-            groups[(about, record.hardware.machine, record.git.revision, record.plan and record.plan.samples)].append(
+            groups[(about, record.hardware.place, record.git.revision, record.plan and record.plan.samples)].append(
                 record
             )
     for (about, *_), members in groups.items():

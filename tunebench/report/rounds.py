@@ -84,8 +84,8 @@ def in_one_series(records: Iterable[Record]) -> Near:
     """A function that says whether two runs belong to one series: no long pause of the machine lies between them."""
     series: dict[tuple[str, str, str], int] = {}
     number = itertools.count()
-    by_machine = sorted(records, key=lambda record: (record.hardware.machine, record.started_at))
-    for _, runs in itertools.groupby(by_machine, key=lambda record: record.hardware.machine):
+    by_machine = sorted(records, key=lambda record: (record.hardware.place, record.started_at))
+    for _, runs in itertools.groupby(by_machine, key=lambda record: record.hardware.place):
         end = float("-inf")
         for run in runs:
             if _start(run) > end + PAUSE:
@@ -130,4 +130,4 @@ def _seconds(record: Record) -> float:
 
 
 def _name(record: Record) -> tuple[str, str, str]:
-    return record.hardware.machine, record.started_at, " ".join(record.argv)
+    return record.hardware.place, record.started_at, " ".join(record.argv)

@@ -161,7 +161,7 @@ def content_of(records: list[Record], words: Words) -> Content:
     content = Content([words.heading(column.title) for column in MEMORY_COLUMNS[-4:]])
     by_machine: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        by_machine[record.hardware.machine].append(record)
+        by_machine[record.hardware.place].append(record)
     newest = sorted(by_machine.values(), key=lambda runs: max(run.started_at for run in runs), reverse=True)
     for members in newest:
         content.machines.append(_machine(members, content, words))
@@ -181,7 +181,7 @@ def _machine(records: list[Record], content: Content, words: Words) -> MachinePa
     comparisons = against_itself(ours)
     plain = [record for record in ours if record.aa is None]
     return MachinePart(
-        key=records[0].hardware.machine,
+        key=records[0].hardware.place,
         name=_name(records),
         caveat=words.translated(measured_on(plain or records)),
         series=[words.say("series_line", **each) for each in _series_lines(records, series)],
@@ -375,7 +375,7 @@ def _key(joined: Joined, keys: set[str]) -> str:
     """A name of a row for links: of its machine, group, setups and work. It is added to `keys`."""
     sides = [
         cell
-        and [cell.first.hardware.machine, cell.setup, cell.first.versions, cell.work, cell.first.status]
+        and [cell.first.hardware.place, cell.setup, cell.first.versions, cell.work, cell.first.status]
         + (list(map(str, attempt_of(cell.first))) if cell.first.status != "ok" else [])
         for cell in (joined.paddle, joined.torch)
     ]
