@@ -11,7 +11,11 @@ from conftest import ROOT, run_program
 from tunebench.flags import parse_flags
 from tunebench.report.documents import BEGIN, END, documents, series
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "results" / "published" / "README.md"]
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    ROOT / "results" / "published" / "README.md",
+]
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
@@ -74,6 +78,9 @@ RUN_ELSEWHERE = {
     "python3 summarize.py --html report.html": "test_html.py writes pages",
     "bash run_all.sh --suite NAME --aa": "test_suite.py runs a suite with --aa",
     "bash run_tests.sh": "runs this test",
+    ".venv/torch/bin/python -P -m pytest tests/test_record.py": "a part of this session of tests",
+    ".venv/paddle/bin/python -P -m pytest tests/test_plan.py -k packing": "a part of a session of tests",
+    ".venv/torch/bin/python -P -m tunebench.record": "test_record.py compares what it writes",
     "bash setup.sh": "test_setup.py",
     "bash setup.sh --cpu": "needs PyTorch's CPU index",
     "bash run_all.sh --suite peers": "downloads three environments; test_peers.py runs one of its peers",
