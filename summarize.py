@@ -20,8 +20,8 @@ from tunebench.flags import Parser
 from tunebench.record import Record
 from tunebench.report.documents import documents
 from tunebench.report.html.words import LANGUAGES
-from tunebench.report.keep import keep
 from tunebench.report.memory import render_memory
+from tunebench.report.pack import own_names, pack
 from tunebench.report.page import combined
 from tunebench.report.pairing import join
 from tunebench.report.published import FOLDER, combine, load, render_against, render_published
@@ -49,7 +49,10 @@ def main() -> None:
     parser.add_argument("--against", choices=["published"], help="a table of what stands beside that record's runs")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a record is broken")
     parser.add_argument(
-        "--keep", type=pathlib.Path, metavar="FOLDER", help="copy the records of one folder there, without local paths"
+        "--pack",
+        type=pathlib.Path,
+        metavar="FOLDER",
+        help="copy a suite's records to results/measured/DATE-MACHINE/, without what would identify a person",
     )
     parser.add_argument(
         "--docs", action="store_true", help="write docs/results.md, docs/flags.md and README's table anew"
@@ -60,20 +63,20 @@ def main() -> None:
     parser.add_argument("--lang", choices=LANGUAGES, help="the language of --html's page (default: en)")
     options = parser.parse_args()
     given = [
-        name for name in ("parity", "memory", "against", "keep", "docs") if options.html and getattr(options, name)
+        name for name in ("parity", "memory", "against", "pack", "docs") if options.html and getattr(options, name)
     ]
     given += ["format"] * bool(options.html and options.format != "md")
     if given:
         raise BadInput(f"--html writes a page of its own; leave --{given[0]} out")
     if options.lang and not options.html:
         raise BadInput("--lang is the language of a page; give --html FILE too, or leave --lang out")
-    others = [name for name in ("parity", "against", "keep", "docs") if options.memory and getattr(options, name)]
+    others = [name for name in ("parity", "against", "pack", "docs") if options.memory and getattr(options, name)]
     if others:
         raise BadInput(f"--memory prints a table of its own; leave --{others[0]} out")
-    if options.keep:
-        if len(options.paths) != 1 or not options.paths[0].is_dir():
-            raise BadInput("--keep copies the records of one folder; name it, such as results/cpu")
-        print(f"{keep(options.paths[0], options.keep)} records copied to {options.keep}")
+    if options.pack:
+        if options.paths:
+            raise BadInput(f"--pack packs the folder that it names; leave {options.paths[0]} out")
+        print(pack(options.pack, results_folder() / "measured", own_names()).told())
         return
     if options.docs:
         for path, text in documents().items():

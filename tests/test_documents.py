@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_program
 
 from tunebench.flags import parse_flags
-from tunebench.report.documents import BEGIN, END, documents, series
+from tunebench.report.documents import BEGIN, END, documents
 
 PAGES = [
     *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
@@ -36,21 +36,13 @@ def test_readme_fits_on_a_few_screens():
     assert len(text.splitlines()) <= 140
 
 
-def test_kept_records_name_no_local_folder():
-    for machine, suite, records in series():
-        assert records, (machine, suite)
-        for record in records:
-            assert not [word for word in record.argv if "=/" in word], record.argv
-            assert not any(value.startswith("/") for value in record.hardware.environment.values())
-            assert record.log == []
-
-
 # The test that runs a command of a page, or why none does. Commands of scripts and of summarize.py are read below.
 RUN_ELSEWHERE = {
     "bash run_all.sh": "test_suite.py runs suites; this one takes half an hour",
     "bash run_all.sh --suite cpu": "test_suite.py runs suites; this one takes half an hour",
     "bash run_all.sh --aa": "test_suite.py runs a suite with --aa",
     "bash run_all.sh --cpu": "needs PyTorch's CPU index",
+    "bash run_all.sh --check": "test_check.py checks a suite",
     "bash run_all.sh --suite quick": "takes 17 minutes; test_plan.py checks its runs",
     "bash run_all.sh --suite quick --aa": "takes 17 minutes; test_suite.py runs a suite with --aa",
     "bash run_all.sh --suite tuned": "takes 44 minutes; test_plan.py checks its runs",
@@ -140,9 +132,11 @@ def test_each_command_is_known():
         else:
             assert words[:2] == ["python3", "summarize.py"] or words[1].startswith("data/"), command
             assert (ROOT / words[1]).exists(), command
-            assert words[2:3] == ["--docs"] or words[1] == "data/prepare.py" or words[2].startswith(NEEDS_RECORDS), (
-                command
-            )
+            assert (
+                words[2:3] in (["--docs"], ["--pack"])
+                or words[1] == "data/prepare.py"
+                or words[2].startswith(NEEDS_RECORDS)
+            ), command
     assert not RUN_ELSEWHERE.keys() - known, "no page has these commands any more"
 
 

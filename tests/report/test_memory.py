@@ -124,7 +124,7 @@ class TestProgram:
         for paths in ([tmp_path], [ROOT / "results" / "published"]):
             assert "no records in" in run_program("summarize.py", *paths, "--memory", check=True).stdout
 
-    @pytest.mark.parametrize("other", ["--parity", "--against=published", "--keep=kept", "--docs"])
+    @pytest.mark.parametrize("other", ["--parity", "--against=published", "--pack=results/cpu", "--docs"])
     def test_options_of_other_tables_are_refused(self, folder, other):
         said = refusal(run_program("summarize.py", folder, "--memory", other))
         assert said == f"summarize.py: --memory prints a table of its own; leave {other.split('=')[0]} out"

@@ -2,7 +2,7 @@
 
     python3 summarize.py --docs
 
-results/measured/DATE-MACHINE/SUITE/ holds records that `summarize.py --keep` copied there, and
+results/measured/DATE-MACHINE/SUITE/ holds records that `summarize.py --pack` wrote, and
 results/measured/DATE-MACHINE/growth.json what `benchmarks/growth.py --out` wrote.
 """
 
