@@ -55,7 +55,9 @@ def main() -> None:
         help="copy a suite's records to results/measured/DATE-MACHINE/, without what would identify a person",
     )
     parser.add_argument(
-        "--docs", action="store_true", help="write docs/results.md, docs/flags.md and README's table anew"
+        "--docs",
+        action="store_true",
+        help="write docs/results.md, docs/flags.md and the READMEs' table and picture anew",
     )
     parser.add_argument(
         "--html", type=pathlib.Path, metavar="FILE", help="write one page there with all tables, charts and records"

@@ -4,15 +4,17 @@ import os
 import re
 import shlex
 import subprocess
+from collections import Counter
+from typing import NamedTuple
 
 import pytest
 from conftest import ROOT, run_program
 
 from tunebench.flags import parse_flags
-from tunebench.report.documents import BEGIN, END, documents
+from tunebench.report.documents import BEGIN, END, READMES, documents
 
 PAGES = [
-    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *(ROOT / "README.md", ROOT / "README.zh.md", ROOT / "CONTRIBUTING.md"),
     *sorted((ROOT / "docs").rglob("*.md")),
     ROOT / "results" / "published" / "README.md",
 ]
@@ -30,10 +32,69 @@ def test_links_lead_somewhere(page):
         assert "://" in target or (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_readme_fits_on_a_few_screens():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", READMES)
+def test_readme_fits_on_a_few_screens(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
     assert text.count(BEGIN) == text.count(END) == 1
     assert len(text.splitlines()) <= 140
+    first_screen = text[: text.index("\n## ")]
+    assert first_screen.index("docs/results.md") < first_screen.index(f"{BEGIN}\n![") < first_screen.index("\n| Model ")
+
+
+class Section(NamedTuple):
+    """What a translation of a section keeps: the heading's level, blocks of code, codes in sentences, links, lists, and
+    the number of cells of each line of a table."""
+
+    level: str
+    blocks: list[str]
+    codes: Counter
+    links: Counter
+    numbers: list[str]
+    cells: list[int]
+
+
+def sections(text):
+    """The sections of a README, in order. The link to the other README is the same in both."""
+    found = []
+    for level, part in re.findall(r"(?ms)^(#+) (.*?)(?=^#+ |\Z)", text):
+        prose = re.sub(r"(?s)```.*?```", "", part)
+        links = re.findall(r"\]\(([^)]+)\)", prose)
+        found.append(
+            Section(
+                level=level,
+                blocks=re.findall(r"(?s)```.*?```", part),
+                codes=Counter(re.findall(r"`([^`\n]+)`", prose)),
+                links=Counter("README" if link in READMES else link for link in links),
+                numbers=re.findall(r"(?m)^\d+\.", prose),
+                cells=[line.count("|") for line in prose.splitlines() if line.startswith("|")],
+            )
+        )
+    return found
+
+
+def test_both_readmes_have_the_same_headings_commands_links_and_tables():
+    ours, theirs = (sections((ROOT / name).read_text(encoding="utf-8")) for name in READMES)
+    assert [section.level for section in ours] == [section.level for section in theirs]
+    assert len(ours) == 8
+    for section, other in zip(ours, theirs, strict=True):
+        assert section == other
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("## One script", "### One script"),
+        ("python3 summarize.py\n", ""),
+        ("`--sweep`", "`--plan`"),
+        ("(docs/planner.md)", "(docs/flags.md)"),
+        ("| `suites/` | which runs a suite has |\n", ""),
+        ("4. **Pinned versions.**", "**Pinned versions.**"),
+    ],
+)
+def test_a_change_of_one_readme_alone_is_seen(change):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count(change[0])
+    assert sections(text.replace(*change, 1)) != sections(text)
 
 
 # The test that runs a command of a page, or why none does. Commands of scripts and of summarize.py are read below.

@@ -1,4 +1,4 @@
-"""Generates docs/results.md and README's table from results/measured/, and docs/flags.md from the parser.
+"""Generates docs/results.md, READMEs' table and picture from results/measured/, and docs/flags.md from the parser.
 
     python3 summarize.py --docs
 
@@ -9,6 +9,7 @@ results/measured/DATE-MACHINE/growth.json what `benchmarks/growth.py --out` wrot
 import argparse
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 from tunebench.bootstrap import ROOT
 from tunebench.errors import BadInput
@@ -19,12 +20,16 @@ from tunebench.report.load import load_records
 from tunebench.report.markdown import measured_on
 from tunebench.report.page import combined
 from tunebench.report.pairing import LIKE_FOR_LIKE, Row, join
+from tunebench.report.picture import description, picture
 from tunebench.report.rounds import round_of
 from tunebench.report.tables import COLUMNS, table
 
 MEASURED = ROOT / "results" / "measured"
 BEGIN, END = "<!-- measured:begin -->", "<!-- measured:end -->"
 Series = tuple[str, str, list[Record]]  # the folder of a date and machine, the suite, its records
+READMES = ("README.md", "README.zh.md")
+PICTURE = ROOT / "docs" / "measured.svg"
+PICTURE_TITLE = "Effective tokens per second of both sides; longer is faster"
 README_SUITE, README_ROWS = "cpu", 6
 README_COLUMNS = ("Model", "Method", "Num GPUs", "Batch Size", "Paddle Setup", "Speedup")
 
@@ -32,11 +37,14 @@ README_COLUMNS = ("Model", "Method", "Num GPUs", "Batch Size", "Paddle Setup", "
 def documents() -> dict[Path, str]:
     """Each generated document's path and content."""
     measured = series()
-    return {
+    found = {
         ROOT / "docs" / "results.md": results_page(measured),
         ROOT / "docs" / "flags.md": flags_page(),
-        ROOT / "README.md": readme(measured),
+        **{ROOT / name: readme(ROOT / name, measured) for name in READMES},
     }
+    if first := _first(measured):
+        found[PICTURE] = picture(first.rows, PICTURE_TITLE, _caveat(first.records))
+    return found
 
 
 def series() -> list[Series]:
@@ -88,29 +96,56 @@ def flags_page() -> str:
     )
 
 
-def readme(measured: list[Series]) -> str:
-    """README.md with the table between its markers."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
+def readme(path: Path, measured: list[Series]) -> str:
+    """A README with the picture and the table between its markers."""
+    before, rest = path.read_text(encoding="utf-8").split(BEGIN)
     return f"{before}{BEGIN}\n{readme_table(measured)}\n{END}{rest.split(END)[1]}"
 
 
 def readme_table(measured: list[Series]) -> str:
-    """Some rows of the newest series of the default suite, with their caveat."""
+    """The picture and the table of the first rows of the newest series of the default suite, with their caveat."""
+    first = _first(measured)
+    if first is None:
+        return "No measured table is in the repository yet. `bash run_all.sh` prints the table of your machine."
+    columns = [column for column in COLUMNS if column.title in README_COLUMNS]
+    parts = [
+        f"![{PICTURE_TITLE}. {description(first.rows)}]({PICTURE.relative_to(ROOT)})",
+        measured_on(first.records),
+        table(columns, first.rows),
+        f"Records: `results/measured/{first.folder}`.",
+    ]
+    return "\n\n".join(parts)
+
+
+class First(NamedTuple):
+    """What a README shows: the folder of a series in results/measured/, its records, and some of its rows."""
+
+    folder: str
+    records: list[Record]
+    rows: list[Row]
+
+
+def _first(measured: list[Series]) -> First | None:
+    """The newest series of the default suite, and its first row of each family, method and setup.
+
+    There are at most README_ROWS rows, those of one process first.
+    """
     for machine, suite, records in measured:
         if suite == README_SUITE:
-            rows = _some([row for row in join(records) if row.compared == LIKE_FOR_LIKE])
-            columns = [column for column in COLUMNS if column.title in README_COLUMNS]
-            return f"{measured_on(records)}\n\n{table(columns, rows)}\n\nRecords: `results/measured/{machine}/{suite}`."
-    return "No measured table is in the repository yet. `bash run_all.sh` prints the table of your machine."
+            kinds: dict[tuple[str, str, str | None], Row] = {}
+            like = [row for row in join(records) if row.compared == LIKE_FOR_LIKE]
+            for row in sorted(like, key=lambda row: row.num_gpus):
+                kinds.setdefault((row.family, row.method, row.paddle_setup), row)
+            return First(f"{machine}/{suite}", records, list(kinds.values())[:README_ROWS])
+    return None
 
 
-def _some(rows: list[Row]) -> list[Row]:
-    """The first row of each family, method and setup: at most README_ROWS, rows of one process first."""
-    first: dict[tuple[str, str, str | None], Row] = {}
-    for row in sorted(rows, key=lambda row: row.num_gpus):
-        first.setdefault((row.family, row.method, row.paddle_setup), row)
-    return list(first.values())[:README_ROWS]
+def _caveat(records: list[Record]) -> str:
+    """The machines of records, and what CPUs do not tell."""
+    done = [record.hardware for record in records if record.status == "ok"]
+    on_cpu = {f"{machine.cpu} with {machine.cores} cores" for machine in done if machine.device == "cpu"}
+    machines = sorted({str(machine.device) for machine in done if machine.device != "cpu"} | on_cpu)
+    return f"Measured on {', '.join(machines)}.{' It says nothing about GPUs.' * bool(on_cpu)}"
 
 
 def _commands(suite: str, records: list[Record]) -> str:

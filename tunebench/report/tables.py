@@ -37,7 +37,7 @@ COLUMNS = [
     Column("Torch Setup", lambda row: row.torch_setup or NOT_AVAILABLE),
     Column("Torch Effective Tokens/s", lambda row: _figures(row)[1]),
     Column("Torch Spread", lambda row: _spread(row.torch_spread)),
-    Column("Speedup", lambda row: _verdict(row)),
+    Column("Speedup", lambda row: verdict_on(row)),
     Column("95% Interval", lambda row: NOT_AVAILABLE if row.speedup is None else _interval(row.interval)),
     Column("Round Noise", lambda row: _spread(row.round_noise)),
     Column("Rounds", lambda row: str(row.rounds) if row.rounds else NOT_AVAILABLE),
@@ -159,7 +159,7 @@ def _setup_tables(rows: list[Row]) -> list[str]:
                 words.sort(key=lambda part: "*" not in part)  # the accumulation stands beside the batch size
                 setup = " ".join(f"({part})" if "*" in part else part for part in words)
                 texts = [f"**{t}**" if r and r == best else t for t, r in zip(_figures(row), _rates(row), strict=True)]
-                lines.append([row.model, f"bsz {row.batch_size} {setup}", *texts, _verdict(row)])
+                lines.append([row.model, f"bsz {row.batch_size} {setup}", *texts, verdict_on(row)])
         parts.append(f"### {METHODS[method]} with {devices} GPUs (or processes, where there are none), by setup\n")
         parts.append(markdown(SETUP_COLUMNS, lines) + "\n")
         parts.append("Bold: the fastest of its model and batch size.\n")
@@ -187,7 +187,8 @@ def _figures(row: Row) -> tuple[str, str]:
     return figure(paddle, row.paddle_status), figure(torch, row.torch_status)
 
 
-def _verdict(row: Row) -> str:
+def verdict_on(row: Row) -> str:
+    """The text of a row's speedup, or why it has none."""
     if row.speedup is None:
         return row.refusal or NOT_AVAILABLE
     return verdict(row.speedup, row.interval, row.noise)
