@@ -25,9 +25,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.live import Live
-from rich.text import Text
-
 from tunebench import conditions, processes
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
@@ -39,6 +36,7 @@ from tunebench.report.load import REHEARSALS
 from tunebench.report.page import print_tables
 from tunebench.report.rounds import APART, RUNS_APART, beside, started_lately
 from tunebench.run.run import describe_run
+from tunebench.suite.board import Board, in_words, progress_of
 from tunebench.suite.check import check
 from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
 from tunebench.suite.forecast import forecast_suite
@@ -50,8 +48,7 @@ GRACE = 30.0  # seconds that a run has after its --timeout to leave its own reco
 MOST_WAITING = 300.0  # seconds: the longest wait for a quiet machine
 MARGIN = 10.0  # seconds from a run's start to the start time in its record, at most
 TRIES_AGAIN = 2  # how often a disturbed round runs again
-# Seconds between two looks at a run, and between two lines about it. Looks are rare, since the run needs the cores.
-LOOK, LINE = 0.25, 10.0
+LOOK = 0.25  # seconds between two looks at a run, which are rare, since the run needs the cores
 
 stop_signals: list[int] = []  # the signals so far that asked this process to end
 
@@ -151,6 +148,7 @@ class Series:
     anyway: bool
     to_run: int  # runs in all, repeated ones included
     again: int  # repeated runs among them
+    board: Board
     took: list[float] = field(default_factory=list)  # seconds of each run so far
     # The longest wait for a quiet machine before a round, in seconds. It is read late, since tests change it.
     patience: float = field(default_factory=lambda: MOST_WAITING)
@@ -180,7 +178,9 @@ class Series:
                 left = (
                     max(APART, RUNS_APART * self.took[-1]) - MARGIN - (time.monotonic() - began) if number else math.inf
                 )
-                quiet = wait_until_quiet(title, max(0.0, min(left, self.patience)))
+                with self.board.waiting(i, title):
+                    quiet = wait_until_quiet(title, max(0.0, min(left, self.patience)))
+                self.board.found(quiet)
                 if not number:  # after a wait in vain, later rounds only look, until the machine is quiet
                     self.patience = MOST_WAITING if quiet else 0.0
             if not number:
@@ -190,10 +190,11 @@ class Series:
             if why:  # the existing record must not pass for the coming one
                 place = set_aside(self.folder, run.record, run.log)
                 print(f"{title}: again, since {why}; the old one moves to {place}/")
-            record = _execute(run, title, self.took, self.to_run - len(self.took) - 1)
+            record = _execute(run, i, title, self.board, self.took, self.to_run - len(self.took) - 1)
             if record is None:
                 raise Interrupted
-            print(f"{title}: {_result(record)}, {_duration(self.took[-1])}")
+            print(f"{title}: {_result(record)}, {in_words(self.took[-1])}")
+            self.board.ended(i, record)
             records[i] = record
 
 
@@ -220,10 +221,12 @@ def run_all(
     print(f"runs: {len(runs)}, done already: {len(runs) - to_run}")
     if expected and to_run:
         print(f"expected: about {math.ceil(to_run * expected / 60)} minutes, by what they took on two cores")
-    for run, (record, _) in zip(runs, before, strict=True):
+    board = Board(runs)
+    for i, (run, (record, _)) in enumerate(zip(runs, before, strict=True)):
         if record is not None:
             print(f"done already: {run.name}: {_result(record)}")
-    series = Series(runs, folder, anyway, to_run, again)
+            board.ended(i, record)
+    series = Series(runs, folder, anyway, to_run, again, board)
     bad: list[str] = []
     spoilt: list[str] = []
     shown = len(series.took)
@@ -263,7 +266,7 @@ def wait_until_quiet(title: str, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     busy = said = conditions.busy_with()
     if busy and seconds:
-        print(f"{title}: waits for a quiet machine, {_duration(seconds)} at most: {busy}")
+        print(f"{title}: waits for a quiet machine, {in_words(seconds)} at most: {busy}")
     while busy and not stop_signals and time.monotonic() < deadline:
         busy = conditions.busy_with()
     if said and not stop_signals:
@@ -293,7 +296,7 @@ def _fault_of_round(done: list[Record], complete: bool) -> str:
     return ""
 
 
-def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record | None:
+def _execute(run: Planned, number: int, title: str, board: Board, took: list[float], rest: int) -> Record | None:
     """Executes a run and returns its record. None where a signal to this process ended the run."""
     run.record.parent.mkdir(parents=True, exist_ok=True)
     oom_kills = processes.oom_kills()
@@ -301,8 +304,11 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
     limit = started + run.flags.timeout + GRACE
     steps: list[Step] = []
     unread = b""
-    with run.log.open("wb") as log, run.log.open("rb") as printed, _status_line() as show:
-        show(f"{title}: starts, log: {run.log}", True)
+    with (
+        run.log.open("wb") as log,
+        run.log.open("rb") as printed,
+        board.running(number, title, run.log) as show,
+    ):
         process = processes.start(
             run.command,
             cwd=run.cwd,
@@ -316,7 +322,7 @@ def _execute(run: Planned, title: str, took: list[float], rest: int) -> Record |
                 *lines, unread = (unread + printed.read()).split(b"\n")
                 steps += filter(None, (read_step(line.decode(errors="replace")) for line in lines))
                 elapsed = time.monotonic() - started
-                show(f"{title}: {_progress(steps, run.flags.warmup_steps, elapsed, took, rest)}", False)
+                show(progress_of(steps, run.flags.warmup_steps, elapsed, took, rest))
             exit_code = process.returncode
         finally:
             processes.end(process)  # this also ends what the run left behind
@@ -351,43 +357,6 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
     return record
 
 
-def _progress(steps: list[Step], warmup: int, elapsed: float, took: list[float], rest: int) -> str:
-    """The progress of a run from its steps so far, and the time until all runs are done."""
-    if not steps:
-        return f"starting, {_duration(elapsed)}"
-    timed = steps[warmup:] or steps
-    seconds = sum(step.seconds for step in timed)
-    rate = sum(step.seconds * step.rate for step in timed) / max(seconds, 1e-9)
-    last = steps[-1]
-    left = (last.total - last.number) * seconds / len(timed)
-    in_all = left + rest * (sum(took) / len(took) if took else elapsed + left)
-    return (
-        f"step {last.number}/{last.total}, {rate:.0f} effective tokens/s, {_duration(left)} left, "
-        f"all: {_duration(in_all)}"
-    )
-
-
-@contextlib.contextmanager
-def _status_line() -> Iterator[Callable[[str, bool], None]]:
-    """A function that shows progress: on a terminal in one line, elsewhere in a new line every LINE seconds.
-
-    Its second argument asks for the line at once.
-    """
-    if sys.stdout.isatty():
-        with Live(auto_refresh=False, transient=True) as live:
-            yield lambda text, _: live.update(Text(text, no_wrap=True, overflow="ellipsis"), refresh=True)
-        return
-    shown = time.monotonic()
-
-    def show(text: str, at_once: bool) -> None:
-        nonlocal shown
-        if at_once or time.monotonic() - shown >= LINE:
-            print(text)
-            shown = time.monotonic()
-
-    yield show
-
-
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Holds the lock of the results folder. Raises `BadInput` while another process has it. No child inherits it."""
@@ -410,11 +379,6 @@ def _result(record: Record) -> str:
         return f"{record.status}: {record.reason}"
     timed = len(record.steps.seconds) - record.timed_from
     return f"ok, {record.effective_tokens_per_second:.0f} effective tokens/s over {timed} timed steps"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 if __name__ == "__main__":
