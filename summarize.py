@@ -5,11 +5,13 @@ python summarize.py results/cpu --format csv
 python summarize.py results/published     the published record's tables, from its figures
 python summarize.py --memory              predicted and measured peaks of memory
 python summarize.py --html report.html    all tables with charts and each run's details, as one page
+python summarize.py results/cpu --watch   the tables (with --html: the page), drawn anew after each run
 """
 
 import pathlib
 import runpy
 import sys
+from collections.abc import Sequence
 
 BOOTSTRAP = pathlib.Path(__file__).resolve().parent / "tunebench" / "bootstrap.py"
 runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch", "paddle")
@@ -26,6 +28,7 @@ from tunebench.report.page import combined
 from tunebench.report.pairing import join
 from tunebench.report.published import FOLDER, combine, load, render_against, render_published
 from tunebench.report.tables import render
+from tunebench.report.watch import watch
 
 
 def write_page(file: pathlib.Path, records: list[Record], language: str, paths: list[pathlib.Path]) -> None:
@@ -39,8 +42,8 @@ def write_page(file: pathlib.Path, records: list[Record], language: str, paths: 
     print(f"{file}: {len(records)} records, {len(text) / 1e6:.1f} MB")
 
 
-def main() -> None:
-    """Prints the tables; broken records go to stderr, by name."""
+def main(args: Sequence[str] | None = None) -> None:
+    """Prints the tables; broken records go to stderr, by name. `args` are by default the command line's."""
     parser = Parser(prog="summarize.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("paths", nargs="*", type=pathlib.Path, help="record files or folders (default: results/)")
     parser.add_argument("--format", choices=["md", "csv", "json"], default="md", help="default: md")
@@ -63,7 +66,8 @@ def main() -> None:
         "--html", type=pathlib.Path, metavar="FILE", help="write one page there with all tables, charts and records"
     )
     parser.add_argument("--lang", choices=LANGUAGES, help="the language of --html's page (default: en)")
-    options = parser.parse_args()
+    parser.add_argument("--watch", action="store_true", help="draw it anew when records change, until Ctrl-C")
+    options = parser.parse_args(args)
     given = [
         name for name in ("parity", "memory", "against", "pack", "docs") if options.html and getattr(options, name)
     ]
@@ -75,6 +79,11 @@ def main() -> None:
     others = [name for name in ("parity", "against", "pack", "docs") if options.memory and getattr(options, name)]
     if others:
         raise BadInput(f"--memory prints a table of its own; leave --{others[0]} out")
+    if options.watch:
+        if options.pack or options.docs:
+            raise BadInput("--watch draws what it prints anew; leave --pack and --docs out")
+        words = [word for word in (sys.argv[1:] if args is None else args) if word != "--watch"]
+        watch(options.paths or [results_folder()], lambda: main(words))
     if options.pack:
         if options.paths:
             raise BadInput(f"--pack packs the folder that it names; leave {options.paths[0]} out")

@@ -21,7 +21,7 @@ from tunebench.suite.board import Board, in_words, window
 from tunebench.suite.file import find_suite, plan_runs, read_suite
 
 COLUMNS, LINES = 110, 24
-MOST_CPU = 0.04  # of a core: a hundredth was measured where nothing else ran
+MOST_CPU = 0.04  # of a core: 0.004 was measured beside other programs
 
 
 def frames(text):
