@@ -28,11 +28,29 @@ refuse() { printf 'setup: %s\n' "$*" >&2; exit 2; }
 say() { printf 'setup: %s\n' "$*" 2>/dev/null || refuse "what it prints cannot be written; make room there"; }
 
 # bash would wait for a program in the foreground before it heeds a signal.
-child=
-stop() { [ -z "$child" ] || kill "$child" 2>/dev/null || true; exit "$1"; }
+child= ticker=
+stop() { [ -z "$child" ] || kill "$child" $ticker 2>/dev/null || true; exit "$1"; }
 trap 'stop 130' INT
 trap 'stop 143' TERM HUP
 run() { "$@" & child=$!; wait "$child"; }
+
+# Runs a program as `run` does. Where its stderr is no terminal, uv shows no progress: a line says every so many seconds
+# how much it has written, as the kernel counts it.
+line_every=15
+run_told() {
+  local what=$1 started=$SECONDS code=0 written; shift
+  "$@" & child=$!
+  [ -t 2 ] || {
+    # Its sleep outlives it for a moment, so it holds neither the lock nor the streams.
+    while sleep $line_every </dev/null >/dev/null 2>&1 9>&- && kill -0 "$child" 2>/dev/null; do
+      written=$(sed -n 's/^wchar: //p' "/proc/$child/io" 2>/dev/null || true)
+      say "$what: $((SECONDS - started)) s so far${written:+, $((written / 1000000)) MB written}"
+    done & ticker=$!
+  }
+  wait "$child" || code=$?
+  [ -z "$ticker" ] || { kill "$ticker" 2>/dev/null || true; wait "$ticker" 2>/dev/null || true; ticker=; }
+  return $code
+}
 
 names=() cpu=0
 for argument in "$@"; do
@@ -139,7 +157,7 @@ find_python() {
     if python=$("$uv" python find --system --no-project --no-python-downloads $version 2>/dev/null); then return; fi
   done
   say "this machine has no Python 3.11 or 3.12: uv fetches 3.11"
-  run "$uv" python install 3.11 || refuse "uv could not fetch Python 3.11 (its message is above); let it reach" \
+  run_told "fetching Python 3.11" "$uv" python install 3.11 || refuse "uv could not fetch Python 3.11 (its message is above); let it reach" \
     "github.com, or install Python 3.11 or 3.12 (Debian 12: apt install python3.11; Ubuntu 24.04: apt install python3.12)," \
     "or name one: PYTHON=/path/to/python"
   python=$("$uv" python find --no-project 3.11)
@@ -191,7 +209,7 @@ build() {
   else
     cat "$source/constraints.txt"
   fi >"$folder/constraints.txt"
-  run "$uv" pip install ${quiet[@]+"${quiet[@]}"} --python "$folder/bin/python" ${index[@]+"${index[@]}"} \
+  run_told "installing $name's packages" "$uv" pip install ${quiet[@]+"${quiet[@]}"} --python "$folder/bin/python" ${index[@]+"${index[@]}"} \
     --constraint "$folder/constraints.txt" --requirement "$folder/requirements.txt" ${editable[@]+"${editable[@]}"} ||
     refuse "uv could not install $name's packages (its messages are above); run 'bash setup.sh $name' again when mended"
   "$uv" pip check --quiet --python "$folder/bin/python" || refuse "$name's packages do not fit each other (see above)"

@@ -21,7 +21,6 @@ import batching
 import numpy as np
 import sources
 import tokenizer as tokenizers_of
-from rich.progress import track
 
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder, only_one
@@ -42,8 +41,9 @@ from tunebench.plan import (
     write_plan,
     write_samples,
 )
+from tunebench.progress import told
 
-CHUNK = 500  # samples encoded between two updates of the progress bar
+CHUNK = 500  # samples encoded between two looks at the progress
 MOST_ID = 2**31 - 1  # the largest token id: plans hold 32-bit ids
 TEXTS = 2000  # embedded samples from whose text --data fixed:N cuts its samples
 MOST_TOKENS = 2**28  # the most tokens of --data fixed:N: 1 GB
@@ -169,7 +169,7 @@ def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str
 
 
 def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> list[Sample]:
-    """Encodes samples, with a progress bar: prompts cut to 256 tokens, responses to 384 and followed by EOS."""
+    """Encodes samples and shows the progress: prompts cut to 256 tokens, responses to 384 and followed by EOS."""
     rows: list[Sample] = []
     for prompt, response in _encoded(tokenizer, samples):
         ids = prompt[:PROMPT_TOKENS]
@@ -207,21 +207,25 @@ def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id
 
 
 def _encoded(tokenizer: Any, samples: list[sources.Sample]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields the tokens of each prompt and response, with a progress bar."""
-    for start in track(range(0, len(samples), CHUNK), description=f"tokenizing {len(samples)} samples"):
-        chunk = samples[start : start + CHUNK]
-        try:
-            prompts = tokenizer.encode_batch([sample.prompt for sample in chunk], add_special_tokens=False)
-            responses = tokenizer.encode_batch([sample.response for sample in chunk], add_special_tokens=False)
-        except Exception as error:  # the library raises plain Exception, such as for a missing unknown token
-            raise BadInput(
-                f"the tokenizer of --model cannot encode the data: {error}; mend its tokenizer.json"
-            ) from None
-        for prompt, response in zip(prompts, responses, strict=True):
-            ids = prompt.ids, response.ids
-            if max(max(each, default=0) for each in ids) > MOST_ID:
-                raise BadInput(f"the tokenizer of --model gives a token above {MOST_ID}; mend its tokenizer.json")
-            yield ids
+    """Yields the tokens of each prompt and response, and shows the progress."""
+    with told(f"tokenizing {len(samples)} samples", len(samples)) as advance:
+        for start in range(0, len(samples), CHUNK):
+            chunk = samples[start : start + CHUNK]
+            yield from _encoded_chunk(tokenizer, chunk)
+            advance(len(chunk))
+
+
+def _encoded_chunk(tokenizer: Any, chunk: list[sources.Sample]) -> Iterator[tuple[list[int], list[int]]]:
+    try:
+        prompts = tokenizer.encode_batch([sample.prompt for sample in chunk], add_special_tokens=False)
+        responses = tokenizer.encode_batch([sample.response for sample in chunk], add_special_tokens=False)
+    except Exception as error:  # the library raises plain Exception, such as for a missing unknown token
+        raise BadInput(f"the tokenizer of --model cannot encode the data: {error}; mend its tokenizer.json") from None
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = prompt.ids, response.ids
+        if max(max(each, default=0) for each in ids) > MOST_ID:
+            raise BadInput(f"the tokenizer of --model gives a token above {MOST_ID}; mend its tokenizer.json")
+        yield ids
 
 
 if __name__ == "__main__":

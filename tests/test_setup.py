@@ -1,6 +1,7 @@
 """setup.sh for real, on a small stand-in project: real interpreters, real uv, real interruptions."""
 
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -87,6 +88,31 @@ def test_survives_being_killed(project):
     assert "half-made" in after.stdout
     done = subprocess.run([project / ".venv/paddle/bin/python", "-c", "import packaging, tunebench"], cwd="/")
     assert done.returncode == 0
+
+
+def test_a_long_install_says_how_it_gets_on(project):
+    script = project / "setup.sh"
+    script.write_text(script.read_text().replace("line_every=15", "line_every=0.2"))
+    started = time.monotonic()
+    made = setup(project, "torch")
+    assert made.returncode == 0, made.stderr
+    lines = re.findall(r"(?m)^setup: installing torch's packages: \d+ s so far(?:, (\d+) MB written)?$", made.stdout)
+    assert 1 <= len(lines) <= (time.monotonic() - started) / 0.2
+    assert lines[0], "the kernel counts what a process writes"
+    assert "installing" not in setup(project, "torch").stdout
+
+
+def test_no_line_outlives_an_interrupted_install(project):
+    script = project / "setup.sh"
+    script.write_text(script.read_text().replace("line_every=15", "line_every=0.1"))
+    running = subprocess.Popen(["bash", script, "torch"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while "installing torch's packages" not in running.stdout.readline():
+        assert running.poll() is None
+    running.send_signal(signal.SIGTERM)
+    interrupted = time.monotonic()
+    running.communicate(timeout=60)  # until nothing holds its output
+    assert running.returncode == 143
+    assert time.monotonic() - interrupted < 10
 
 
 def test_one_that_cannot_be_made_is_named_and_the_other_is_there(project):

@@ -17,7 +17,7 @@ from conftest import ROOT
 from helpers import SUITE
 
 from tunebench.record import parse_record, read_record
-from tunebench.suite.board import Board, in_words, window
+from tunebench.suite.board import Board, window
 from tunebench.suite.file import find_suite, plan_runs, read_suite
 
 COLUMNS, LINES = 110, 24
@@ -139,7 +139,3 @@ def test_each_contestant_of_peers_has_a_row(tmp_path):
 )
 def test_window(rows, current, height, shown):
     assert window(rows, current, height) == shown
-
-
-def test_durations():
-    assert [in_words(seconds) for seconds in (0.4, 59.6, 125)] == ["0 s", "1 min 0 s", "2 min 5 s"]

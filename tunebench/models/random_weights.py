@@ -6,13 +6,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 from safetensors.numpy import save_file
 
 from tunebench.files import follow_umask
 from tunebench.models.families import family_of
 from tunebench.models.presets import Preset
 from tunebench.models.shards import INDEX, sha256_of, weight_file_name, weight_files
+from tunebench.progress import told
 
 WRITER_VERSION = 1  # part of the cache key; raise it when a change of code gives the same seed other weights
 SHARD_BYTES = 1 << 30
@@ -29,7 +29,7 @@ def random_bytes(preset: Preset) -> int:
 def write_random(
     folder: Path, preset: Preset, seed: int, shard_bytes: int = SHARD_BYTES, description: str = "weights"
 ) -> None:
-    """Writes config.json and seeded random weights, with one shard in memory at a time and a progress bar.
+    """Writes config.json and seeded random weights, with one shard in memory at a time, and shows its progress.
 
     Matrices are normal with the config's standard deviation. Norms get the same noise around 1 and biases around 0, so
     that a tensor in the wrong place changes the loss. Each tensor's values depend on the seed and its name only.
@@ -47,11 +47,13 @@ def write_random(
         shards[-1].append(name)
         size += bytes_
     weight_map: dict[str, str] = {}
-    for index, names in enumerate(track(shards, description=description, disable=len(shards) == 1), 1):
-        file = weight_file_name(index, len(shards))
-        save_file({name: _random_tensor(name, shapes[name], preset, seed, dtype) for name in names}, folder / file)
-        follow_umask(folder / file)
-        weight_map |= dict.fromkeys(names, file)
+    with told(description, len(shards), bar=len(shards) > 1) as advance:
+        for index, names in enumerate(shards, 1):
+            file = weight_file_name(index, len(shards))
+            save_file({name: _random_tensor(name, shapes[name], preset, seed, dtype) for name in names}, folder / file)
+            follow_umask(folder / file)
+            weight_map |= dict.fromkeys(names, file)
+            advance(1)
     if len(shards) > 1:
         index_json = {"metadata": {"total_size": random_bytes(preset)}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index_json, indent=2))

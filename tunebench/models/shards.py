@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 
 from tunebench.errors import BadInput
+from tunebench.progress import told
 
+LARGE = 1 << 31  # bytes of weights whose digest takes seconds
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -50,9 +52,11 @@ def bytes_of(file: Path, name: str) -> tuple[str, str]:
 
 def sha256_of(files: list[Path]) -> str:
     """The digest of the content of these files."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            while block := content.read(1 << 22):
-                digest.update(block)
+    digest, total = hashlib.sha256(), sum(file.stat().st_size for file in files)
+    with told("digest of the weights", total, bar=total > LARGE) as advance:
+        for file in files:
+            with file.open("rb") as content:
+                while block := content.read(1 << 22):
+                    digest.update(block)
+                    advance(len(block))
     return digest.hexdigest()

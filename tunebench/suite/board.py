@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.text import Text
 
 from tunebench import conditions
-from tunebench.progress import Step
+from tunebench.progress import Step, in_words
 from tunebench.record import DISTURBED, Record
 from tunebench.suite.file import Planned
 
@@ -65,12 +65,6 @@ def progress_of(steps: Sequence[Step], warmup: int, elapsed: float, took: Sequen
     last = steps[-1]
     left = (last.total - last.number) * seconds / len(timed)
     return Progress(elapsed, last, rate, left, left + rest * (elapsed + left if usual is None else usual))
-
-
-def in_words(seconds: float) -> str:
-    """A duration, such as `2 min 5 s`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 @dataclass

@@ -30,13 +30,13 @@ from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
 from tunebench.flags import Parser, add_forecast_flags, path_of, positive
 from tunebench.peers import check_environment
-from tunebench.progress import Step, read_step
+from tunebench.progress import Step, in_words, read_step
 from tunebench.record import LOG_LINES, Record, read_record
 from tunebench.report.load import REHEARSALS
 from tunebench.report.page import print_tables
 from tunebench.report.rounds import APART, RUNS_APART, beside, started_lately
 from tunebench.run.run import describe_run
-from tunebench.suite.board import Board, in_words, progress_of
+from tunebench.suite.board import Board, progress_of
 from tunebench.suite.check import check
 from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
 from tunebench.suite.forecast import forecast_suite
