@@ -217,6 +217,7 @@ build() {
     # Of no use for text, and PyPI's builds of them cannot be loaded beside a torch for CPUs: transformers would fail.
     "$uv" pip uninstall --quiet --python "$folder/bin/python" torchvision torchaudio
   fi
+  say "importing $name once, which compiles its modules"
   run "$folder/bin/python" -P -W ignore tunebench/installed.py "$folder/requirements.txt" >"$folder/kind" || exit 2
   kind=$(cat "$folder/kind")
   printf '%s\n' "$(stamp)" "$kind" >"$folder/complete.part"

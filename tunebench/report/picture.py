@@ -20,6 +20,7 @@ from tunebench.report.tables import verdict_on
 
 COLOURS = {"paddle": "#2457c5", "torch": "#d9501e"}
 TEXT, GRID, PAPER = "#1f2328", "#d8dee4", "#ffffff"
+LABEL = "slice(split(datum.label, '\\n'), 1)"  # Vega's expression for the lines of a row's label
 FONT = "Helvetica, Arial, sans-serif"
 WIDTH, ROW_HEIGHT = 560, 44  # pixels of the plot and of one row of it
 MARGIN = {"left": 270, "right": 20, "top": 52, "bottom": 34}
@@ -32,24 +33,25 @@ def picture(rows: Sequence[Row], title: str, caveat: str) -> str:
 
     A line across a bar's end is the 95% interval of the rate, where the side has several rounds.
     """
-    bars = [_bar(row, side) for row in rows for side in SIDES]
+    # The number keeps rows of one name apart. It is no part of the label.
+    bars = [_bar(row, side) | {"row": f"{i}\n{_label(row)}"} for i, row in enumerate(rows) for side in SIDES]
     longest = max((bar["end"] for bar in bars), default=1)
     scale = altair.Scale(domain=[0, longest * ROOM], nice=False)
     axis: dict[str, Any] = {"domain": False, "ticks": False, "labelOverlap": False}
     rate = altair.X("rate:Q", title=None, scale=scale, axis=altair.Axis(grid=True, tickCount=6, **axis))
     place: dict[str, Any] = {
-        "y": altair.Y("row:N", sort=None, title=None, axis=altair.Axis(labelExpr="split(datum.label, '\\n')", **axis)),
+        "y": altair.Y("row:N", sort=None, title=None, axis=altair.Axis(labelExpr=LABEL, **axis)),
         "yOffset": altair.YOffset("side:N", sort=list(SIDES)),
     }
     base = altair.Chart(altair.Data(values=bars)).encode(**place)
     colour = altair.Color("side:N", scale=altair.Scale(domain=list(SIDES), range=[COLOURS[side] for side in SIDES]))
     layers = [
         base.mark_bar().encode(x=rate, color=colour.legend(None)),
-        base.mark_text(align="left", dx=6).encode(x="end:Q", text="label:N"),
+        base.mark_text(align="left", dx=6).encode(x="end:Q", text="text:N"),
         base.mark_rule(strokeWidth=1.5).encode(x="low:Q", x2="high:Q").transform_filter("isValid(datum.low)"),
     ]
-    if any(bar["low"] for bar in bars):
-        caveat += " Lines: 95% intervals."
+    caveat += " Percentages: Paddle ÷ Torch - 1."
+    caveat += " Lines: 95% intervals." * any(bar["low"] is not None for bar in bars)
     chart = altair.layer(*layers).properties(
         width=WIDTH,
         height=ROW_HEIGHT * len(rows),
@@ -65,7 +67,7 @@ def picture(rows: Sequence[Row], title: str, caveat: str) -> str:
 def description(rows: Sequence[Row]) -> str:
     """The rows in words, for those who cannot see the picture."""
     return " ".join(
-        f"{_name(row)}: {', '.join(_label(row, side) for side in SIDES)}; {verdict_on(row)}." for row in rows
+        f"{_name(row)}: {', '.join(_text(row, side) for side in SIDES)}; {verdict_on(row)}." for row in rows
     )
 
 
@@ -74,8 +76,7 @@ def _bar(row: Row, side: str) -> dict[str, Any]:
     rate = getattr(row, f"{side}_effective_tokens_per_second")
     spread, runs = getattr(row, f"{side}_spread"), row.rounds or getattr(row, f"{side}_runs")
     low, high = _interval(rate, spread, runs) if rate and spread is not None else (None, None)
-    about = {"row": f"{_name(row)}\n{verdict_on(row)}", "side": side, "label": _label(row, side)}
-    return about | {"rate": rate, "low": low, "high": high, "end": high or rate or 0}
+    return {"side": side, "text": _text(row, side), "rate": rate, "low": low, "high": high, "end": high or rate or 0}
 
 
 def _interval(rate: float, spread: float, runs: int) -> tuple[float, float]:
@@ -88,7 +89,11 @@ def _name(row: Row) -> str:
     return f"{row.model} {METHODS[row.method]}, batch {row.batch_size}, {row.paddle_setup}"
 
 
-def _label(row: Row, side: str) -> str:
+def _label(row: Row) -> str:
+    return f"{_name(row)}\n{verdict_on(row)}"
+
+
+def _text(row: Row, side: str) -> str:
     rate = getattr(row, f"{side}_effective_tokens_per_second")
     text = f"{rate:.0f}" if rate else figure(None, getattr(row, f"{side}_status"))
     return f"{FRAMEWORKS[side].title} {text}"
