@@ -86,7 +86,14 @@ def test_what_identifies_a_person_gets_stand_ins(tmp_path):
             record,
             status="failed",
             reason="rank 0: OSError: [Errno 13] '/data/alice smith/x': ask bob@example.org or 10.0.0.7; 900 tokens/s",
-            argv=["finetune_full.py", "--master=alice-box:29500", "--data=alice.json", "--out", "/home/alice/a.json"],
+            argv=[
+                "finetune_full.py",
+                "--master=alice-box:29500",
+                "--data=alice.json",
+                "--out",
+                "/home/alice/a.json",
+                "--profile=/home/alice",
+            ],
             hardware=record.hardware.model_copy(update={"environment": environment, "kernel": "6.1.0-Alice"}),
             conditions=record.conditions.model_copy(update={"takers": [taker]}),
         ),
@@ -97,7 +104,14 @@ def test_what_identifies_a_person_gets_stand_ins(tmp_path):
     kept = packed.records[0]
     assert kept.reason == "rank 0: OSError: [Errno 13] '[path 1]': ask [address 1] or [address 2]; 900 tokens/s"
     assert kept.argv == [
-        *("finetune_full.py", "--master=HOST:PORT", "--data=[name 1].json", "--out", "pair/paddle-r1.json")
+        *(
+            "finetune_full.py",
+            "--master=HOST:PORT",
+            "--data=[name 1].json",
+            "--out",
+            "pair/paddle-r1.json",
+            "--profile=traces",
+        )
     ]
     assert kept.hardware.environment == {
         "LD_LIBRARY_PATH": "/usr/local/cuda/lib64:[path 2]",

@@ -221,13 +221,11 @@ def own_names() -> set[str]:
 
 
 def _with_out(argv: Iterable[str], file: Path) -> Iterator[str]:
-    """A command line with `file` as its --out."""
-    before = ""
+    """A command line with `file` as its --out. Traces are not packed, so that --profile names no folder."""
+    written, before = {"--out": str(file), "--profile": "traces"}, ""
     for word in argv:
-        if word.startswith("--out="):
-            yield f"--out={file}"
-        else:
-            yield str(file) if before == "--out" else word
+        flag, equals, _ = word.partition("=")
+        yield f"{flag}={written[flag]}" if equals and flag in written else written.get(before, word)
         before = word
 
 

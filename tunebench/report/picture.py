@@ -8,8 +8,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import altair
-import vl_convert
 from scipy import special
 
 from tunebench.frameworks import FRAMEWORKS
@@ -33,6 +31,9 @@ def picture(rows: Sequence[Row], title: str, caveat: str) -> str:
 
     A line across a bar's end is the 95% interval of the rate, where the side has several rounds.
     """
+    import altair  # only here: these imports take a second
+    import vl_convert
+
     # The number keeps rows of one name apart. It is no part of the label.
     bars = [_bar(row, side) | {"row": f"{i}\n{_label(row)}"} for i, row in enumerate(rows) for side in SIDES]
     longest = max((bar["end"] for bar in bars), default=1)
