@@ -286,7 +286,7 @@ class TestProgram:
         assert file.read_text(encoding="utf-8").startswith('<!DOCTYPE html>\n<html lang="zh-CN">')
         assert list(tmp_path.iterdir()) == [file]
 
-    @pytest.mark.parametrize("other", ["--parity", "--memory", "--against=published", "--keep=kept", "--docs"])
+    @pytest.mark.parametrize("other", ["--parity", "--memory", "--against=published", "--pack=results/cpu", "--docs"])
     def test_options_of_other_outputs_are_refused(self, tmp_path, other):
         said = refusal(run_program("summarize.py", QUICK, "--html", tmp_path / "a.html", other))
         assert said == f"summarize.py: --html writes a page of its own; leave {other.split('=')[0]} out"
