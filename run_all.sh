@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up what is missing, runs a suite and prints its tables. Ctrl-C keeps what is done; the same command goes on.
 #
-#   bash run_all.sh [--suite NAME] [--only GLOB] [--repeats N] [--aa] [--fresh] [--anyway] [--cpu]
+#   bash run_all.sh [--suite NAME] [--only GLOB] [--repeats N | --until SHARE] [--aa] [--fresh] [--anyway] [--cpu]
+#                   [--versus OTHER [--threshold SHARE]]
 #                   [--dry-run | --check | --rehearse | --plan] [--torch PYTHON] [--paddle PYTHON]
 #
 # --cpu          set up CPU builds on any machine (see setup.sh); hide its GPUs too: CUDA_VISIBLE_DEVICES= (empty)
@@ -10,6 +11,11 @@
 # --only GLOB    only the runs whose PAIR/FRAMEWORK fits, such as 'llama*/paddle' or '*lora*'; CONTEST/CONTESTANT of peers
 # --repeats N    rounds (default: the suite's, mostly 1); the order of the two sides alternates
 # --aa           each side against itself: what a difference is worth here (records in results/SUITE/aa/)
+# --until SHARE  such as 3%: rounds of each pair until its interval is within ± that, looked at after 4, 6, 8, 10 and 12
+# --versus OTHER regressions: another checkout's folder, or another Python with the packages of one framework, beside this
+#                checkout in one series, 6 rounds (records in results/SUITE/versus-NAME/); see docs/regressions.md
+# --threshold SHARE
+#                with --versus: the least change that counts (default: 3%)
 # --fresh        from the start; earlier results move to results/.previous/
 # --anyway       do not wait for a quiet machine, nor measure rounds again that other programs disturbed
 # --dry-run      print the runs, start none
@@ -24,7 +30,7 @@
 #
 # Records go to results/SUITE/PAIR/FRAMEWORK-rROUND.json; one run_all.sh at a time works on a results folder.
 # TUNEBENCH_RESULTS and TUNEBENCH_CACHE move the two folders that it writes to. Exit code: 0, 1 where a run failed,
-# 2 for bad input, 130 when interrupted.
+# 2 for bad input, 130 when interrupted; with --versus 1 for a regression, 2 where a row could not be compared.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 # A closed stream's number would be given to the next file.

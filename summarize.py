@@ -6,6 +6,8 @@ python summarize.py results/published     the published record's tables, from it
 python summarize.py --memory              predicted and measured peaks of memory
 python summarize.py --html report.html    all tables with charts and each run's details, as one page
 python summarize.py results/cpu --watch   the tables (with --html: the page), drawn anew after each run
+python summarize.py results/quick/versus-NAME             regressions, by the runs of run_all.sh --versus
+python summarize.py --compare results/quick OTHER/quick   speedups of two series, as advice
 """
 
 import pathlib
@@ -18,8 +20,9 @@ runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch", "paddle")
 
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import results_folder, write_atomically
-from tunebench.flags import Parser
+from tunebench.flags import Parser, percentage
 from tunebench.record import Record
+from tunebench.report.compare import render_comparison
 from tunebench.report.documents import documents
 from tunebench.report.html.words import LANGUAGES
 from tunebench.report.memory import render_memory
@@ -27,6 +30,8 @@ from tunebench.report.pack import own_names, pack
 from tunebench.report.page import combined
 from tunebench.report.pairing import join
 from tunebench.report.published import FOLDER, combine, load, render_against, render_published
+from tunebench.report.regressions import THRESHOLD, render_regressions
+from tunebench.report.rounds import versus_of
 from tunebench.report.tables import render
 from tunebench.report.watch import watch
 
@@ -67,6 +72,16 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--lang", choices=LANGUAGES, help="the language of --html's page (default: en)")
     parser.add_argument("--watch", action="store_true", help="draw it anew when records change, until Ctrl-C")
+    parser.add_argument(
+        "--compare", nargs=2, type=pathlib.Path, metavar=("OLD", "NEW"), help="speedups of two folders, as advice"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=percentage,
+        default=THRESHOLD,
+        metavar="SHARE",
+        help="of runs of run_all.sh --versus: the least change that counts as a regression (default: 3%%)",
+    )
     options = parser.parse_args(args)
     given = [
         name for name in ("parity", "memory", "against", "pack", "docs") if options.html and getattr(options, name)
@@ -76,6 +91,16 @@ def main(args: Sequence[str] | None = None) -> None:
         raise BadInput(f"--html writes a page of its own; leave --{given[0]} out")
     if options.lang and not options.html:
         raise BadInput("--lang is the language of a page; give --html FILE too, or leave --lang out")
+    if options.compare:
+        for name in ("paths", "parity", "memory", "against", "pack", "docs", "html", "watch"):
+            if getattr(options, name):
+                what = f"--{name}" if name != "paths" else str(options.paths[0])
+                raise BadInput(f"--compare prints a table of its own; leave {what} out")
+        text, broken = render_comparison(options.compare, options.format)
+        for fault in broken:
+            print(f"summarize.py: skipped {fault}", file=sys.stderr)
+        print(text, flush=True)
+        sys.exit(1 if broken and options.strict else 0)
     others = [name for name in ("parity", "against", "pack", "docs") if options.memory and getattr(options, name)]
     if others:
         raise BadInput(f"--memory prints a table of its own; leave --{others[0]} out")
@@ -110,12 +135,14 @@ def main(args: Sequence[str] | None = None) -> None:
         parts.append(f"no records in {', '.join(map(str, paths))} yet; make some with: bash run_all.sh")
     elif options.memory:
         parts.append(render_memory(records, options.format))
+    elif options.format == "md" and (records or not published):
+        parts.append(combined(records, options.parity, options.threshold))
     elif records or not published:
-        parts.append(
-            combined(records, options.parity)
-            if options.format == "md"
-            else render(join(records), options.format, records, options.parity)
-        )
+        versus = [record for record in records if versus_of(record)]
+        if len(versus) < len(records) or not versus:
+            parts.append(render(join(records), options.format, records, options.parity))
+        if versus:
+            parts.append(render_regressions(versus, options.format, options.threshold))
     if published and not options.memory:
         parts.append(render_published(published, options.format))
     if options.against:

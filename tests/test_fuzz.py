@@ -84,7 +84,7 @@ HOSTS = st.text("0123456789:[].", max_size=12) | st.sampled_from(
 OUTS = st.text(max_size=12).filter(lambda text: not text.startswith(("/", "~")) and ".." not in text)
 NAMES = (
     "model weights data samples skip-bad bsz steps epochs seed micro-bsz nproc nnodes node-rank zero mp dtype amp "
-    "plan-seed paired-halves recompute attention warmup-steps lr timeout aa lora-r lora-alpha help"
+    "plan-seed paired-halves recompute attention warmup-steps lr timeout aa until lora-r lora-alpha help"
 )
 FLAGS = st.lists(
     st.one_of(

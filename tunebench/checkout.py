@@ -1,19 +1,23 @@
-"""The commit of this checkout, as git tells it."""
+"""The commit of a checkout, as git tells it."""
 
 import hashlib
 import subprocess
+from pathlib import Path
 
 from tunebench.bootstrap import ROOT
 from tunebench.record import Git
 
 
-def read_git() -> Git:
-    """The commit of this checkout and a digest of uncommitted changes; None where git or its folder is missing."""
+def read_git(root: Path = ROOT) -> Git:
+    """The commit of a checkout (default: this one) and a digest of uncommitted changes.
+
+    None where git or its folder is missing.
+    """
 
     def git(*arguments: str, given: bytes = b"") -> bytes | None:
         try:
             # git refuses another user's clone unless safe.directory names it.
-            command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *arguments]
+            command = ["git", "-c", f"safe.directory={root}", "-C", str(root), *arguments]
             done = subprocess.run(command, input=given, capture_output=True, check=False)
         except FileNotFoundError:
             return None

@@ -87,6 +87,7 @@ class Flags(BaseModel):
     seed: int
     timeout: float
     aa: str | None
+    until: float | None = None
     out: Path | None
     plan: bool = False
     sweep: bool = False
@@ -223,6 +224,12 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
     add("--lr", type=positive_float, default=1e-4, help="learning rate, constant")
     add("--timeout", type=positive_float, default=3600.0, help="seconds after which the run ends as `timeout`")
     add("--aa", choices=["a", "b"], help="one side of a comparison of this run with itself (run_all.sh --aa)")
+    add(
+        "--until",
+        type=percentage,
+        metavar="SHARE",
+        help="for the record: rounds are added until the interval is within ± this share (run_all.sh --until)",
+    )
     add("--out", type=Path, help="record file (default: a new one in results/runs/)")
     add_forecast_flags(parser, "say what the run would take on GPUs, and start none: memory, tokens per second, cost")
     add(
@@ -633,6 +640,14 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is out of range; use a number above 0")
     return value
+
+
+def percentage(text: str) -> float:
+    """A share above 0 and below 1 from a text such as 3%."""
+    found = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,6})?)%", text.strip())
+    if not found or not 0 < float(found[1]) < 100:
+        raise argparse.ArgumentTypeError(f"{text} is no share; use one above 0% and below 100%, such as 3%")
+    return float(found[1]) / 100
 
 
 def _check_out(path: Path) -> None:

@@ -305,6 +305,8 @@ class Record(Strict):
     method: Literal["full", "lora"]
     peer: str | None = None  # the trainer that ran in place of this project's script
     aa: Literal["a", "b"] | None  # the side of a comparison of a run with itself (--aa)
+    # Rounds were added until the interval of the speedup was within ± this share (run_all.sh --until); None where not.
+    until: Annotated[float, Field(gt=0, lt=1)] | None = None
     argv: list[str]
     versions: dict[str, str]
     git: Git

@@ -9,6 +9,7 @@ from tunebench.record import Record
 from tunebench.report.rounds import flags_of, out_of
 
 METHODS = {"lora": "LoRA", "full": "Finetune"}
+VARYING = ("--plan-seed", "--until")  # flags that differ between the rounds of one attempt
 
 
 def setup_of(record: Record) -> str:
@@ -43,7 +44,7 @@ def place_of(group: tuple[Any, ...]) -> tuple[Any, ...]:
 def attempt_of(record: Record) -> tuple[Any, ...]:
     """The key of an attempt: the setup, the commit, and the command without what changes from round to round."""
     out = out_of(record)
-    words = (w for w in record.argv if w not in ("--out", out, f"--out={out}") and not w.startswith("--plan-seed"))
+    words = (w for w in record.argv if w not in ("--out", out, f"--out={out}") and not w.startswith(VARYING))
     return setup_of(record), record.git.revision, *words
 
 
@@ -88,7 +89,11 @@ def work_of(record: Record) -> dict[str, Any]:
 
 def differences(paddle: Record, torch: Record) -> list[str]:
     """The fields in which two runs' work differs, with both values. Empty where it is the same."""
-    ours, theirs = work_of(paddle), work_of(torch)
+    return unequal(work_of(paddle), work_of(torch))
+
+
+def unequal(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """The fields in which two descriptions differ, with both values."""
     fields = dict.fromkeys((*ours, *theirs))
     return [
         f"{field}: {_short(ours.get(field))} ≠ {_short(theirs.get(field))}"

@@ -9,13 +9,15 @@ from tunebench.files import results_folder
 from tunebench.record import Record, read_record
 
 REHEARSALS = "rehearsals"
-KEPT_APART = ("measured", "published", REHEARSALS)  # folders of records that are searched only where they are named
+# Folders of records that are searched only where they are named, and how others of them begin.
+KEPT_APART = ("measured", "published", REHEARSALS)
+VERSUS = "versus-"
 
 
 def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
     """The records of files and folders by start time, and a line for each broken file.
 
-    It searches folders, but for hidden ones and those named `measured` or `published`. Raises `BadInput`.
+    It searches folders, but for hidden ones and those that are kept apart. Raises `BadInput`.
     """
     records, broken = [], []
     gc.disable()  # the collector would scan all records so far again and again, and they hold no cycles
@@ -45,8 +47,10 @@ def record_files(path: Path) -> list[Path]:
         if path == results_folder():
             return []
         raise BadInput(f"{path}: no such file or folder; name record files or folders of them")
-    return sorted(file for file in path.rglob("*.json") if not _is_kept_apart(file.relative_to(path)))
+    files = ((file, file.relative_to(path).parts) for file in path.rglob("*.json"))
+    return sorted(file for file, parts in files if not any(p.startswith(".") or is_kept_apart(p) for p in parts))
 
 
-def _is_kept_apart(file: Path) -> bool:
-    return any(part.startswith(".") or part in KEPT_APART for part in file.parts)
+def is_kept_apart(name: str) -> bool:
+    """Whether a folder of this name is searched only where it is named itself."""
+    return name in KEPT_APART or name.startswith(VERSUS)

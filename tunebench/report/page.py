@@ -6,6 +6,8 @@ from tunebench.record import Record
 from tunebench.report.load import load_records
 from tunebench.report.pairing import join
 from tunebench.report.peers import render_peers
+from tunebench.report.regressions import THRESHOLD, render_regressions
+from tunebench.report.rounds import versus_of
 from tunebench.report.tables import render
 
 
@@ -18,8 +20,13 @@ def print_tables(paths: list[Path]) -> None:
         print(combined(records), flush=True)
 
 
-def combined(records: list[Record], parity: bool = False) -> str:
-    """All tables of these records as Markdown. Peers have their own."""
-    ours = [record for record in records if record.peer is None]
+def combined(records: list[Record], parity: bool = False, threshold: float = THRESHOLD) -> str:
+    """All tables of these records as Markdown. Peers and the runs of --versus have their own.
+
+    `threshold` is the least change that counts as a regression, a share.
+    """
+    versus = [record for record in records if versus_of(record)]
+    others = [record for record in records if not versus_of(record)]
+    ours = [record for record in others if record.peer is None]
     pairs = [render(join(ours), "md", ours, parity)] if ours else []
-    return "\n\n".join(filter(None, [*pairs, render_peers(records)]))
+    return "\n\n".join(filter(None, [*pairs, render_peers(others), render_regressions(versus, "md", threshold)]))

@@ -13,8 +13,18 @@ from tunebench.report.cells import Cell, cells_of, disturbed_by
 from tunebench.report.identity import differences, group_of, place_of
 from tunebench.report.parity import disagreement, relative
 from tunebench.report.remarks import on_what, remarks_of_rounds, remarks_of_side, runner_up
-from tunebench.report.rounds import APART, RUNS_APART, Near, Rounds, beside, in_one_series, minutes_apart, pair_rounds
-from tunebench.report.stats import Noise, pooled_noise, spread
+from tunebench.report.rounds import (
+    APART,
+    RUNS_APART,
+    Near,
+    Rounds,
+    beside,
+    in_one_series,
+    minutes_apart,
+    pair_rounds,
+    versus_of,
+)
+from tunebench.report.stats import Noise, pooled_noise, rounds_to_tell, spread
 
 LIKE_FOR_LIKE, BEST_OF_EACH = "like for like", "best of each"
 MINUTES_APART = 2  # from here on a row says how far apart its sides ran
@@ -32,6 +42,8 @@ class Row:
     - `rounds`: the complete rounds. Rates and speedup come from these where there are some. `dropped`: the others.
     - `interval`: the 95% interval of the speedup, None with one round. `round_noise`: the standard deviation of the
       rounds' log ratios. `noise`: what a difference of this many rounds is worth by the machine's A/A runs.
+    - `until`: the target by which --until chose the number of rounds. `rounds_for_5`: the rounds that would tell a true
+      difference of 5% (`rounds_to_tell`), by the row's own round noise, with one round by the machine's A/A runs.
     - `compared`: whether both sides have the same setup, or each its fastest one; None for a single side.
     - `parity`, `parity_first`, `parity_norm`: the largest relative difference of the loss curves at any step, of the
       first loss, and of the gradient norms.
@@ -65,6 +77,9 @@ class Row:
     dropped: int = 0
     round_noise: float | None = None
     noise: float | None = None
+    log_ratios: tuple[float, ...] = ()
+    until: float | None = None
+    rounds_for_5: int | None = None
     paddle_disturbance: float | None = None
     torch_disturbance: float | None = None
 
@@ -117,7 +132,10 @@ class Apart(NamedTuple):
 
 
 def join(records: list[Record]) -> list[Row]:
-    """The rows: like for like first, then the best of each side, then the remaining runs. It leaves out A/A runs."""
+    """The rows: like for like first, then the best of each side, then the remaining runs.
+
+    It leaves out A/A runs, peers and the runs of --versus.
+    """
     return [joined.row for joined in join_cells(records)]
 
 
@@ -125,7 +143,7 @@ def join_cells(records: list[Record]) -> list[Joined]:
     """The rows of `join`, each with what it was made of."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
     for record in records:
-        if record.aa is None and record.peer is None and record.framework in SIDES:
+        if record.aa is None and record.peer is None and record.framework in SIDES and not versus_of(record):
             groups.setdefault(group_of(record), {side: [] for side in SIDES})[record.framework].append(record)
     rows = []
     near, noises = in_one_series(records), noise_by_machine(against_itself(records))
@@ -144,6 +162,8 @@ def join_cells(records: list[Record]) -> list[Joined]:
                 row = replace(row, note="; ".join(filter(None, lines)) or None)
             elif noise and row.rounds:
                 row = replace(row, noise=noise.worth(row.rounds))
+                if row.rounds == 1 and row.speedup is not None:
+                    row = replace(row, rounds_for_5=rounds_to_tell(noise.deviation))
             rows.append(Joined(row, paddle, torch, rounds))
     return rows
 
@@ -279,6 +299,7 @@ def _row(
         notes += [f"conditions not recorded ({' and '.join(unknown)})"] * bool(unknown)
     notes += [on_what(cell.first) for cell in sides if cell.rate and told_apart][:1]
     ratios = rounds.log_ratios
+    round_noise = statistics.stdev(ratios) if len(ratios) > 1 else None
     row = Row(
         family=family,
         model=model,
@@ -295,7 +316,10 @@ def _row(
         tuned=all(cell.first.setup.tuned for cell in sides),
         rounds=len(rounds.pairs),
         dropped=rounds.dropped,
-        round_noise=statistics.stdev(ratios) if len(ratios) > 1 else None,
+        round_noise=round_noise,
+        log_ratios=tuple(ratios),
+        until=rounds.until,
+        rounds_for_5=rounds_to_tell(round_noise) if round_noise is not None and not refusal else None,
         **apart._asdict(),
     )
     return row, rounds

@@ -7,7 +7,15 @@ from tunebench.frameworks import FRAMEWORKS
 from tunebench.record import DISTURBED, MARKED, Record
 from tunebench.report.cells import Cell
 from tunebench.report.rounds import Near, Rounds, out_of, pair_rounds, round_of
-from tunebench.report.stats import drift_between, drift_in_words, drift_of, is_across_zero, outlying
+from tunebench.report.stats import (
+    LOOKS,
+    drift_between,
+    drift_in_words,
+    drift_of,
+    is_across_zero,
+    is_narrow,
+    outlying,
+)
 
 LEAST_SECONDS = 5.0  # timed seconds that a share of 1% of a core needs: the kernel counts in ticks of 10 ms
 
@@ -19,6 +27,9 @@ def remarks_of_rounds(rounds: Rounds) -> list[str]:
         remarks.append(
             f"{rounds.dropped} round(s) left out: of one side alone, or with sides that started too far apart"
         )
+    if rounds.until:
+        reached = is_narrow(rounds.log_ratios, rounds.until)
+        remarks.append(f"{until_in_words(rounds.until, reached, len(rounds.pairs))}; the interval is widened for that")
     for i in outlying([math.exp(ratio) for ratio in rounds.log_ratios]):
         ratio = math.expm1(rounds.log_ratios[i])
         number = round_of(rounds.pairs[i][0]) or i + 1
@@ -26,6 +37,14 @@ def remarks_of_rounds(rounds: Rounds) -> list[str]:
     if change := drift_between(rounds.pairs):
         remarks.append(f"paddle's steps ÷ torch's changed by {change:+.0%} in the second half of the timed ones")
     return remarks
+
+
+def until_in_words(target: float, reached: bool, rounds: int) -> str:
+    """How --until ended for a row, or where it stands."""
+    if reached:
+        return f"rounds were added until the interval was within ±{target * 100:g}%"
+    more = "" if rounds >= LOOKS[-1] else " yet"
+    return f"the interval is not within ±{target * 100:g}% after {rounds} rounds{more}"
 
 
 def runner_up(best: Cell, cells: list[Cell], near: Near) -> str | None:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from tunebench.record import Record
-from tunebench.report.stats import log_ratios, ratio_interval
+from tunebench.report.stats import PLAIN, WIDENED, log_ratios, ratio_interval
 
 # The starts of a round's sides are at most this many seconds apart, or this many times the longer run.
 APART, RUNS_APART = 120.0, 3
 PAUSE = 600.0  # a pause of this many seconds ends a series of measurement
+OLD, NEW = "old", "new"  # the sides of run_all.sh --versus
 
 Near = Callable[[Record, Record], bool]
 
@@ -36,8 +37,16 @@ class Rounds(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95% interval of first side ÷ second side - 1; None with fewer than two rounds."""
-        return ratio_interval(*self.rates)
+        """The 95% interval of first side ÷ second side - 1; None with fewer than two rounds.
+
+        It is wider where the number of rounds was chosen by it.
+        """
+        return ratio_interval(*self.rates, WIDENED if self.until else PLAIN)
+
+    @property
+    def until(self) -> float | None:
+        """The target by which --until chose the number of rounds; None where the user gave the number."""
+        return min((record.until for pair in self.pairs for record in pair if record.until), default=None)
 
 
 def pair_rounds(ours: Sequence[Record], theirs: Sequence[Record], near: Near) -> Rounds:
@@ -104,6 +113,15 @@ def round_of(record: Record) -> int:
     """The number of a run's round, from its record's file name; 0 where the name has none."""
     number = re.search(r"-r(\d+)\.json$", out_of(record))
     return int(number[1]) if number else 0
+
+
+def versus_of(record: Record) -> tuple[str, str, str] | None:
+    """The series, the pair and the side (OLD or NEW) of a run of run_all.sh --versus, from its record's file name.
+
+    None for other runs. An older checkout knows no flag for the side, so that the name alone can tell it.
+    """
+    found = re.search(rf"(?:(.*)/)?([^/]+)/[^/@]+@({OLD}|{NEW})-r\d+\.json$", out_of(record))
+    return (found[1] or "", found[2], found[3]) if found else None
 
 
 def out_of(record: Record) -> str:

@@ -15,17 +15,24 @@ FEWEST = 4  # simulated: among three normal rounds one stands apart in 11% of ca
 SAME = 0.03  # a difference counts as none where its interval lies within ± this
 MOST_FREEDOM = 6  # limit of pooled noise's degrees of freedom: rows differ in their noise, so more would claim too much
 DRIFT, DRIFT_P = 0.05, 0.01  # smaller drifts are not reported, nor are those that chance explains
+# Quantiles of Student's t for a 95% interval: of a given number of rounds, and of rounds that were added until the
+# interval was narrow (run_all.sh --until). That looks at these numbers of rounds alone. See docs/method.md.
+PLAIN, WIDENED = 0.975, 0.9875
+LOOKS = (4, 6, 8, 10, 12)
+TOLD, POWER = 0.05, 0.8  # a difference of TOLD is to be told from none with this probability
 
 
-def ratio_interval(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float] | None:
-    """The 95% interval of ours ÷ theirs - 1, by Student's t of the rounds' log ratios.
+def ratio_interval(
+    ours: Sequence[float], theirs: Sequence[float], quantile: float = PLAIN
+) -> tuple[float, float] | None:
+    """The 95% interval of ours ÷ theirs - 1, by the `quantile` of Student's t of the rounds' log ratios.
 
     `ours[k]` and `theirs[k]` are a round's rates. None with fewer than two rounds.
     """
-    if len(ours) < 2:
-        return None
     ratios = log_ratios(ours, theirs)
-    margin = _t95(len(ratios) - 1) * statistics.stdev(ratios) / math.sqrt(len(ratios))
+    margin = margin_of(ratios, quantile)
+    if margin is None:
+        return None
     mean = statistics.fmean(ratios)
     return _expm1(mean - margin), _expm1(mean + margin)
 
@@ -39,9 +46,42 @@ def rate_interval(rates: Sequence[float]) -> tuple[float, float] | None:
     if len(rates) < 2:
         return None
     logs = [math.log(rate) for rate in rates]
-    margin = _t95(len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    margin = _t(len(logs) - 1, PLAIN) * statistics.stdev(logs) / math.sqrt(len(logs))
     middle = statistics.fmean(logs)
     return math.exp(middle - margin), math.exp(min(middle + margin, 700.0))
+
+
+def margin_of(ratios: Sequence[float], quantile: float = PLAIN) -> float | None:
+    """Half the width of the interval of log ratios; None with fewer than two."""
+    if len(ratios) < 2:
+        return None
+    return _t(len(ratios) - 1, quantile) * statistics.stdev(ratios) / math.sqrt(len(ratios))
+
+
+def is_narrow(ratios: Sequence[float], target: float) -> bool:
+    """Whether --until has enough rounds: half the widened interval is below `target`, a share."""
+    margin = margin_of(ratios, WIDENED)
+    return margin is not None and margin < math.log1p(target)
+
+
+def rounds_to_tell(deviation: float, difference: float = TOLD) -> int:
+    """The rounds after which a true `difference`, a share, is told from none with probability POWER.
+
+    An even number, since the order of the sides alternates. `deviation` is the standard deviation of the rounds' log
+    ratios. The power of Student's two-sided t-test at 5% is that of the noncentral t distribution (J. Cohen,
+    Statistical Power Analysis for the Behavioral Sciences, 1988, chapter 2; in R `power.t.test` with `strict = TRUE`).
+    """
+    rounds = 2
+    while True:
+        limit = _t(rounds - 1, PLAIN)
+        shift = math.log1p(difference) * math.sqrt(rounds) / deviation if deviation > 0 else math.inf
+        # With a shift of several limits the test cannot miss, and the distribution's value is not computed any more.
+        if shift > 10 * limit:
+            return rounds
+        missed = float(special.nctdtr(rounds - 1, shift, limit) - special.nctdtr(rounds - 1, shift, -limit))
+        if 1 - missed >= POWER:
+            return rounds
+        rounds += 2
 
 
 def log_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -58,7 +98,7 @@ class Noise(NamedTuple):
 
     def worth(self, rounds: int) -> float:
         """The share within which 95% of measured differences lie where there is no true one, for so many rounds."""
-        return _expm1(_t95(min(MOST_FREEDOM, self.freedom)) * self.deviation / math.sqrt(rounds))
+        return _expm1(_t(min(MOST_FREEDOM, self.freedom), PLAIN) * self.deviation / math.sqrt(rounds))
 
 
 def pooled_noise(rows: Sequence[Sequence[float]]) -> Noise | None:
@@ -153,8 +193,8 @@ def drift_in_words(change: float) -> str:
     return f"{what}: steps took {change:+.0%} in the second half of the timed ones; {advice}"
 
 
-def _t95(freedom: int) -> float:
-    return float(special.stdtrit(freedom, 0.975))
+def _t(freedom: int, quantile: float) -> float:
+    return float(special.stdtrit(freedom, quantile))
 
 
 def _expm1(value: float) -> float:

@@ -13,7 +13,7 @@ from tunebench.record import Record
 from tunebench.report.identity import METHODS, model_of, rank_of
 from tunebench.report.markdown import NOT_AVAILABLE, figure, markdown, measured_on
 from tunebench.report.pairing import BEST_OF_EACH, Row, SelfComparison, against_itself, noise_by_machine
-from tunebench.report.stats import SAME, is_across_zero, is_within
+from tunebench.report.stats import POWER, SAME, TOLD, is_across_zero, is_within
 
 TUNED = ", tuned: each side with the fast flags (`--tuned`)"
 SETUP_COLUMNS = ("Model", "Setup", "Paddle Effective Tokens/s", "Torch Effective Tokens/s", "Speedup")
@@ -41,6 +41,7 @@ COLUMNS = [
     Column("95% Interval", lambda row: NOT_AVAILABLE if row.speedup is None else _interval(row.interval)),
     Column("Round Noise", lambda row: _spread(row.round_noise)),
     Column("Rounds", lambda row: str(row.rounds) if row.rounds else NOT_AVAILABLE),
+    Column(f"Rounds for {TOLD:.0%}", lambda row: str(row.rounds_for_5 or NOT_AVAILABLE)),
     Column("Compared", lambda row: row.compared or NOT_AVAILABLE),
 ]
 NOTE = Column("Note", lambda row: row.note or "")
@@ -105,7 +106,8 @@ def caption(rows: list[Row]) -> str:
         )
         lines.append(
             f"within ±{SAME:.0%}: the whole interval lies there. not told apart: the interval has 0 in it. Spread: the "
-            "standard deviation of a side's runs, mostly the machine's drift. Round noise: that of the rounds' ratios."
+            "standard deviation of a side's runs, mostly the machine's drift. Round noise: that of the rounds' ratios. "
+            f"Rounds for {TOLD:.0%}: about so many would find a true difference of {TOLD:.0%} in {POWER:.0%} of cases."
         )
     if any(row.rounds == 1 for row in rows):
         lines.append("One round is a look: repeat it before you trust a difference (`run_all.sh --repeats 4`).")

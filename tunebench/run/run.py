@@ -238,6 +238,7 @@ def describe_run(framework: str, method: str, flags: Flags, argv: list[str]) -> 
         "framework": framework,
         "method": method,
         "aa": flags.aa,
+        "until": flags.until,
         "argv": argv,
         "versions": FRAMEWORKS[framework].versions(),
         "git": read_git(),

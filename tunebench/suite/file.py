@@ -20,7 +20,9 @@ from tunebench.flags import Flags, arguments_of, parse_flags, path_of
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.peers import PEERS, check_peer_flags
 from tunebench.record import FrameworkName, Strict
-from tunebench.report.load import KEPT_APART
+from tunebench.report.load import is_kept_apart
+from tunebench.report.rounds import NEW, OLD
+from tunebench.suite.other import Other
 
 METHODS: dict[str, str] = {"finetune_lora.py": "lora", "finetune_full.py": "full"}
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # suites, pairs and contestants name folders and files
@@ -30,7 +32,7 @@ def _check_flags(flags: dict[str, Any]) -> dict[str, Any]:
     for name, value in flags.items():
         if not re.fullmatch("[a-z0-9-]+", name):
             raise ValueError(f"{name!r} is no flag's name without its dashes")
-        if name in ("out", "aa", "help", "plan", "sweep", "gpu", "link", "price", "calibrate"):
+        if name in ("out", "aa", "help", "plan", "sweep", "gpu", "link", "price", "calibrate", "until"):
             raise ValueError(f"{name} is no flag for a suite")
         if not isinstance(value, bool | int | float | str):
             raise ValueError(f"{name}: a flag is a text, a number, true or false")
@@ -44,7 +46,7 @@ def _check_names(tables: list[Any]) -> list[Any]:
         raise ValueError(f"two {kind}s have the name {max(names, key=names.count)}")
     if "aa" in names:
         raise ValueError(f"a {kind} cannot be named aa: that folder is for comparisons of a side with itself")
-    for name in set(KEPT_APART) & set(names):
+    for name in filter(is_kept_apart, names):
         raise ValueError(f"a {kind} cannot be named {name}: summarize.py leaves such folders out")
     return tables
 
@@ -174,7 +176,8 @@ class Entry(NamedTuple):
 class Planned:
     """One run of a suite, with checked flags. `argv` is what its record will hold, with --out last.
 
-    `side` is a or b in a comparison of a run with itself, else None.
+    `side` is a or b in a comparison of a run with itself, old or new with --versus, else None. `other` is where an old
+    one runs; None: in this checkout.
     """
 
     entry: Entry
@@ -185,6 +188,7 @@ class Planned:
     record: Path
     log: Path
     cwd: Path
+    other: Other | None = None
 
     @property
     def name(self) -> str:
@@ -201,11 +205,18 @@ class Planned:
     def command(self) -> list[str]:
         """The command line: the script and the Python of its environment."""
         framework, peer = self.entry.framework, self.entry.peer
-        return [
-            str(python_of("torch" if peer else framework)),
-            str(ROOT / ("peers" if peer else framework) / self.argv[0]),
-            *self.argv[1:],
-        ]
+        python = self.other.python_of(framework) if self.other else python_of("torch" if peer else framework)
+        return [str(python), str(self.root / ("peers" if peer else framework) / self.argv[0]), *self.argv[1:]]
+
+    @property
+    def root(self) -> Path:
+        """The checkout that runs it."""
+        return self.other.root if self.other else ROOT
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """The environment variables that it has beside those of this process."""
+        return self.other.variables() if self.other else {}
 
 
 def find_suite(name: str) -> Path:
@@ -215,7 +226,7 @@ def find_suite(name: str) -> Path:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in suites.glob("*.toml")))
         raise BadInput(f"--suite {name}: no such suite; use {known}, or a .toml file")
-    if not re.match(NAME, path.stem) or path.stem in (*KEPT_APART, "runs"):
+    if not re.match(NAME, path.stem) or is_kept_apart(path.stem) or path.stem == "runs":
         raise BadInput(f"--suite {name}: {path.stem} cannot name a folder in results/; use another file name")
     return path
 
@@ -248,35 +259,51 @@ def plan_runs(
     only: str | None,
     aa: bool = False,
     changes: Mapping[str, dict[str, Any]] = MappingProxyType({}),
+    other: Other | None = None,
+    until: float | None = None,
 ) -> list[Planned]:
     """All runs in order, with checked flags. Raises `BadInput`.
 
     Even rounds reverse the order of all runs (ABBA), so that a machine which gets slower or faster favours no side.
-    With `aa` each side runs against itself: a first in odd rounds, b first in even ones. Each round has its own
-    batches, which are the same for all sides. `changes` are flags by entry that replace the suite's; None removes one.
+    With `aa` each side runs against itself: a first in odd rounds, b first in even ones. With `other` each side runs
+    there, as old, and here, as new: old first in odd rounds. Each round has its own batches, which are the same for all
+    sides. `changes` are flags by entry that replace the suite's; None removes one. `until` goes into the records.
     """
-    if aa and suite.contest:
-        raise BadInput(f"--aa: {path} has contestants, which have no sides; use a suite of pairs, or leave it out")
+    for flag, given in (("aa", aa), ("versus", other), ("until", until)):
+        if given and suite.contest:
+            raise BadInput(
+                f"--{flag}: {path} has contestants, which have no sides; use a suite of pairs, or leave it out"
+            )
     entries = [entry.with_flags(changes.get(entry.name, {})) for entry in suite.entries]
     checked = [(entry, *_parse(path, entry)) for entry in entries]
     wanted = [each for each in checked if only is None or fnmatch.fnmatchcase(each[0].name, only)]
     if not wanted:
         raise BadInput(f"--only {only} fits none of {', '.join(entry.name for entry, *_ in checked)}")
-    in_order = list(itertools.product(wanted, ("a", "b") if aa else (None,)))
+    if other:
+        wanted = [each for each in wanted if each[0].framework in other.frameworks]
+        if not wanted:
+            raise BadInput(f"--only {only} fits no run of {other.frameworks[0]}, which --versus names")
+    in_order = list(itertools.product(wanted, ("a", "b") if aa else (OLD, NEW) if other else (None,)))
     runs = []
     for number in range(1, repeats + 1):
         for (entry, flags, arguments), side in in_order if number % 2 else reversed(in_order):
-            name, own = (f"{entry.member}-{side}", [f"--aa={side}"]) if side else (entry.member, [])
+            name, own = (f"{entry.member}-{side}", [f"--aa={side}"]) if aa else (entry.member, [])
+            if other:
+                name = f"{entry.member}@{side}"
+            if until:
+                own = [*own, f"--until={until * 100:g}%"]
             if number > 1 and "plan_seed" not in flags.given:
                 own = [*own, f"--plan-seed={number - 1}"]
                 flags = flags.model_copy(update={"plan_seed": number - 1})
-            flags = flags.model_copy(update={"aa": side})
-            record = folder / ("aa" if side else "") / entry.group / f"{name}-r{number}.json"
+            flags = flags.model_copy(update={"aa": side if aa else None, "until": until})
+            record = folder / ("aa" if aa else "") / entry.group / f"{name}-r{number}.json"
             script = [entry.script]
             if entry.peer:
                 script = ["run_peer.py", f"--peer={entry.peer}", f"--method={entry.method}"]
             argv = [*script, *arguments, *own, f"--out={record}"]
-            runs.append(Planned(entry, side, number, flags, argv, record, record.with_suffix(".log"), path.parent))
+            elsewhere = other if side == OLD else None
+            log = record.with_suffix(".log")
+            runs.append(Planned(entry, side, number, flags, argv, record, log, path.parent, elsewhere))
     return runs
 
 

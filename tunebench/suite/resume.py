@@ -5,6 +5,7 @@ import functools
 from collections.abc import Sequence
 from pathlib import Path
 
+from tunebench.bootstrap import ROOT
 from tunebench.checkout import read_git
 from tunebench.errors import BadInput
 from tunebench.hardware import Hardware, read_hardware
@@ -15,10 +16,11 @@ FINAL = ("ok", "oom", "unsupported")  # statuses that another try would not chan
 NOW = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def record_before(path: Path, argv: Sequence[str], nproc: int) -> tuple[Record | None, str]:
+def record_before(path: Path, argv: Sequence[str], nproc: int, root: Path = ROOT) -> tuple[Record | None, str]:
     """The record of a finished run. Or None, with the reason why an existing record does not count.
 
-    `argv` is what the run's record will hold, with --out last. `nproc` is its number of processes.
+    `argv` is what the run's record will hold, with --out last. `nproc` is its number of processes. `root` is the
+    checkout that runs it.
     """
     if not path.exists():
         return None, ""
@@ -26,15 +28,17 @@ def record_before(path: Path, argv: Sequence[str], nproc: int) -> tuple[Record |
         record = read_record(path)
     except BadInput:
         return None, "its record is broken"
-    if record.argv[:-1] != list(argv[:-1]):  # without --out, since the results folder may have moved
+    if _lasting(record.argv) != _lasting(argv):
         return None, "its flags changed"
     if record.status not in FINAL:
         return None, f"it ended as {record.status}"
-    git, hardware = _here()
-    if record.git != git:
+    hardware = _here()
+    if record.git != _git(root):
         return None, "the code is of another commit, or was changed since"
     then, now = record.hardware.lasting(), as_workers_have_it(hardware, nproc).lasting()
     changed = [name for name in dict.fromkeys((*then, *now)) if now.get(name) != then.get(name)]
+    if root != ROOT:  # another checkout may set other variables for its runs, and record others
+        changed = [name for name in changed if not name.startswith("environment.")]
     if changed:
         return None, f"the machine changed ({', '.join(changed)})"
     return record, ""
@@ -53,7 +57,21 @@ def set_aside(folder: Path, *paths: Path) -> Path:
     return previous
 
 
+def _lasting(argv: Sequence[str]) -> list[str]:
+    """A command line without what may change between the rounds of one series.
+
+    The results folder may have moved. --until goes on from rounds that were measured without it.
+    """
+    return [word for word in argv[:-1] if not word.startswith("--until=")]
+
+
 @functools.cache
-def _here() -> tuple[Git, Hardware]:
-    """The commit and the machine, read once per process."""
-    return read_git(), read_hardware()
+def _git(root: Path) -> Git:
+    """The commit of a checkout, read once per process."""
+    return read_git(root)
+
+
+@functools.cache
+def _here() -> Hardware:
+    """The machine, read once per process."""
+    return read_hardware()

@@ -8,6 +8,7 @@ from tunebench import bootstrap
 if __name__ == "__main__":
     bootstrap.enter_environment("torch", "paddle", module="tunebench.suite.runner")
 
+import argparse
 import contextlib
 import datetime
 import errno
@@ -26,22 +27,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunebench import conditions, processes
+from tunebench.checkout import read_git
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
-from tunebench.flags import Parser, add_forecast_flags, path_of, positive
+from tunebench.flags import Parser, add_forecast_flags, path_of, percentage, positive
 from tunebench.peers import check_environment
 from tunebench.progress import Step, in_words, read_step
 from tunebench.record import LOG_LINES, Record, read_record
 from tunebench.report.load import REHEARSALS
 from tunebench.report.page import print_tables
+from tunebench.report.regressions import THRESHOLD
 from tunebench.report.rounds import APART, RUNS_APART, beside, started_lately
+from tunebench.report.stats import LOOKS
 from tunebench.run.run import describe_run
 from tunebench.suite.board import Board, progress_of
 from tunebench.suite.check import check
 from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
 from tunebench.suite.forecast import forecast_suite
+from tunebench.suite.other import find_other
 from tunebench.suite.rehearsal import rehearsal_changes, rehearsal_table
 from tunebench.suite.resume import FINAL, record_before, set_aside
+from tunebench.suite.until import check_sides, run_until
+from tunebench.suite.versus import ROUNDS, check_rounds, claim, folder_of, judge, set_up
 
 PROGRAM = "run_all.sh"
 GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
@@ -66,6 +73,18 @@ def main() -> int:
         help="from the start; earlier results (with --only or --aa: those runs') move to results/.previous/",
     )
     add("--aa", action="store_true", help="each side against itself instead: what a difference is worth here")
+    add(
+        "--versus",
+        metavar="OTHER",
+        help="regressions: another checkout, or another Python of one framework, beside this checkout in one series",
+    )
+    add("--threshold", type=percentage, metavar="SHARE", help="with --versus: the least regression (default: 3%%)")
+    add(
+        "--until",
+        type=percentage,
+        metavar="SHARE",
+        help="rounds of each pair until its interval is within ± this share: 4, 6, 8, 10 or 12",
+    )
     add("--anyway", action="store_true", help="do not wait for a quiet machine, nor measure disturbed rounds again")
     add("--dry-run", action="store_true", help="print the runs, start none")
     add("--check", action="store_true", help="look at the machine and the suite's runs, start none")
@@ -86,6 +105,7 @@ def main() -> int:
     suite, folder = read_suite(path), results_folder() / path.stem
     if options.rehearse and (options.aa or options.repeats):
         raise BadInput("--rehearse runs each run once; leave --aa and --repeats out")
+    check_kinds(options)
     if suite.contest:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, so the scripts beside them do too
     if options.check:
@@ -104,14 +124,23 @@ def main() -> int:
     for name in ("gpu", "link", "price", "calibrate", "out"):
         if vars(options)[name] is not None:
             raise BadInput(f"--{name} is for --plan; add it, or leave --{name} out")
-    whole = plan_runs(path, suite, folder, options.repeats or suite.repeats, options.only, options.aa)
+    other = find_other(options.versus) if options.versus else None
+    rounds = options.repeats or suite.repeats
+    if other:
+        folder, rounds = folder_of(folder, other), options.repeats or ROUNDS
+        check_rounds(rounds)
+    elif options.until:
+        rounds = LOOKS[-1]
+    whole = plan_runs(path, suite, folder, rounds, options.only, options.aa, other=other, until=options.until)
     runs = whole
+    if options.until:
+        check_sides(whole)
     if options.rehearse:
         folder = results_folder() / REHEARSALS / path.stem
         runs = plan_runs(path, suite, folder, 1, options.only, changes=rehearsal_changes(whole))
     if options.dry_run:
         for run in runs:
-            done = record_before(run.record, run.argv, run.flags.nproc)[0] is not None
+            done = record_before(run.record, run.argv, run.flags.nproc, run.root)[0] is not None
             print(f"{run.name}{': done already' * done}\n  {shlex.join(run.command)}")
         return 0
     for environment in sorted({run.entry.environment for run in runs}):
@@ -127,9 +156,32 @@ def main() -> int:
         print(f"suite {path.stem} ({suite.title}), records in {folder}/")
         if options.rehearse:
             return run_all(runs, folder, None, anyway=True, show=lambda _: rehearsal_table(runs, whole))
-        if (options.repeats or suite.repeats) == 1:
+        if rounds == 1:
             print("one round: a look, whose small differences say nothing; --repeats 4 gives intervals")
-        return run_all(runs, folder, suite.minutes and suite.minutes * 60 / len(suite.entries), options.anyway)
+        expected = suite.minutes and suite.minutes * 60 / len(suite.entries)
+        if other:
+            claim(folder, other)
+            if not set_up(other, runs, lambda: bool(stop_signals)):
+                return 130
+            code = run_all(runs, folder, expected, options.anyway, show=lambda _: None)
+            return code if code == 130 else judge(folder, options.threshold or THRESHOLD)
+        if options.until:
+            return run_until(runs, options.until, lambda due: run_all(due, folder, expected, options.anyway))
+        return run_all(runs, folder, expected, options.anyway)
+
+
+def check_kinds(options: argparse.Namespace) -> None:
+    """Raises `BadInput` where --versus or --until stands beside a flag that gives the runs another meaning."""
+    apart = {
+        "versus": ("aa", "until", "rehearse", "plan", "check"),
+        "until": ("repeats", "aa", "rehearse", "plan", "check"),
+    }
+    for name, others in apart.items():
+        for other in others:
+            if getattr(options, name) and getattr(options, other):
+                raise BadInput(f"--{name} and --{other} do not go together; leave one out")
+    if options.threshold and not options.versus:
+        raise BadInput("--threshold is for --versus; add it, or leave --threshold out")
 
 
 class Interrupted(Exception):
@@ -209,7 +261,7 @@ def run_all(
 
     A failed run does not stop the others. `expected` is the usual length of a run in seconds; None where not known.
     """
-    before = [record_before(run.record, run.argv, run.flags.nproc) for run in runs]
+    before = [record_before(run.record, run.argv, run.flags.nproc, run.root) for run in runs]
     rounds = [list(group) for _, group in itertools.groupby(range(len(runs)), key=lambda i: runs[i].measured_with)]
     again = 0
     if not anyway:
@@ -235,7 +287,7 @@ def run_all(
         try:
             told = series.measure({i: before[i][1] for i in members if before[i][0] is None}, records)
         except Interrupted:
-            done = sum(record_before(run.record, run.argv, run.flags.nproc)[0] is not None for run in runs)
+            done = sum(record_before(r.record, r.argv, r.flags.nproc, r.root)[0] is not None for r in runs)
             command = ["bash", PROGRAM, *(argument for argument in sys.argv[1:] if argument != "--fresh")]
             print(f"interrupted with {done} of {len(runs)} runs done; `{shlex.join(command)}` goes on from here")
             return 130
@@ -312,7 +364,7 @@ def _execute(run: Planned, number: int, title: str, board: Board, took: list[flo
         process = processes.start(
             run.command,
             cwd=run.cwd,
-            env=os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
+            env=os.environ | run.variables | {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -329,8 +381,14 @@ def _execute(run: Planned, number: int, title: str, board: Board, took: list[flo
     took.append(time.monotonic() - started)
     if exit_code is None and stop_signals:
         return None
-    with contextlib.suppress(BadInput):
+    try:
         return read_record(run.record)
+    except BadInput as fault:
+        if run.other and run.record.exists():
+            raise BadInput(
+                f"--versus {run.other.path}: this checkout cannot read its records; name one whose records it reads: "
+                f"{fault}"
+            ) from None
     return _record_for(run, started_at, exit_code, oom_kills)
 
 
@@ -350,7 +408,11 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
     ask += f"print(json.dumps(FRAMEWORKS[{run.entry.framework!r}].versions()))"
     asked = subprocess.run([run.command[0], "-P", "-c", ask], capture_output=True, text=True, check=False)
     about = describe_run(run.entry.framework, run.entry.method, run.flags, run.argv) | {"peer": run.entry.peer}
-    about |= {"started_at": started_at, "versions": json.loads(asked.stdout) if asked.returncode == 0 else {}}
+    about |= {
+        "git": read_git(run.root),
+        "started_at": started_at,
+        "versions": json.loads(asked.stdout) if asked.returncode == 0 else {},
+    }
     unknown = dict.fromkeys(("model", "plan", "steps", "setup_seconds"))
     record = Record(status=status, reason=reason, log=log[-LOG_LINES:], peak_memory_bytes=[], **unknown, **about)
     record.write(run.record)

@@ -1,0 +1,79 @@
+"""run_all.sh --versus OTHER: the runs of two checkouts or two environments beside each other, and the verdict."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tunebench import processes
+from tunebench.bootstrap import ROOT
+from tunebench.checkout import read_git
+from tunebench.errors import BadInput
+from tunebench.files import write_atomically
+from tunebench.report.load import VERSUS, load_records
+from tunebench.report.markdown import revision_of
+from tunebench.report.page import combined
+from tunebench.report.regressions import exit_code, regressions
+from tunebench.suite.file import Planned
+from tunebench.suite.other import Other
+
+ROUNDS = 6  # see docs/regressions.md for what they find
+OTHER = "other"  # a file in the series' folder: the path that --versus named
+LOOK = 0.25  # seconds between two looks at the set-up of the other checkout
+
+
+def folder_of(results: Path, other: Other) -> Path:
+    """The folder of a series' records, in that of the suite."""
+    return results / f"{VERSUS}{other.name}"
+
+
+def check_rounds(rounds: int) -> None:
+    """Raises `BadInput` where the order of the sides would not be balanced."""
+    if rounds % 2:
+        raise BadInput(
+            f"--versus with --repeats {rounds}: odd rounds start with the old side and even ones with the new, so give "
+            f"an even number, such as {ROUNDS}"
+        )
+
+
+def claim(folder: Path, other: Other) -> None:
+    """Notes in the series' folder against what it was measured. Raises `BadInput` where that was something else."""
+    note = folder / OTHER
+    if note.exists() and (before := note.read_text(encoding="utf-8").strip()) != str(other.path):
+        raise BadInput(f"{folder} has runs against {before}; move them away by --fresh, or rename that folder")
+    write_atomically(note, f"{other.path}\n".encode())
+
+
+def set_up(other: Other, runs: Sequence[Planned], stopped: Callable[[], bool]) -> bool:
+    """Makes the environments of another checkout by its own setup.sh. Returns False where it was `stopped`.
+
+    Raises `BadInput` where that fails.
+    """
+    for side, root in (("old", other.root), ("new", ROOT)):
+        interpreter = f", {other.frameworks[0]} by {other.interpreter}" if other.interpreter and side == "old" else ""
+        print(f"{side}: {root}, revision {revision_of(read_git(root))}{interpreter}", flush=True)
+    if not other.is_checkout:
+        return True
+    names = sorted({run.entry.environment for run in runs})
+    process = processes.start(["bash", other.root / "setup.sh", *names], cwd=other.root)
+    try:
+        while process.poll() is None and not stopped():
+            time.sleep(LOOK)
+        code = process.returncode
+    finally:
+        processes.end(process)
+    if code:
+        raise BadInput(
+            f"--versus: {other.root / 'setup.sh'} failed (its messages are above); mend that, and run it again"
+        )
+    return code is not None
+
+
+def judge(folder: Path, threshold: float) -> int:
+    """Prints the table of a series and returns its exit code: 1 for a regression, 2 where a row was not compared."""
+    records, broken = load_records([folder])
+    for fault in broken:
+        print(f"skipped {fault}")
+    print(combined(records, threshold=threshold))
+    print(f"The same as CSV or JSON: python3 summarize.py {folder} --format json", flush=True)
+    code = exit_code(regressions(records, threshold))
+    return 2 if broken and not code else code
