@@ -2,9 +2,10 @@
 
 python benchmarks/slowed.py [--slower 10%] [--suite quick] [--only GLOB] [--repeats 6] [--anyway]
 
-The second checkout is a clone in a temporary folder, with this checkout's uncommitted changes. Its environments have
-this checkout's packages. In the loops of its four scripts a step sleeps before it ends, for a share of the time that it has
-taken: with --slower 10% the rate falls by 10%. That holds on a CPU, where a step's operations end before its last line.
+The second checkout is a clone in a temporary folder, with this one's uncommitted changes. Its environments have
+this checkout's packages. In the loops of its four scripts a step sleeps before it ends, for a share of the time that it
+has taken: with --slower 10% the rate falls by 10%. That holds on a CPU, where a step's operations end before its last
+line.
 The clone's run_all.sh runs the suite with --versus THIS CHECKOUT: old is this one, new is the slower one. Records go to
 results/slowed/, and the same command goes on. The exit code is that of run_all.sh: 1 where a regression was found.
 """

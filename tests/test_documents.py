@@ -106,6 +106,12 @@ RUN_ELSEWHERE = {
     "bash run_all.sh --check": "test_check.py checks a suite",
     "bash run_all.sh --suite quick": "takes 17 minutes; test_plan.py checks its runs",
     "bash run_all.sh --suite quick --aa": "takes 17 minutes; test_suite.py runs a suite with --aa",
+    "bash run_all.sh --suite quick --until 3%": "takes up to an hour; test_versus.py adds rounds until one is narrow",
+    "bash run_all.sh --suite quick --versus ../older-checkout": "takes an hour; test_versus.py runs two checkouts",
+    "bash run_all.sh --suite quick --versus /opt/nightly/bin/python": "takes half an hour; test_versus.py plans it",
+    "bash run_all.sh --versus OTHER": "test_versus.py runs two checkouts",
+    "python3 benchmarks/resample.py": "takes half a minute; test_regressions.py draws fewer tables",
+    "python3 benchmarks/slowed.py": "takes an hour; test_versus.py runs it on a small suite",
     "bash run_all.sh --suite tuned": "takes 44 minutes; test_plan.py checks its runs",
     "bash run_all.sh --suite parity": "takes 20 minutes; test_plan.py checks its runs",
     "bash run_all.sh --suite gpu1-80g": "needs a GPU of 80 GB; test_gpu_suites.py checks its flags",
@@ -155,6 +161,8 @@ PRINTS = {  # and a part of what it prints
     "python3 summarize.py": "no records in",
     "python3 summarize.py results/published": "Multi-GPU record",
     "python3 summarize.py --strict": "no records in",
+    "python3 summarize.py --compare results/measured/20261128-epyc-2-cores/quick "
+    "results/measured/20261128-epyc-2-cores/cpu": "ADVICE, no verdict",
 }
 NEEDS_RECORDS = (
     "results/quick",

@@ -1,0 +1,185 @@
+"""run_all.sh --versus, two checkouts or two environments in one series, and --until, rounds as needed."""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+from conftest import FRAMEWORKS, HERE, ROOT, run_program
+from helpers import SUITE, finish_suite, refusal_of_suite, start_suite
+
+from tunebench import bootstrap
+from tunebench.record import read_record
+from tunebench.report.pairing import join
+from tunebench.report.regressions import exit_code, regressions
+from tunebench.report.stats import is_narrow
+
+
+@pytest.fixture
+def mini(tmp_path):
+    """A folder with a suite of its own."""
+    (tmp_path / "mini.toml").write_text(SUITE)
+    return tmp_path
+
+
+def python_with(folder, *frameworks: str):
+    """A Python of its own that has the packages of these environments, without tunebench."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (own,) = folder.glob("lib/python3*/site-packages")
+    packages = [str(next((ROOT / ".venv" / name).glob("lib/python3*/site-packages"))) for name in frameworks]
+    (own / "packages.pth").write_text("\n".join(packages))
+    return folder / "bin" / "python"
+
+
+def checkout(folder, monkeypatch):
+    """A copy of this checkout that has its packages, as benchmarks/slowed.py makes it."""
+    with monkeypatch.context() as patch:
+        for name in bootstrap.UNWANTED:  # the program would start anew without them
+            patch.delenv(name, raising=False)
+        patch.setattr(sys, "path", [*sys.path])
+        slowed = runpy.run_path(str(ROOT / "benchmarks" / "slowed.py"))
+    slowed["copy_checkout"](folder)
+    for framework in FRAMEWORKS:
+        slowed["borrow_environment"](folder, framework)
+    return folder
+
+
+def test_what_versus_does_not_take(mini, tmp_path):
+    def refused(other: object, *more: str) -> str:
+        return refusal_of_suite(mini, f"--versus={other}", *more)
+
+    assert "no such folder or Python; name another checkout's folder, or an interpreter" in refused(mini / "none")
+    assert "is this checkout; name another one" in refused(ROOT)
+    assert "no checkout of this project, for want of setup.sh; name the folder of another checkout" in refused(mini)
+    assert "no Python that answers" in refused("/bin/false")
+    bare = python_with(mini / "bare")
+    assert f"{bare} has none of paddle, torch; name an interpreter with the packages of one framework" in refused(bare)
+    assert f"name its Python: --versus {bare}" in refused(mini / "bare")
+    own = ROOT / ".venv" / HERE / "bin" / "python"
+    assert f"is this checkout's own Python of {HERE}; name another" in refused(own)
+    for more, words in (
+        (["--repeats=3"], "with --repeats 3: odd rounds start with the old side"),
+        (["--aa"], "--versus and --aa do not go together"),
+        (["--until=3%"], "--versus and --until do not go together"),
+        ([f"--only=*/{next(name for name in FRAMEWORKS if name != HERE)}"], f"fits no run of {HERE}, which --versus"),
+    ):
+        other = python_with(mini / "same", HERE)
+        assert words in refused(other, *more)
+    assert "--threshold is for --versus" in refusal_of_suite(mini, "--threshold=3%")
+    assert "--until: 3 is no share; use one above 0% and below 100%" in refusal_of_suite(mini, "--until=3")
+    assert "--until and --repeats do not go together" in refusal_of_suite(mini, "--until=3%", "--repeats=4")
+    assert "--until needs both sides of a pair" in refusal_of_suite(mini, "--until=3%", "--only=full/torch")
+
+
+@pytest.mark.frameworks
+def test_an_interpreter_with_both_frameworks_or_another_tunebench_is_refused(mini, monkeypatch):
+    both = python_with(mini / "both", *FRAMEWORKS)
+    assert "has both paddle and torch; name an interpreter" in refusal_of_suite(mini, f"--versus={both}")
+    other = mini / "other"
+    subprocess.run(["git", "clone", "--quiet", ROOT, other], check=True)
+    mixed = python_with(mini / "mixed", "torch")
+    (own,) = (mini / "mixed").glob("lib/python3*/site-packages")
+    (own / "tunebench").symlink_to(other / "tunebench")
+    line = refusal_of_suite(mini, f"--versus={mixed}")
+    assert f"has the tunebench of {other}; name that folder: --versus {other}" in line
+
+
+def test_the_order_of_old_and_new(mini):
+    """Old first in odd rounds, new first in even ones, next to each other; each round has its own batches."""
+    other = python_with(mini / "nightly", HERE)
+    printed = finish_suite(start_suite(mini, f"--versus={other}", "--dry-run"), 0)
+    lines = printed.splitlines()
+    rows = [f"full/{HERE}", f"lora/{HERE}"]
+    odd = [f"{row} {side}" for row in rows for side in ("old", "new")]
+    expected = [f"{name} r{n}" for n in range(1, 7) for name in (odd if n % 2 else odd[::-1])]
+    assert lines[::2] == expected
+    for name, command in zip(expected, lines[1::2], strict=True):
+        row, side, number = re.fullmatch(r"(\w+)/\w+ (\w+) r(\d)", name).groups()
+        python = other if side == "old" else ROOT / ".venv" / HERE / "bin" / "python"
+        assert command.split()[:2] == [str(python), str(ROOT / HERE / f"finetune_{row}.py")]
+        assert command.endswith(f"results/mini/versus-nightly/{row}/{HERE}@{side}-r{number}.json")
+        assert ("--plan-seed=" in command) == (number != "1")
+    assert not (mini / "results").exists()
+
+
+@pytest.mark.frameworks
+def test_a_slower_checkout_for_real(tmp_path):
+    """Both checkouts run, and the verdict follows from their records.
+
+    Other tests run beside this one, so that the rounds may count as disturbed.
+    """
+    (tmp_path / "mini.toml").write_text(SUITE)
+    env = {"TUNEBENCH_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1"}
+    arguments = [f"--suite={tmp_path / 'mini.toml'}", "--only=full/torch", "--repeats=2", "--anyway", "--slower=60%"]
+    done = run_program("benchmarks/slowed.py", *arguments, env=env)
+    folder = tmp_path / "results" / "slowed" / "mini" / f"versus-{ROOT.name}"
+    names = [f"full/torch@{side}-r{number}.json" for side in ("new", "old") for number in (1, 2)]
+    assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json")) == names, done.stdout + done.stderr
+    records = [read_record(folder / name) for name in names]
+    assert [record.status for record in records] == ["ok"] * 4
+    order = sorted(records, key=lambda record: record.started_at)
+    assert [re.search("@(.*)-", record.argv[-1])[1] for record in order] == ["old", "new", "new", "old"]
+    assert "new" in done.stdout and records[0].git.changes != records[2].git.changes == records[3].git.changes
+    assert records[0].plan.sha256 == records[2].plan.sha256 != records[1].plan.sha256
+    (row,) = found = regressions(records)
+    assert done.returncode == exit_code(found)
+    # A row alone has one degree of freedom here, so that the fall of 60% need not be sure.
+    assert row.new_effective_tokens_per_second < 0.75 * row.old_effective_tokens_per_second
+    if row.verdict == "not comparable":
+        assert (done.returncode, row.reason[:17]) == (2, "disturbed: torch:")
+    assert f"| {row.verdict} " in done.stdout
+    by_json = json.loads(run_program("summarize.py", folder, "--format=json", check=True).stdout)
+    assert [each["verdict"] for each in by_json] == [row.verdict]
+
+
+@pytest.mark.frameworks
+def test_records_that_this_checkout_cannot_read_are_refused(mini, monkeypatch):
+    other = checkout(mini / "newer", monkeypatch)
+    code = (other / "tunebench" / "record.py").read_text()
+    assert code.count("schema_: Literal[1]") == 1
+    (other / "tunebench" / "record.py").write_text(code.replace("schema_: Literal[1]", "schema_: Literal[2]"))
+    code = (other / "tunebench" / "run" / "run.py").read_text()
+    (other / "tunebench" / "run" / "run.py").write_text(code.replace('"schema": 1,', '"schema": 2,'))
+    running = start_suite(mini, f"--versus={other}", "--only=full/torch", "--repeats=2")
+    printed, errors = running.communicate(timeout=300)
+    assert running.returncode == 2, printed + errors
+    record = mini / "results" / "mini" / "versus-newer" / "full" / "torch@old-r1.json"
+    assert errors.splitlines()[-1].startswith(
+        f"run_all.sh: --versus {other}: this checkout cannot read its records; name one whose records it reads: {record}: "
+        "not a record: schema: "
+    )
+    assert json.loads(record.read_text())["schema"] == 2
+    assert f"old: {other}, revision " in printed and f"new: {ROOT}, revision " in printed
+    # Against another checkout of the same name, the series would mix.
+    (mini / "elsewhere").mkdir()
+    os.rename(other, mini / "elsewhere" / "newer")
+    running = start_suite(mini, f"--versus={mini / 'elsewhere' / 'newer'}", "--only=full/torch")
+    errors = running.communicate(timeout=60)[1]
+    assert running.returncode == 2
+    assert f"versus-newer has runs against {other}; move them away by --fresh" in errors
+
+
+@pytest.mark.frameworks
+def test_rounds_are_added_until_the_interval_is_narrow(mini):
+    """It goes on from rounds that were measured without --until, and from its own."""
+    finish_suite(start_suite(mini, "--repeats=2", "--only=full/*"), 0)
+    printed = finish_suite(start_suite(mini, "--until=99%", "--only=full/*"), 0)
+    assert "--until 99%: rounds 1 to 4 of full" in printed
+    assert "runs: 8, done already: 4" in printed
+    files = [mini / "results" / "mini" / "full" / f"{name}-r{n}.json" for n in range(1, 5) for name in FRAMEWORKS]
+    records = [read_record(file) for file in files]
+    assert [record.until for record in records] == [None] * 4 + [0.99] * 4
+    assert all("--until=99%" in record.argv for record in records[4:])
+    (row,) = join(records)
+    assert row.rounds == 4, "the sides of a round ran apart"
+    reached = is_narrow(row.log_ratios, 0.99)
+    assert reached == ("rounds 5 to 6" not in printed)
+    said = "rounds were added until the interval was within ±99%"
+    assert (f"full: {said}" in printed) == reached
+    assert row.until == 0.99
+    assert (said in row.note) == reached
+    printed = finish_suite(start_suite(mini, "--until=99%", "--only=full/*"), 0)
+    assert "runs: 8, done already: 8" in printed
