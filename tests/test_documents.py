@@ -109,7 +109,6 @@ RUN_ELSEWHERE = {
     "bash run_all.sh --suite quick --until 3%": "takes up to an hour; test_versus.py adds rounds until one is narrow",
     "bash run_all.sh --suite quick --versus ../older-checkout": "takes an hour; test_versus.py runs two checkouts",
     "bash run_all.sh --suite quick --versus /opt/nightly/bin/python": "takes half an hour; test_versus.py plans it",
-    "bash run_all.sh --versus OTHER": "test_versus.py runs two checkouts",
     "python3 benchmarks/resample.py": "takes half a minute; test_regressions.py draws fewer tables",
     "python3 benchmarks/slowed.py": "takes an hour; test_versus.py runs it on a small suite",
     "bash run_all.sh --suite tuned": "takes 44 minutes; test_plan.py checks its runs",

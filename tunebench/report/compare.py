@@ -27,9 +27,9 @@ from tunebench.report.tables import Column, as_csv, table
 
 ADVICE = (
     "ADVICE, no verdict: Paddle ÷ Torch of two series. Change = (1 + new speedup) ÷ (1 + old speedup) - 1, with "
-    "the 95% interval of two independent means of log ratios (Welch). It cannot say which side changed. It misses much: "
-    "with 5 rounds each it finds a change of 10% in 83 to 94 of 100 cases and one of 5% in 19 to 25. It holds for series "
-    "that lie near each other in time. `bash run_all.sh --versus OTHER` measures both in one series."
+    "the 95% interval of two independent means of log ratios (Welch). It cannot say which side changed. It misses "
+    "much: with 5 rounds each it finds a change of 10% in 83 to 94 of 100 cases, one of 5% in 19 to 25. It holds for "
+    "series that lie near each other in time. `bash run_all.sh --versus OTHER` measures both in one series."
 )
 
 

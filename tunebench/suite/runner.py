@@ -139,6 +139,8 @@ def main() -> int:
         folder = results_folder() / REHEARSALS / path.stem
         runs = plan_runs(path, suite, folder, 1, options.only, changes=rehearsal_changes(whole))
     if options.dry_run:
+        if options.until:
+            print(f"at most these rounds: a pair ends after {', '.join(map(str, LOOKS[:-1]))} or {LOOKS[-1]}")
         for run in runs:
             done = record_before(run.record, run.argv, run.flags.nproc, run.root)[0] is not None
             print(f"{run.name}{': done already' * done}\n  {shlex.join(run.command)}")
@@ -164,7 +166,7 @@ def main() -> int:
             if not set_up(other, runs, lambda: bool(stop_signals)):
                 return 130
             code = run_all(runs, folder, expected, options.anyway, show=lambda _: None)
-            return code if code == 130 else judge(folder, options.threshold or THRESHOLD)
+            return code if code == 130 else judge(runs, folder, options.threshold or THRESHOLD)
         if options.until:
             return run_until(runs, options.until, lambda due: run_all(due, folder, expected, options.anyway))
         return run_all(runs, folder, expected, options.anyway)

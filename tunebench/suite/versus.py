@@ -68,9 +68,12 @@ def set_up(other: Other, runs: Sequence[Planned], stopped: Callable[[], bool]) -
     return code is not None
 
 
-def judge(folder: Path, threshold: float) -> int:
-    """Prints the table of a series and returns its exit code: 1 for a regression, 2 where a row was not compared."""
-    records, broken = load_records([folder])
+def judge(runs: Sequence[Planned], folder: Path, threshold: float) -> int:
+    """Prints the table of these runs and returns its exit code: 1 for a regression, 2 where a row was not compared.
+
+    The folder may hold runs of an earlier call that had another --only, and another commit.
+    """
+    records, broken = load_records([run.record for run in runs if run.record.exists()])
     for fault in broken:
         print(f"skipped {fault}")
     print(combined(records, threshold=threshold))
