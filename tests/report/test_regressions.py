@@ -183,7 +183,7 @@ def test_when_until_has_enough_rounds():
 
 def test_rounds_that_would_tell_a_difference():
     """The power that scipy's noncentral t and draws give to so many rounds, and to two fewer."""
-    for deviation in (0.02, 0.048, 0.1):
+    for deviation in (0.02, 0.048, 0.1, 0.4):
         rounds = rounds_to_tell(deviation)
         power = []
         for n in (rounds - 2, rounds):
@@ -196,6 +196,7 @@ def test_rounds_that_would_tell_a_difference():
     assert found.share >= 0.77 and found.limits()[0] < 0.86
     assert rounds_to_tell(0.0) == rounds_to_tell(1e-9) == 2
     assert rounds_to_tell(1.0) == pytest.approx((2.8 / math.log(1.05)) ** 2, rel=0.01)
+    assert rounds_to_tell(40.0) > 5_000_000  # at once
 
 
 def test_a_table_says_how_many_rounds_would_do(quick, records):

@@ -16,6 +16,8 @@ from tunebench.report.pairing import join
 from tunebench.report.regressions import exit_code, regressions
 from tunebench.report.stats import is_narrow
 
+LONGER = SUITE.replace("steps = 4\n", "steps = 12\n")  # the fewer the steps, the more rates scatter
+
 
 @pytest.fixture
 def mini(tmp_path):
@@ -110,7 +112,7 @@ def test_a_slower_checkout_for_real(tmp_path):
 
     Other tests run beside this one, so that the rounds may count as disturbed.
     """
-    (tmp_path / "mini.toml").write_text(SUITE)
+    (tmp_path / "mini.toml").write_text(LONGER)
     env = {"TUNEBENCH_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1"}
     arguments = [f"--suite={tmp_path / 'mini.toml'}", "--only=full/torch", "--repeats=2", "--anyway", "--slower=60%"]
     done = run_program("benchmarks/slowed.py", *arguments, env=env)
@@ -132,6 +134,9 @@ def test_a_slower_checkout_for_real(tmp_path):
     assert f"| {row.verdict} " in done.stdout
     by_json = json.loads(run_program("summarize.py", folder, "--format=json", check=True).stdout)
     assert [each["verdict"] for each in by_json] == [row.verdict]
+    done = run_program("benchmarks/slowed.py", *arguments, env=env)  # another copy of the same content
+    assert "runs: 4, done already: 4" in done.stdout
+    assert done.returncode == exit_code(found)
 
 
 @pytest.mark.frameworks
@@ -164,7 +169,7 @@ def test_records_that_this_checkout_cannot_read_are_refused(mini, monkeypatch):
 @pytest.mark.frameworks
 def test_rounds_are_added_until_the_interval_is_narrow(mini):
     """It goes on from rounds that were measured without --until, and from its own."""
-    (mini / "mini.toml").write_text(SUITE.replace("steps = 4\n", "steps = 12\n"))  # a few timed ones scatter more
+    (mini / "mini.toml").write_text(LONGER)
     finish_suite(start_suite(mini, "--repeats=2", "--only=full/*"), 0)
     printed = finish_suite(start_suite(mini, "--until=99%", "--only=full/*"), 0)
     assert "--until 99%: rounds 1 to 4 of full" in printed
