@@ -11,10 +11,12 @@ from conftest import FRAMEWORKS, HERE, ROOT, run_program
 from helpers import SUITE, finish_suite, refusal_of_suite, start_suite
 
 from tunebench import bootstrap
+from tunebench.errors import BadInput
 from tunebench.record import read_record
 from tunebench.report.pairing import join
 from tunebench.report.regressions import exit_code, regressions
 from tunebench.report.stats import is_narrow
+from tunebench.suite.other import find_other
 
 LONGER = SUITE.replace("steps = 4\n", "steps = 12\n")  # the fewer the steps, the more rates scatter
 
@@ -48,9 +50,11 @@ def checkout(folder, monkeypatch):
     return folder
 
 
-def test_what_versus_does_not_take(mini, tmp_path):
-    def refused(other: object, *more: str) -> str:
-        return refusal_of_suite(mini, f"--versus={other}", *more)
+def test_what_versus_does_not_take(mini):
+    def refused(other: object) -> str:
+        with pytest.raises(BadInput) as fault:
+            find_other(str(other))
+        return str(fault.value)
 
     assert "no such folder or Python; name another checkout's folder, or an interpreter" in refused(mini / "none")
     assert "is this checkout; name another one" in refused(ROOT)
@@ -61,18 +65,22 @@ def test_what_versus_does_not_take(mini, tmp_path):
     assert f"name its Python: --versus {bare}" in refused(mini / "bare")
     own = ROOT / ".venv" / HERE / "bin" / "python"
     assert f"is this checkout's own Python of {HERE}; name another" in refused(own)
-    for more, words in (
-        (["--repeats=3"], "with --repeats 3: odd rounds start with the old side"),
-        (["--aa"], "--versus and --aa do not go together"),
-        (["--until=3%"], "--versus and --until do not go together"),
-        ([f"--only=*/{next(name for name in FRAMEWORKS if name != HERE)}"], f"fits no run of {HERE}, which --versus"),
+
+
+@pytest.mark.frameworks
+def test_flags_that_do_not_go_with_versus_and_until(mini):
+    other = f"--versus={python_with(mini / 'same', 'torch')}"
+    for arguments, words in (
+        (["--versus=none"], "--versus none: no such folder or Python"),
+        ([other, "--repeats=3"], "with --repeats 3: odd rounds start with the old side"),
+        ([other, "--until=3%"], "--versus and --until do not go together"),
+        ([other, "--only=*/paddle"], "--only */paddle fits no run of torch, which --versus names"),
+        (["--threshold=3%"], "--threshold is for --versus"),
+        (["--until=3"], "--until: 3 is no share; use one above 0% and below 100%"),
+        (["--until=3%", "--repeats=4"], "--until and --repeats do not go together"),
+        (["--until=3%", "--only=full/torch"], "--until needs both sides of a pair"),
     ):
-        other = python_with(mini / "same", HERE)
-        assert words in refused(other, *more)
-    assert "--threshold is for --versus" in refusal_of_suite(mini, "--threshold=3%")
-    assert "--until: 3 is no share; use one above 0% and below 100%" in refusal_of_suite(mini, "--until=3")
-    assert "--until and --repeats do not go together" in refusal_of_suite(mini, "--until=3%", "--repeats=4")
-    assert "--until needs both sides of a pair" in refusal_of_suite(mini, "--until=3%", "--only=full/torch")
+        assert words in refusal_of_suite(mini, *arguments)
 
 
 @pytest.mark.frameworks

@@ -28,8 +28,9 @@ def remarks_of_rounds(rounds: Rounds) -> list[str]:
             f"{rounds.dropped} round(s) left out: of one side alone, or with sides that started too far apart"
         )
     if rounds.until:
-        reached = is_narrow(rounds.log_ratios, rounds.until)
-        remarks.append(f"{until_in_words(rounds.until, reached, len(rounds.pairs))}; the interval is widened for that")
+        count = len(rounds.pairs)
+        words = until_in_words(rounds.until, is_narrow(rounds.log_ratios, rounds.until), count)
+        remarks.append(words + "; the interval is widened for that" * (count > 1))
     for i in outlying([math.exp(ratio) for ratio in rounds.log_ratios]):
         ratio = math.expm1(rounds.log_ratios[i])
         number = round_of(rounds.pairs[i][0]) or i + 1
@@ -43,6 +44,8 @@ def until_in_words(target: float, reached: bool, rounds: int) -> str:
     """How --until ended for a row, or where it stands."""
     if reached:
         return f"rounds were added until the interval was within ±{target * 100:g}%"
+    if rounds < 2:
+        return f"there is no interval after {rounds} complete round(s)"
     more = "" if rounds >= LOOKS[-1] else " yet"
     return f"the interval is not within ±{target * 100:g}% after {rounds} rounds{more}"
 
