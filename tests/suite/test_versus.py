@@ -13,9 +13,11 @@ from helpers import SUITE, finish_suite, refusal_of_suite, start_suite
 from tunebench import bootstrap
 from tunebench.errors import BadInput
 from tunebench.record import read_record
-from tunebench.report.pairing import join
+from tunebench.report.pairing import SIDES, join
 from tunebench.report.regressions import exit_code, regressions
-from tunebench.report.stats import is_narrow
+from tunebench.report.remarks import until_in_words
+from tunebench.report.rounds import beside, pair_rounds
+from tunebench.report.stats import LOOKS, is_narrow
 from tunebench.suite.other import find_other
 
 LONGER = SUITE.replace("steps = 4\n", "steps = 12\n")  # the fewer the steps, the more rates scatter
@@ -176,23 +178,25 @@ def test_records_that_this_checkout_cannot_read_are_refused(mini, monkeypatch):
 
 @pytest.mark.frameworks
 def test_rounds_are_added_until_the_interval_is_narrow(mini):
-    """It goes on from rounds that were measured without --until, and from its own."""
+    """It goes on from rounds that were measured without --until, and each look decides by the records."""
     (mini / "mini.toml").write_text(LONGER)
     finish_suite(start_suite(mini, "--repeats=2", "--only=full/*"), 0)
     printed = finish_suite(start_suite(mini, "--until=99%", "--only=full/*"), 0)
-    assert "--until 99%: rounds 1 to 4 of full" in printed
-    assert "runs: 8, done already: 4" in printed
-    files = [mini / "results" / "mini" / "full" / f"{name}-r{n}.json" for n in range(1, 5) for name in FRAMEWORKS]
-    records = [read_record(file) for file in files]
-    assert [record.until for record in records] == [None] * 4 + [0.99] * 4
-    assert all("--until=99%" in record.argv for record in records[4:])
-    (row,) = join(records)
-    assert row.rounds == 4, "the sides of a round ran apart"
-    reached = is_narrow(row.log_ratios, 0.99)
-    assert reached == ("rounds 5 to 6" not in printed)
-    said = "rounds were added until the interval was within ±99%"
-    assert (f"full: {said}" in printed) == reached
-    assert row.until == 0.99
-    assert (said in row.note) == reached
+    assert "--until 99%: rounds 1 to 4 of full\nruns: 8, done already: 4" in printed
+    folder = mini / "results" / "mini" / "full"
+    last = len(list(folder.glob("torch-r*.json")))
+    sides = {name: [read_record(folder / f"{name}-r{n}.json") for n in range(1, last + 1)] for name in SIDES}
+    assert last in LOOKS
+    for records in sides.values():
+        assert [record.until for record in records] == [None] * 2 + [0.99] * (last - 2)
+        assert all("--until=99%" in record.argv for record in records[2:])
+    for look in LOOKS[: LOOKS.index(last) + 1]:
+        rounds = pair_rounds(*(records[:look] for records in sides.values()), beside)
+        narrow = is_narrow(rounds.log_ratios, 0.99)
+        assert narrow == (look == last) or look == LOOKS[-1]
+        assert f"full: {until_in_words(0.99, narrow, len(rounds.pairs))}\n" in printed
+    (row,) = join([*sides["paddle"], *sides["torch"]])
+    assert (row.rounds, row.until) == (len(rounds.pairs), 0.99)
+    assert f"{until_in_words(0.99, narrow, row.rounds)}; the interval is widened for that" in row.note
     printed = finish_suite(start_suite(mini, "--until=99%", "--only=full/*"), 0)
     assert "runs: 8, done already: 8" in printed
