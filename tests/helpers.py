@@ -104,9 +104,9 @@ def start_suite(folder: Path, *arguments: str, **environment: str) -> subprocess
     )
 
 
-def finish_suite(running: subprocess.Popen, exit_code: int) -> str:
+def finish_suite(running: subprocess.Popen, exit_code: int, seconds: float = 300) -> str:
     """Waits for the runner, asserts its exit code and that it printed no traceback; returns its output."""
-    printed, errors = running.communicate(timeout=300)
+    printed, errors = running.communicate(timeout=seconds)
     assert running.returncode == exit_code, printed + errors
     assert "Traceback" not in printed + errors
     return printed

@@ -181,7 +181,8 @@ def test_rounds_are_added_until_the_interval_is_narrow(mini):
     """It goes on from rounds that were measured without --until, and each look decides by the records."""
     (mini / "mini.toml").write_text(LONGER)
     finish_suite(start_suite(mini, "--repeats=2", "--only=full/*"), 0)
-    printed = finish_suite(start_suite(mini, "--until=99%", "--only=full/*"), 0)
+    # A busy machine adds rounds: ratios that scatter by less than 33% need four.
+    printed = finish_suite(start_suite(mini, "--until=99%", "--only=full/*"), 0, seconds=1200)
     assert "--until 99%: rounds 1 to 4 of full\nruns: 8, done already: 4" in printed
     folder = mini / "results" / "mini" / "full"
     last = len(list(folder.glob("torch-r*.json")))
@@ -200,3 +201,4 @@ def test_rounds_are_added_until_the_interval_is_narrow(mini):
     assert f"{until_in_words(0.99, narrow, row.rounds)}; the interval is widened for that" in row.note
     printed = finish_suite(start_suite(mini, "--until=99%", "--only=full/*"), 0)
     assert "runs: 8, done already: 8" in printed
+    assert "starts, log:" not in printed
