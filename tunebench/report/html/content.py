@@ -31,7 +31,7 @@ from tunebench.report.tables import COLUMNS, NOTE, SELF_COLUMNS, Column, caption
 ORDER = (
     *("Model", "Method", "Num GPUs", "Batch Size", "Paddle Setup", "Torch Setup", "Speedup", "95% Interval"),
     *("Compared", "Paddle Effective Tokens/s", "Torch Effective Tokens/s", "Rounds", "Paddle Spread", "Torch Spread"),
-    "Round Noise",
+    *("Round Noise", "Rounds for 5%"),
 )
 HEADLINE = sorted(COLUMNS, key=lambda column: ORDER.index(column.title) if column.title in ORDER else len(ORDER))
 SORT_KEYS = {
@@ -44,6 +44,7 @@ SORT_KEYS = {
     "Paddle Spread": "paddle_spread",
     "Torch Spread": "torch_spread",
     "Round Noise": "round_noise",
+    "Rounds for 5%": "rounds_for_5",
 }
 # The kinds of verdicts, as the filter names them.
 FASTER, SLOWER, WITHIN, UNCLEAR, ONE_ROUND, NO_SPEEDUP = "faster", "slower", "within", "unclear", "one", "none"
