@@ -19,8 +19,8 @@ from tunebench.errors import BadInput
 from tunebench.record import Record, parse_record
 from tunebench.report import resampling
 from tunebench.report.compare import compare, render_comparison, welch
-from tunebench.report.keep import keep
 from tunebench.report.load import load_records
+from tunebench.report.pack import pack
 from tunebench.report.page import combined
 from tunebench.report.pairing import against_itself, join
 from tunebench.report.regressions import Comparison, estimates, exit_code, holm, regressions, render_regressions
@@ -61,7 +61,7 @@ def as_versus(records: list[Record], rounds: int) -> list[Record]:
         out = record.argv[-1].removeprefix("--out=")
         name, number = out.removesuffix(".json").rsplit("-r", 1)
         if int(number) <= rounds:
-            name = f"{name.removesuffix('-a').removesuffix('-b')}@{'old' if record.aa == 'a' else 'new'}-r{number}.json"
+            name = f"{name.removesuffix('-a').removesuffix('-b')}+{'old' if record.aa == 'a' else 'new'}-r{number}.json"
             argv = [word for word in record.argv[:-1] if not word.startswith("--aa")]
             git = record.git.model_copy(update={"revision": ("1" if record.aa == "a" else "2") * 40})
             found.append(record.model_copy(update={"aa": None, "argv": [*argv, f"--out={name}"], "git": git}))
@@ -268,7 +268,7 @@ def test_what_cannot_be_compared_is_named_with_its_reason(series):
     ]
     upgraded = changed(
         failed,
-        lambda r: of(r, "bloom-tiny-full", "paddle") and r.argv[-1].endswith("@old-r6.json"),
+        lambda r: of(r, "bloom-tiny-full", "paddle") and r.argv[-1].endswith("+old-r6.json"),
         versions=series[0].versions | {"paddlenlp": "3.0.0b5"},
     )
     one_round = [r for r in upgraded if not of(r, "bloom-tiny-lora", "paddle") or r.argv[-1].endswith("-r1.json")]
@@ -334,8 +334,8 @@ def test_the_runs_of_versus_stay_out_of_other_tables_and_have_one_in_each_form(s
     assert [line["Row"] for line in lines] == [row["name"] for row in by_json]
     assert [line["Change"] for line in lines] == [f"{row['change']:+.1%}" for row in by_json]
     # A copy of the records tells the same.
-    assert keep(folder, tmp_path / "kept") == len(series)
-    assert json.loads(render_regressions(load_records([tmp_path / "kept"])[0], "json", 0.07)) == by_json
+    copies = pack(folder, tmp_path / "kept", set()).folder
+    assert json.loads(render_regressions(load_records([copies])[0], "json", 0.07)) == by_json
 
 
 def written(records: list[Record], folder) -> None:

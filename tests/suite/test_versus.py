@@ -111,7 +111,7 @@ def test_the_order_of_old_and_new(mini):
         row, side, number = re.fullmatch(r"(\w+)/\w+ (\w+) r(\d)", name).groups()
         python = other if side == "old" else ROOT / ".venv" / HERE / "bin" / "python"
         assert command.split()[:2] == [str(python), str(ROOT / HERE / f"finetune_{row}.py")]
-        assert command.endswith(f"results/mini/versus-nightly/{row}/{HERE}@{side}-r{number}.json")
+        assert command.endswith(f"results/mini/versus-nightly/{row}/{HERE}+{side}-r{number}.json")
         assert ("--plan-seed=" in command) == (number != "1")
     assert not (mini / "results").exists()
 
@@ -127,12 +127,12 @@ def test_a_slower_checkout_for_real(tmp_path):
     arguments = [f"--suite={tmp_path / 'mini.toml'}", "--only=full/torch", "--repeats=2", "--anyway", "--slower=60%"]
     done = run_program("benchmarks/slowed.py", *arguments, env=env)
     folder = tmp_path / "results" / "slowed" / "mini" / f"versus-{ROOT.name}"
-    names = [f"full/torch@{side}-r{number}.json" for side in ("new", "old") for number in (1, 2)]
+    names = [f"full/torch+{side}-r{number}.json" for side in ("new", "old") for number in (1, 2)]
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json")) == names, done.stdout + done.stderr
     records = [read_record(folder / name) for name in names]
     assert [record.status for record in records] == ["ok"] * 4
     order = sorted(records, key=lambda record: record.started_at)
-    assert [re.search("@(.*)-", record.argv[-1])[1] for record in order] == ["old", "new", "new", "old"]
+    assert [re.search(r"\+(.*)-", record.argv[-1])[1] for record in order] == ["old", "new", "new", "old"]
     assert "new" in done.stdout and records[0].git.changes != records[2].git.changes == records[3].git.changes
     assert records[0].plan.sha256 == records[2].plan.sha256 != records[1].plan.sha256
     (row,) = found = regressions(records)
@@ -160,7 +160,7 @@ def test_records_that_this_checkout_cannot_read_are_refused(mini, monkeypatch):
     running = start_suite(mini, f"--versus={other}", "--only=full/torch", "--repeats=2")
     printed, errors = running.communicate(timeout=300)
     assert running.returncode == 2, printed + errors
-    record = mini / "results" / "mini" / "versus-newer" / "full" / "torch@old-r1.json"
+    record = mini / "results" / "mini" / "versus-newer" / "full" / "torch+old-r1.json"
     assert errors.splitlines()[-1].startswith(
         f"run_all.sh: --versus {other}: this checkout cannot read its records; name one whose records it reads: "
         f"{record}: not a record: schema: "

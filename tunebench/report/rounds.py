@@ -120,7 +120,7 @@ def versus_of(record: Record) -> tuple[str, str, str] | None:
 
     None for other runs. An older checkout knows no flag for the side, so that the name alone can tell it.
     """
-    found = re.search(rf"(?:(.*)/)?([^/]+)/[^/@]+@({OLD}|{NEW})-r\d+\.json$", out_of(record))
+    found = re.search(rf"(?:(.*)/)?([^/]+)/[^/+]+\+({OLD}|{NEW})-r\d+\.json$", out_of(record))
     return (found[1] or "", found[2], found[3]) if found else None
 
 

@@ -289,7 +289,7 @@ def plan_runs(
         for (entry, flags, arguments), side in in_order if number % 2 else reversed(in_order):
             name, own = (f"{entry.member}-{side}", [f"--aa={side}"]) if aa else (entry.member, [])
             if other:
-                name = f"{entry.member}@{side}"
+                name = f"{entry.member}+{side}"
             if until:
                 own = [*own, f"--until={until * 100:g}%"]
             if number > 1 and "plan_seed" not in flags.given:
