@@ -1,0 +1,78 @@
+"""The trace of a rank, as both sides write it: Chrome's format with the categories and arguments of torch's profiler.
+
+paddle/profiling.py writes what Paddle's profiler found in this layout. Its own Chrome files have times in whole
+microseconds, durations within the names, and two rows for each thread.
+"""
+
+import gzip
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+WINDOW = "traced steps"  # the name of the range around the steps
+SUFFIX = ".json.gz"
+MEMORY = "[memory]"
+OPERATOR, RANGE, LAUNCH = "cpu_op", "user_annotation", "cuda_runtime"
+KERNEL, COPY, FILL = "kernel", "gpu_memcpy", "gpu_memset"
+HOST = (OPERATOR, RANGE, LAUNCH, "cuda_driver")
+DEVICE = (KERNEL, COPY, FILL)
+CPU, GPU = 0, 1  # the types of devices in torch's events about memory
+
+
+@dataclass(eq=False, slots=True)
+class Event:
+    """A span of time, in microseconds. `parent` is the span of the same thread around it.
+
+    `dims` has the number of dimensions of each operand of an operator, where the profiler tells.
+    """
+
+    name: str
+    category: str
+    start: float
+    end: float
+    correlation: int | None = None
+    dims: tuple[int, ...] = ()
+    parent: Self | None = None
+
+
+@dataclass
+class Trace:
+    """The events of one process.
+
+    - `start` and `end`: of the traced steps, in microseconds, as all times here.
+    - `threads`: what ran on the host, by thread. Ranges that a script or a library names are among it.
+    - `device`: what ran on the GPU.
+    - `memory`: when tensors took or gave back bytes, how many, and on which type of device.
+    """
+
+    start: float
+    end: float
+    threads: dict[Any, list[Event]] = field(default_factory=dict)
+    device: list[Event] = field(default_factory=list)
+    memory: list[tuple[float, int, int]] = field(default_factory=list)
+
+
+def read_trace(path: Path) -> Trace:
+    """Reads a trace file. Raises ValueError where it has no traced steps, and OSError."""
+    with gzip.open(path, "rt", encoding="utf-8", errors="replace") as file:
+        found = json.load(file, strict=False)["traceEvents"]
+    windows = [each for each in found if each.get("name") == WINDOW and each.get("cat") == RANGE]
+    if len(windows) != 1:
+        raise ValueError(f"{path.name}: {len(windows)} ranges are named {WINDOW}, not one")
+    start = float(windows[0]["ts"])
+    trace = Trace(start, start + float(windows[0]["dur"]))
+    for each in found:
+        arguments = each.get("args", {})
+        if each.get("name") == MEMORY:
+            trace.memory.append((float(each["ts"]), int(arguments["Bytes"]), int(arguments["Device Type"])))
+        elif each.get("ph") == "X" and each["cat"] in (*HOST, *DEVICE):
+            event = Event(each["name"], each["cat"], float(each["ts"]), float(each["ts"]) + float(each["dur"]))
+            event.correlation = arguments.get("correlation")
+            event.dims = tuple(len(dims) if isinstance(dims, list) else 0 for dims in arguments.get("Input Dims", ()))
+            if event.category in DEVICE:
+                trace.device.append(event)
+            elif event.name != WINDOW:
+                trace.threads.setdefault(each["tid"], []).append(event)
+    trace.memory.sort()
+    return trace
