@@ -2,7 +2,7 @@
 
 import re
 
-from tunebench.profile.trace import COPY, FILL, OPERATOR, RANGE, Event
+from tunebench.profile.trace import ATTENTION, COPY, FILL, OPERATOR, RANGE, Event
 from tunebench.record import KernelKind
 
 # Of operators: PyTorch's without `aten::`, Paddle's, and those of gradients without their ending. The whole name fits.
@@ -20,8 +20,10 @@ OPERATORS: tuple[tuple[KernelKind, str], ...] = (
     (
         "copies",
         r"copy_|_to_copy|to|clone|contiguous|cat|concat|stack|assign.*|cast|transpose|slice|strided_slice|split.*|"
-        r"tile|expand_copy|fill_?|zero_|zeros(_like)?|full.*|ones(_like)?|set_value.*|memcpy.*|share_data.*|"
-        r"slice_backward|select_backward|masked_select|pad|constant_pad_nd|set_constant|index_put.*",
+        r"tile|fill_?|zero_|zeros(_like)?|full.*|ones(_like)?|set_value.*|memcpy.*|share_data.*|slice_backward|"
+        r"select_backward|pad|constant_pad_nd|set_constant|index_put.*|view.*|reshape.*|_?unsafe_view|_reshape_alias|"
+        r"flatten.*|(un)?squeeze_?|expand.*|select|narrow|as_strided.*|t|permute|detach_?|alias|empty.*|new_.*|"
+        r"arange|resize_|resolve_conj|resolve_neg|lift_fresh|unbind.*|chunk|repeat|split_with_sizes",
     ),
     (
         "elementwise",
@@ -30,7 +32,7 @@ OPERATORS: tuple[tuple[KernelKind, str], ...] = (
         r"maximum|minimum|max|min|clamp.*|clip_?|sum|mean|reduce_(sum|mean|max)|cumsum|tril|triu|"
         r"(eq|ne|lt|le|gt|ge|equal|not_equal|less_than|less_equal|greater_than|greater_equal)_?|"
         r"bitwise_.*|logical_.*|isfinite|isinf|isnan|reciprocal.*|dropout|threshold.*|fused_.*rot.*|grad_add|all|any|"
-        r".*cpp_fused_.*|.*compiledfxgraph.*",
+        r"div_scale|erf|__and__|.*cpp_fused_.*|.*compiledfxgraph.*|torch-compiled region.*",
     ),
 )
 # Of kernels on a GPU: a part of the name fits.
@@ -46,16 +48,26 @@ KERNELS: tuple[tuple[KernelKind, str], ...] = (
 )
 # Ranges of an optimizer's step, and of the clipping of Paddle's sharded optimizers.
 OPTIMIZER = re.compile(r"Optimizer\.(step|zero_grad)#.*|Optimization Step|optimizer.*", re.IGNORECASE)
-# What the engines of both sides do around operators in the backward pass.
-BOOKKEEPING = re.compile(r"autograd::engine.*|torch::autograd::.*|.*Backward\d*|.*GradNode.*|.*Grad_Node.*")
+# What the frameworks do around operators: their engines of the backward pass; in Paddle also the calls from Python, the
+# results' shapes, and the notes for the backward pass.
+BOOKKEEPING = re.compile(
+    r"autograd::engine.*|torch::autograd::.*|.*Backward\d*|.*GradNode.*|backward|"
+    r".* (infer_meta|node_creation|pybind_imperative_func|pybind_patch_func)"
+)
 _BY_NAME = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in OPERATORS)
 _BY_KERNEL = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in KERNELS)
-_TRIMMED = re.compile(r"^aten::|( (dygraph|compute|infer_meta|node_creation))$|_(double_)?grad$|_raw$")
+_ENDING = re.compile(r" (dygraph|kernel launch|infer_meta|node_creation|pybind_imperative_func)$")
+_GRADIENT = re.compile(r"(_double)?_grad$")
 
 
 def is_bookkeeping(event: Event) -> bool:
-    """Whether the event itself computes nothing: a range, a launch, or what an engine does around operators."""
+    """Whether the event itself computes nothing, but is what a framework does around operators."""
     return event.category != OPERATOR or BOOKKEEPING.fullmatch(event.name) is not None
+
+
+def name_of(event: Event) -> str:
+    """The name of an operator without the framework's endings: Paddle has several events for each."""
+    return _ENDING.sub("", event.name)
 
 
 def told_by(event: Event) -> tuple[KernelKind, Event] | None:
@@ -72,6 +84,8 @@ def told_by(event: Event) -> tuple[KernelKind, Event] | None:
                 break
         if inner.category == RANGE and OPTIMIZER.fullmatch(inner.name):
             return "optimizer", found[1] if found else event
+        if found is not None and found[0] == "matrix products" and (inner.attends or inner.name == ATTENTION):
+            found = "attention", found[1]
         inner = inner.parent
     return found
 
@@ -88,8 +102,8 @@ def kind_on_device(event: Event, launch: Event | None) -> KernelKind:
 
 
 def _of_operator(event: Event) -> KernelKind | None:
-    name = _TRIMMED.sub("", _TRIMMED.sub("", event.name))
+    name = _GRADIENT.sub("", name_of(event).removeprefix("aten::"))
     kind = next((kind for kind, pattern in _BY_NAME if pattern.fullmatch(name)), None)
     if kind == "matrix products" and len(event.dims) > 1 and min(event.dims[:2]) > 2:
-        return "attention"  # a product of batches: the layers' weights are matrices
+        return "attention"  # a product of two batches: the layers' weights are matrices
     return kind

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunebench.profile.kinds import is_bookkeeping, kind_on_device, told_by
-from tunebench.profile.trace import CPU, GPU, Event, Trace, read_trace
+from tunebench.profile.kinds import is_bookkeeping, kind_on_device, name_of, told_by
+from tunebench.profile.trace import ATTENTION, CPU, GPU, OPERATOR, Event, Trace, read_trace
 from tunebench.record import KERNEL_KINDS, LONGEST, Kernel, KernelKind, RankProfile, Shares
 
 POINTS = 48  # of the curve of memory
@@ -66,7 +66,7 @@ def rank_profile(path: Path, steps: int) -> RankProfile:
 
 
 def own_spans(events: list[Event]) -> list[Span]:
-    """The spans of one thread's events, each without the spans of the events in it. Sets `parent` of each event.
+    """The spans of one thread's operators, each without the spans of the events in it. Sets `parent` of each event.
 
     An event that begins in another one and ends after it ran on a thread of its own, such as a collective of gloo.
     """
@@ -76,7 +76,7 @@ def own_spans(events: list[Event]) -> list[Span]:
 
     def until(time: float) -> None:
         nonlocal at
-        if stack and time > at:
+        if stack and time > at and stack[-1].category == OPERATOR:
             spans.append(_span(at, time, stack[-1]))
         at = max(at, time)
 
@@ -85,8 +85,11 @@ def own_spans(events: list[Event]) -> list[Span]:
             until(stack[-1].end)
             stack.pop()
         event.parent = stack[-1] if stack else None
+        if event.parent is not None and event.name == ATTENTION:
+            event.parent.attends = event.parent.category == OPERATOR
         if stack and event.end > stack[-1].end + SLACK:
-            spans.append(_span(event.start, event.end, event))
+            if event.category == OPERATOR:
+                spans.append(_span(event.start, event.end, event))
             continue
         until(event.start)
         at = max(at, event.start)
@@ -137,12 +140,10 @@ def memory_over_time(trace: Trace) -> list[tuple[float, int]]:
 
 
 def _span(start: float, end: float, event: Event) -> Span:
-    told = told_by(event)
-    if told is None:
-        return Span(start, end, None if is_bookkeeping(event) else "other", event.name, event)
     if is_bookkeeping(event):
         return Span(start, end, None, event.name, event)
-    return Span(start, end, told[0], told[1].name, told[1])
+    kind, teller = told_by(event) or ("other", event)
+    return Span(start, end, kind, name_of(teller), teller)
 
 
 def _by_class(spans: list[Span]) -> dict[str, list[Span]]:
@@ -177,7 +178,7 @@ def _shares(times: np.ndarray, covered: dict[str, np.ndarray], waiting: np.ndarr
     free = ~(computes | communicates | copies)
 
     def share(pieces: np.ndarray) -> float:
-        return float(lengths[pieces].sum())
+        return min(1.0, float(lengths[pieces].sum()))  # rounding may exceed 1
 
     return Shares(
         computing=share(computes & ~communicates),

@@ -10,7 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from tunebench.files import write_atomically
+
 WINDOW = "traced steps"  # the name of the range around the steps
+# The name of a range around attention's matrix products where a profiler tells no shapes. In the backward pass a range
+# of that name lies in the event of the engine that computes the product's gradients.
+ATTENTION = "attention"
 SUFFIX = ".json.gz"
 MEMORY = "[memory]"
 OPERATOR, RANGE, LAUNCH = "cpu_op", "user_annotation", "cuda_runtime"
@@ -24,7 +29,8 @@ CPU, GPU = 0, 1  # the types of devices in torch's events about memory
 class Event:
     """A span of time, in microseconds. `parent` is the span of the same thread around it.
 
-    `dims` has the number of dimensions of each operand of an operator, where the profiler tells.
+    `dims` has the number of dimensions of each operand of an operator, where the profiler tells. `attends` says that a
+    range named `ATTENTION` lies in it.
     """
 
     name: str
@@ -34,6 +40,7 @@ class Event:
     correlation: int | None = None
     dims: tuple[int, ...] = ()
     parent: Self | None = None
+    attends: bool = False
 
 
 @dataclass
@@ -51,6 +58,12 @@ class Trace:
     threads: dict[Any, list[Event]] = field(default_factory=dict)
     device: list[Event] = field(default_factory=list)
     memory: list[tuple[float, int, int]] = field(default_factory=list)
+
+
+def write_trace(path: Path, events: list[dict[str, Any]]) -> None:
+    """Writes events in Chrome's format, gzipped. Raises `BadInput` where the file cannot be written."""
+    content = {"displayTimeUnit": "ms", "traceEvents": events}
+    write_atomically(path, gzip.compress(json.dumps(content).encode(), compresslevel=6))
 
 
 def read_trace(path: Path) -> Trace:
