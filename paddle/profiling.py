@@ -1,15 +1,31 @@
 """Traces steps with Paddle's profiler, for --profile."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import device
 import paddle
+from paddle.base import core
 from paddle.profiler import Profiler, ProfilerTarget, RecordEvent
 
-from tunebench.profile.trace import ATTENTION, COPY, CPU, FILL, GPU, KERNEL, LAUNCH, MEMORY, OPERATOR, RANGE, WINDOW, write_trace
+from tunebench.profile.trace import (
+    ATTENTION,
+    COLLECTIVE,
+    COPY,
+    CPU,
+    FILL,
+    GPU,
+    KERNEL,
+    LAUNCH,
+    MEMORY,
+    OPERATOR,
+    RANGE,
+    WINDOW,
+    write_trace,
+)
 
 # Paddle's types of events in the categories of torch's profiler. All other types are operators or parts of one.
 CATEGORIES = {
@@ -19,6 +35,8 @@ CATEGORIES = {
     "Memset": FILL,
     **dict.fromkeys(("Backward", "Dataloader", "Forward", "Optimization", "ProfileStep", "PythonUserDefined"), RANGE),
 }
+# How the names begin of a process group's functions that communicate.
+COLLECTIVES = ("all_", "allreduce", "alltoall", "barrier", "broadcast", "gather", "recv", "reduce", "scatter", "send")
 
 
 @contextlib.contextmanager
@@ -29,10 +47,8 @@ def tracing(path: Path) -> Iterator[Callable[[], contextlib.AbstractContextManag
     """
     targets = [ProfilerTarget.CPU, *[ProfilerTarget.GPU] * (paddle.device.cuda.device_count() > 0)]
     # Without `on_trace_ready` it would write Paddle's own file to the working folder.
-    with (
-        marked_products(),
-        Profiler(targets=targets, on_trace_ready=lambda _: None, profile_memory=True) as profiler,
-    ):
+    profiler = Profiler(targets=targets, on_trace_ready=lambda _: None, profile_memory=True)
+    with marked_products(), marked_collectives(), profiler:
         yield marking
     write_trace(path, list(events(profiler.profiler_result)))
 
@@ -68,6 +84,33 @@ def marked_products() -> Iterator[None]:
         yield
     finally:
         paddle.matmul = product
+
+
+@contextlib.contextmanager
+def marked_collectives() -> Iterator[None]:
+    """On a CPU marks what gloo's groups are called for and waited for, which Paddle's profiler leaves out."""
+    calls = [(core.ProcessGroup, name) for name in dir(core.ProcessGroup) if name.startswith(COLLECTIVES)]
+    kept = [(owner, name, getattr(owner, name)) for owner, name in [*calls, (core.task, "wait")]]
+    if paddle.device.cuda.device_count():
+        kept = []  # NCCL's kernels are in the trace
+    for owner, name, call in kept:
+        setattr(owner, name, named(COLLECTIVE + name, call))
+    try:
+        yield
+    finally:
+        for owner, name, call in kept:
+            setattr(owner, name, call)
+
+
+def named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that does the same within a range of this name."""
+
+    @functools.wraps(call)
+    def within(*args: Any, **kwargs: Any) -> Any:
+        with RecordEvent(name):
+            return call(*args, **kwargs)
+
+    return within
 
 
 def mark(_: paddle.Tensor) -> None:
@@ -122,4 +165,3 @@ def span(node: Any, process: int, thread: int, arguments: dict[str, Any]) -> dic
         "dur": (node.end_ns - node.start_ns) / 1000,
         "args": {"type": node.type.name, **arguments},
     }
-

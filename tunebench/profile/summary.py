@@ -127,7 +127,10 @@ def shares_on_gpu(trace: Trace, spans: list[Span], launches: dict[int | None, Ev
 
 
 def memory_over_time(trace: Trace) -> list[tuple[float, int]]:
-    """Seconds since the start, and the bytes that tensors held above those of the start: the most of each stretch."""
+    """Seconds since the start, and the bytes that tensors held above those of the start.
+
+    Each of `POINTS` stretches has the point at which they held most. The last point is that of the end.
+    """
     device = GPU if any(kind == GPU for _, _, kind in trace.memory) and trace.device else CPU
     events = [(t, n) for t, n, kind in trace.memory if kind == device and trace.start <= t <= trace.end]
     if not events:
@@ -136,14 +139,25 @@ def memory_over_time(trace: Trace) -> list[tuple[float, int]]:
     seconds = (np.array([time for time, _ in events]) - trace.start) / 1e6
     stretch = np.minimum(seconds / ((trace.end - trace.start) / 1e6) * POINTS, POINTS - 1).astype(int)
     most = [max(np.flatnonzero(stretch == each), key=lambda i: held[i]) for each in np.unique(stretch)]
-    return [(0.0, 0), *((float(seconds[i]), int(held[i])) for i in most)]
+    points = [(float(seconds[i]), int(held[i])) for i in dict.fromkeys([*most, len(held) - 1])]
+    return [(0.0, 0), *points]
 
 
 def _span(start: float, end: float, event: Event) -> Span:
     if is_bookkeeping(event):
         return Span(start, end, None, event.name, event)
     kind, teller = told_by(event) or ("other", event)
-    return Span(start, end, kind, name_of(teller), teller)
+    return Span(start, end, kind, name_of(teller), outermost(teller))
+
+
+def outermost(event: Event) -> Event:
+    """The outermost of the events of one name that an operator has on its thread."""
+    found, around = event, event.parent
+    while around is not None:
+        if name_of(around) == name_of(event):
+            found = around
+        around = around.parent
+    return found
 
 
 def _by_class(spans: list[Span]) -> dict[str, list[Span]]:

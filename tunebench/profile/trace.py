@@ -22,6 +22,7 @@ OPERATOR, RANGE, LAUNCH = "cpu_op", "user_annotation", "cuda_runtime"
 KERNEL, COPY, FILL = "kernel", "gpu_memcpy", "gpu_memset"
 HOST = (OPERATOR, RANGE, LAUNCH, "cuda_driver")
 DEVICE = (KERNEL, COPY, FILL)
+COLLECTIVE = "gloo:"  # how the names of torch's ranges begin in which a thread of gloo's communicates
 CPU, GPU = 0, 1  # the types of devices in torch's events about memory
 
 
@@ -81,6 +82,8 @@ def read_trace(path: Path) -> Trace:
             trace.memory.append((float(each["ts"]), int(arguments["Bytes"]), int(arguments["Device Type"])))
         elif each.get("ph") == "X" and each["cat"] in (*HOST, *DEVICE):
             event = Event(each["name"], each["cat"], float(each["ts"]), float(each["ts"]) + float(each["dur"]))
+            if event.name.startswith(COLLECTIVE):
+                event.category = OPERATOR
             event.correlation = arguments.get("correlation")
             event.dims = tuple(len(dims) if isinstance(dims, list) else 0 for dims in arguments.get("Input Dims", ()))
             if event.category in DEVICE:
