@@ -5,6 +5,7 @@ python summarize.py results/cpu --format csv
 python summarize.py results/published     the published record's tables, from its figures
 python summarize.py --memory              predicted and measured peaks of memory
 python summarize.py --html report.html    all tables with charts and each run's details, as one page
+python summarize.py --profile             what the traced steps did, both sides beside each other
 """
 
 import pathlib
@@ -24,6 +25,7 @@ from tunebench.report.keep import keep
 from tunebench.report.memory import render_memory
 from tunebench.report.page import combined
 from tunebench.report.pairing import join
+from tunebench.report.profile import render_profiles
 from tunebench.report.published import FOLDER, combine, load, render_against, render_published
 from tunebench.report.tables import render
 
@@ -46,6 +48,7 @@ def main() -> None:
     parser.add_argument("--format", choices=["md", "csv", "json"], default="md", help="default: md")
     parser.add_argument("--parity", action="store_true", help="a column with the largest relative differences")
     parser.add_argument("--memory", action="store_true", help="the table of predicted and measured peaks of memory")
+    parser.add_argument("--profile", action="store_true", help="tables of what the steps traced by --profile did")
     parser.add_argument("--against", choices=["published"], help="a table of what stands beside that record's runs")
     parser.add_argument("--strict", action="store_true", help="exit with 1 when a record is broken")
     parser.add_argument(
@@ -60,16 +63,19 @@ def main() -> None:
     parser.add_argument("--lang", choices=LANGUAGES, help="the language of --html's page (default: en)")
     options = parser.parse_args()
     given = [
-        name for name in ("parity", "memory", "against", "keep", "docs") if options.html and getattr(options, name)
+        name
+        for name in ("parity", "memory", "profile", "against", "keep", "docs")
+        if options.html and getattr(options, name)
     ]
     given += ["format"] * bool(options.html and options.format != "md")
     if given:
         raise BadInput(f"--html writes a page of its own; leave --{given[0]} out")
     if options.lang and not options.html:
         raise BadInput("--lang is the language of a page; give --html FILE too, or leave --lang out")
-    others = [name for name in ("parity", "against", "keep", "docs") if options.memory and getattr(options, name)]
-    if others:
-        raise BadInput(f"--memory prints a table of its own; leave --{others[0]} out")
+    alone = "memory" if options.memory else "profile" if options.profile else None
+    others = [name for name in ("profile", "parity", "against", "keep", "docs") if getattr(options, name)]
+    if alone and (others := [name for name in others if name != alone]):
+        raise BadInput(f"--{alone} prints a table of its own; leave --{others[0]} out")
     if options.keep:
         if len(options.paths) != 1 or not options.paths[0].is_dir():
             raise BadInput("--keep copies the records of one folder; name it, such as results/cpu")
@@ -92,17 +98,19 @@ def main() -> None:
         if broken and options.strict:
             sys.exit(1)
         return
-    if not records and options.format == "md" and (options.memory or not published):
+    if not records and options.format == "md" and (alone or not published):
         parts.append(f"no records in {', '.join(map(str, paths))} yet; make some with: bash run_all.sh")
     elif options.memory:
         parts.append(render_memory(records, options.format))
+    elif options.profile:
+        parts.append(render_profiles(records, options.format))
     elif records or not published:
         parts.append(
             combined(records, options.parity)
             if options.format == "md"
             else render(join(records), options.format, records, options.parity)
         )
-    if published and not options.memory:
+    if published and not alone:
         parts.append(render_published(published, options.format))
     if options.against:
         parts.append(render_against(records, reference, options.format))

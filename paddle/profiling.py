@@ -8,7 +8,9 @@ from typing import Any
 
 import device
 import paddle
+from paddle import distributed
 from paddle.base import core
+from paddle.distributed import fleet
 from paddle.profiler import Profiler, ProfilerTarget, RecordEvent
 
 from tunebench.profile.trace import (
@@ -35,6 +37,7 @@ CATEGORIES = {
     "Memset": FILL,
     **dict.fromkeys(("Backward", "Dataloader", "Forward", "Optimization", "ProfileStep", "PythonUserDefined"), RANGE),
 }
+ACCUMULATION = "Global_GradNodeAccumulation"
 # How the names begin of a process group's functions that communicate.
 COLLECTIVES = ("all_", "allreduce", "alltoall", "barrier", "broadcast", "gather", "recv", "reduce", "scatter", "send")
 
@@ -124,44 +127,58 @@ def events(result: Any) -> Iterator[dict[str, Any]]:
 
     The result has a tree of nodes for each thread. Its root stands for the thread.
     """
+    renamed = {ACCUMULATION: f"{COLLECTIVE}DataParallel"} if accumulation_sends() else {}
     for root in result.get_data().values():
         nodes = [root]
         while nodes:
             node = nodes.pop()
             nodes += node.children_node
             if node is not root:
-                yield span(node, node.process_id, node.thread_id, {})
-            for launch in node.runtime_node:
-                yield span(launch, launch.process_id, launch.thread_id, {"correlation": launch.correlation_id})
-                for kernel in launch.device_node:
-                    yield span(kernel, kernel.device_id, kernel.stream_id, {"correlation": kernel.correlation_id})
-            for change in node.mem_node:
-                if "Reserved" not in change.type.name:
-                    yield {
-                        "ph": "i",
-                        "cat": OPERATOR,
-                        "name": MEMORY,
-                        "s": "t",
-                        "pid": change.process_id,
-                        "tid": change.thread_id,
-                        "ts": change.timestamp_ns / 1000,
-                        "args": {
-                            "Bytes": change.increase_bytes,
-                            "Device Type": GPU if "gpu" in change.place else CPU,
-                            "Total Allocated": change.current_allocated,
-                        },
-                    }
+                yield span(node, renamed.get(node.name, node.name), node.process_id, node.thread_id)
+            for call in node.runtime_node:
+                yield span(call, call.name, call.process_id, call.thread_id, correlation=call.correlation_id)
+                for one in call.device_node:
+                    yield span(one, one.name, one.device_id, one.stream_id, correlation=one.correlation_id)
+            yield from (change_of_memory(each) for each in node.mem_node if "Reserved" not in each.type.name)
 
 
-def span(node: Any, process: int, thread: int, arguments: dict[str, Any]) -> dict[str, Any]:
+def accumulation_sends() -> bool:
+    """Whether DataParallel sends gradients with gloo, in the engine's events that accumulate them.
+
+    It has no events of its own there. In one process these events last for no time of their own.
+    """
+    if paddle.device.cuda.device_count() or not distributed.is_initialized():
+        return False
+    return fleet.get_hybrid_communicate_group().get_data_parallel_world_size() > 1
+
+
+def span(node: Any, name: str, process: int, thread: int, **arguments: Any) -> dict[str, Any]:
     """An event with a duration."""
     return {
         "ph": "X",
         "cat": CATEGORIES.get(node.type.name, OPERATOR),
-        "name": node.name,
+        "name": name,
         "pid": process,
         "tid": thread,
         "ts": node.start_ns / 1000,
         "dur": (node.end_ns - node.start_ns) / 1000,
         "args": {"type": node.type.name, **arguments},
+    }
+
+
+def change_of_memory(node: Any) -> dict[str, Any]:
+    """The event of bytes that a tensor took or gave back."""
+    return {
+        "ph": "i",
+        "s": "t",
+        "cat": "cpu_instant_event",
+        "name": MEMORY,
+        "pid": node.process_id,
+        "tid": node.thread_id,
+        "ts": node.timestamp_ns / 1000,
+        "args": {
+            "Bytes": node.increase_bytes,
+            "Device Type": GPU if "gpu" in node.place else CPU,
+            "Total Allocated": node.current_allocated,
+        },
     }

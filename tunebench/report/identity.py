@@ -43,7 +43,8 @@ def place_of(group: tuple[Any, ...]) -> tuple[Any, ...]:
 def attempt_of(record: Record) -> tuple[Any, ...]:
     """The key of an attempt: the setup, the commit, and the command without what changes from round to round."""
     out = out_of(record)
-    words = (w for w in record.argv if w not in ("--out", out, f"--out={out}") and not w.startswith("--plan-seed"))
+    own = ("--plan-seed", "--profile=")
+    words = (w for w in record.argv if w not in ("--out", out, f"--out={out}") and not w.startswith(own))
     return setup_of(record), record.git.revision, *words
 
 

@@ -26,10 +26,13 @@ def keep(folder: Path, target: Path) -> int:
 def portable(record: Record, file: Path) -> dict[str, Any]:
     """A record's content without the log and with `file` as its --out: its path within the results folder.
 
+    Traces are not kept, so that --profile names no folder of the machine.
+
     Raises `BadInput` where its flags or its environment name a folder, since that may name a person.
     """
     content = json.loads(record.model_dump_json(by_alias=True))
     content["argv"] = [f"--out={file}" if word.startswith("--out=") else word for word in record.argv]
+    content["argv"] = ["--profile=traces" if word.startswith("--profile=") else word for word in content["argv"]]
     for word in content["argv"]:
         if word.startswith("/") or "=/" in word:
             raise BadInput(f"{file}: {word} names a folder; measure with data and models by their names")

@@ -272,6 +272,10 @@ def plan_runs(
                 flags = flags.model_copy(update={"plan_seed": number - 1})
             flags = flags.model_copy(update={"aa": side})
             record = folder / ("aa" if side else "") / entry.group / f"{name}-r{number}.json"
+            if flags.profile is not None:  # files of several runs have one name
+                traces = flags.profile / record.parent.relative_to(folder)
+                own = [*own, f"--profile={traces}"]
+                flags = flags.model_copy(update={"profile": traces})
             script = [entry.script]
             if entry.peer:
                 script = ["run_peer.py", f"--peer={entry.peer}", f"--method={entry.method}"]
