@@ -23,12 +23,15 @@ from tunebench.profile.trace import (
     KERNEL,
     LAUNCH,
     MEMORY,
+    NORM_BEGINS,
+    NORM_ENDS,
     OPERATOR,
     RANGE,
     WINDOW,
     write_trace,
 )
 
+Marking = Callable[[], contextlib.AbstractContextManager[None]]
 # Paddle's types of events in the categories of torch's profiler. All other types are operators or parts of one.
 CATEGORIES = {
     "CudaRuntime": LAUNCH,
@@ -42,8 +45,13 @@ ACCUMULATION = "Global_GradNodeAccumulation"
 COLLECTIVES = ("all_", "allreduce", "alltoall", "barrier", "broadcast", "gather", "recv", "reduce", "scatter", "send")
 
 
+def tracer(model: paddle.nn.Layer) -> Callable[[Path], contextlib.AbstractContextManager[Marking]]:
+    """`tracing` of this model's steps."""
+    return functools.partial(tracing, model)
+
+
 @contextlib.contextmanager
-def tracing(path: Path) -> Iterator[Callable[[], contextlib.AbstractContextManager[None]]]:
+def tracing(model: paddle.nn.Layer, path: Path) -> Iterator[Marking]:
     """Traces what runs within it: operators, kernels, ranges and memory. Then writes the trace to `path`, gzipped.
 
     Yields `marking`. Raises `BadInput` where the file cannot be written.
@@ -51,7 +59,7 @@ def tracing(path: Path) -> Iterator[Callable[[], contextlib.AbstractContextManag
     targets = [ProfilerTarget.CPU, *[ProfilerTarget.GPU] * (paddle.device.cuda.device_count() > 0)]
     # Without `on_trace_ready` it would write Paddle's own file to the working folder.
     profiler = Profiler(targets=targets, on_trace_ready=lambda _: None, profile_memory=True)
-    with marked_products(), marked_collectives(), profiler:
+    with marked_norms(model), marked_products(), marked_collectives(), profiler:
         yield marking
     write_trace(path, list(events(profiler.profiler_result)))
 
@@ -63,6 +71,27 @@ def marking() -> Iterator[None]:
     with RecordEvent(WINDOW):
         yield
         device.wait()
+
+
+@contextlib.contextmanager
+def marked_norms(model: paddle.nn.Layer) -> Iterator[None]:
+    """Marks the backward pass of the norms, which may consist of operators that other layers have too.
+
+    Paddle's profiler has a range for the forward pass of each layer.
+    """
+
+    def end(_: paddle.nn.Layer, inputs: tuple[paddle.Tensor, ...], output: paddle.Tensor) -> None:
+        if not output.stop_gradient and not inputs[0].stop_gradient:
+            output.register_hook(lambda _: mark(NORM_BEGINS))
+            inputs[0].register_hook(lambda _: mark(NORM_ENDS))
+
+    norms = [layer for layer in model.sublayers() if type(layer).__name__.endswith("Norm")]
+    hooks = [norm.register_forward_post_hook(end) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager
@@ -79,7 +108,7 @@ def marked_products() -> Iterator[None]:
         with RecordEvent(ATTENTION):
             result = product(x, y, *args, **kwargs)
         if not result.stop_gradient:
-            result.register_hook(mark)
+            result.register_hook(lambda _: mark(ATTENTION))  # just before the engine computes the operands' gradients
         return result
 
     paddle.matmul = marked
@@ -116,9 +145,9 @@ def named(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
     return within
 
 
-def mark(_: paddle.Tensor) -> None:
-    """A hook of a product's gradient. The engine calls it just before it computes those of the operands."""
-    with RecordEvent(ATTENTION):
+def mark(name: str) -> None:
+    """Puts a range of this name and without length into the trace."""
+    with RecordEvent(name):
         pass
 
 

@@ -102,7 +102,7 @@ def main(run: Run) -> None:
     device.reset_peak_memory()
 
     run.start(device.synchronize)
-    for step in run.steps(device.peak_memory_bytes, profiling.tracing):
+    for step in run.steps(device.peak_memory_bytes, profiling.tracer(model)):
         loss = 0.0
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)

@@ -48,6 +48,7 @@ KERNELS: tuple[tuple[KernelKind, str], ...] = (
 )
 # Ranges of an optimizer's step, and of the clipping of Paddle's sharded optimizers.
 OPTIMIZER = re.compile(r"Optimizer\.(step|zero_grad)#.*|Optimization Step|optimizer.*", re.IGNORECASE)
+NORM = re.compile(r"[A-Za-z0-9]*Norm")  # the name of a layer's class
 # What the frameworks do around operators: their engines of the backward pass; in Paddle also the calls from Python, the
 # results' shapes, and the notes for the backward pass.
 BOOKKEEPING = re.compile(
@@ -73,7 +74,7 @@ def name_of(event: Event) -> str:
 def told_by(event: Event) -> tuple[KernelKind, Event] | None:
     """The kind of an event on the host, and the event that tells it: itself or one around it. None where none does.
 
-    The optimizer's step has all that runs in it but communication.
+    The optimizer's step and the norms have all that runs in them but communication.
     """
     found = None
     inner: Event | None = event
@@ -84,6 +85,9 @@ def told_by(event: Event) -> tuple[KernelKind, Event] | None:
                 break
         if inner.category == RANGE and OPTIMIZER.fullmatch(inner.name):
             return "optimizer", found[1] if found else event
+        is_norm = inner.category == RANGE and NORM.fullmatch(inner.name)
+        if is_norm or (event.of_norm and inner.parent is None):  # an event around it may have begun before the norm
+            return "norms", found[1] if found else event
         if found is not None and found[0] == "matrix products" and (inner.attends or inner.name == ATTENTION):
             found = "attention", found[1]
         inner = inner.parent

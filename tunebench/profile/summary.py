@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from tunebench.profile.kinds import is_bookkeeping, kind_on_device, name_of, told_by
-from tunebench.profile.trace import ATTENTION, CPU, GPU, OPERATOR, Event, Trace, read_trace
+from tunebench.profile.trace import ATTENTION, CPU, GPU, NORM_BEGINS, NORM_ENDS, OPERATOR, Event, Trace, read_trace
 from tunebench.record import KERNEL_KINDS, LONGEST, Kernel, KernelKind, RankProfile, Shares
 
 POINTS = 48  # of the curve of memory
@@ -72,7 +72,7 @@ def own_spans(events: list[Event]) -> list[Span]:
     """
     spans: list[Span] = []
     stack: list[Event] = []
-    at = 0.0
+    at, in_norm = 0.0, False
 
     def until(time: float) -> None:
         nonlocal at
@@ -85,6 +85,9 @@ def own_spans(events: list[Event]) -> list[Span]:
             until(stack[-1].end)
             stack.pop()
         event.parent = stack[-1] if stack else None
+        event.of_norm = in_norm
+        if event.name in (NORM_BEGINS, NORM_ENDS):
+            in_norm = event.name == NORM_BEGINS
         if event.parent is not None and event.name == ATTENTION:
             event.parent.attends = event.parent.category == OPERATOR
         if stack and event.end > stack[-1].end + SLACK:

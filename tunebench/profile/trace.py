@@ -16,6 +16,9 @@ WINDOW = "traced steps"  # the name of the range around the steps
 # The name of a range around attention's matrix products where a profiler tells no shapes. In the backward pass a range
 # of that name lies in the event of the engine that computes the product's gradients.
 ATTENTION = "attention"
+# The names of ranges without length between which the backward pass of a norm runs. In the forward pass a range around
+# it has the name of the layer's class.
+NORM_BEGINS, NORM_ENDS = "backward pass of a norm begins", "backward pass of a norm ends"
 SUFFIX = ".json.gz"
 MEMORY = "[memory]"
 OPERATOR, RANGE, LAUNCH = "cpu_op", "user_annotation", "cuda_runtime"
@@ -31,7 +34,7 @@ class Event:
     """A span of time, in microseconds. `parent` is the span of the same thread around it.
 
     `dims` has the number of dimensions of each operand of an operator, where the profiler tells. `attends` says that a
-    range named `ATTENTION` lies in it.
+    range named `ATTENTION` lies in it, `of_norm` that it began in the backward pass of a norm.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Event:
     dims: tuple[int, ...] = ()
     parent: Self | None = None
     attends: bool = False
+    of_norm: bool = False
 
 
 @dataclass
