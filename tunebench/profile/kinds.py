@@ -85,12 +85,13 @@ def told_by(event: Event) -> tuple[KernelKind, Event] | None:
                 break
         if inner.category == RANGE and OPTIMIZER.fullmatch(inner.name):
             return "optimizer", found[1] if found else event
-        is_norm = inner.category == RANGE and NORM.fullmatch(inner.name)
-        if is_norm or (event.of_norm and inner.parent is None):  # an event around it may have begun before the norm
+        if inner.category == RANGE and NORM.fullmatch(inner.name):
             return "norms", found[1] if found else event
         if found is not None and found[0] == "matrix products" and (inner.attends or inner.name == ATTENTION):
             found = "attention", found[1]
         inner = inner.parent
+    if event.of_norm and (found is None or found[0] != "communication"):
+        return "norms", found[1] if found else event
     return found
 
 

@@ -36,7 +36,7 @@ def rank_profile(path: Path, steps: int) -> RankProfile:
     """The profile of a rank from its trace of `steps` steps. Raises ValueError where the file holds no such trace."""
     trace = read_trace(path)
     host = [span for events in trace.threads.values() for span in own_spans(events)]  # sets the events' parents
-    launches = {
+    launches: dict[int | None, Event] = {
         event.correlation: event
         for events in trace.threads.values()
         for event in events
@@ -141,7 +141,7 @@ def memory_over_time(trace: Trace) -> list[tuple[float, int]]:
     held = np.cumsum([change for _, change in events])
     seconds = (np.array([time for time, _ in events]) - trace.start) / 1e6
     stretch = np.minimum(seconds / ((trace.end - trace.start) / 1e6) * POINTS, POINTS - 1).astype(int)
-    most = [max(np.flatnonzero(stretch == each), key=lambda i: held[i]) for each in np.unique(stretch)]
+    most = [max(np.flatnonzero(stretch == each).tolist(), key=lambda i: held[i]) for each in np.unique(stretch)]
     points = [(float(seconds[i]), int(held[i])) for i in dict.fromkeys([*most, len(held) - 1])]
     return [(0.0, 0), *points]
 

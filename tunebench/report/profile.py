@@ -55,10 +55,12 @@ class Row:
     torch_kernel: str | None = None
 
 
-CSV_COLUMNS = [
-    Column(name.replace("_", " ").title(), lambda row, name=name: _plain(getattr(row, name)))
-    for name in Row.__dataclass_fields__
-]
+def _column(name: str) -> Column:
+    """The column of a field of `Row`."""
+    return Column(name.replace("_", " ").title().replace("Gpus", "GPUs"), lambda row: _plain(getattr(row, name)))
+
+
+CSV_COLUMNS = [_column(name) for name in Row.__dataclass_fields__]
 
 
 def profile_rows(records: list[Record]) -> list[Row]:
