@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +29,7 @@ def tracing(model: torch.nn.Module, path: Path) -> Iterator[Marking]:
 
     Yields `marking`. Raises `BadInput` where the file cannot be written.
     """
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints when it starts and stops
     activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * torch.cuda.is_available()]
     with marked_norms(model), profile(activities=activities, record_shapes=True, profile_memory=True) as profiler:
         yield marking

@@ -2,7 +2,7 @@
 
 import re
 
-from tunebench.profile.trace import ATTENTION, COPY, FILL, OPERATOR, RANGE, Event
+from tunebench.profile.trace import ATTENTION, COMPILED, COPY, FILL, OPERATOR, RANGE, Event
 from tunebench.record import KernelKind
 
 # Of operators: PyTorch's without `aten::`, Paddle's, and those of gradients without their ending. The whole name fits.
@@ -23,7 +23,8 @@ OPERATORS: tuple[tuple[KernelKind, str], ...] = (
         r"tile|fill_?|zero_|zeros(_like)?|full.*|ones(_like)?|set_value.*|memcpy.*|share_data.*|slice_backward|"
         r"select_backward|pad|constant_pad_nd|set_constant|index_put.*|view.*|reshape.*|_?unsafe_view|_reshape_alias|"
         r"flatten.*|(un)?squeeze_?|expand.*|select|narrow|as_strided.*|t|permute|detach_?|alias|empty.*|new_.*|"
-        r"arange|resize_|resolve_conj|resolve_neg|lift_fresh|unbind.*|chunk|repeat|split_with_sizes",
+        r"arange|resize_|resolve_conj|resolve_neg|lift_fresh|unbind.*|chunk|repeat|split_with_sizes|embedding.*|"
+        r"index|index_.*|gather.*|scatter.*|take_along_axis|one_hot",
     ),
     (
         "elementwise",
@@ -32,7 +33,7 @@ OPERATORS: tuple[tuple[KernelKind, str], ...] = (
         r"maximum|minimum|max|min|clamp.*|clip_?|sum|mean|reduce_(sum|mean|max)|cumsum|tril|triu|"
         r"(eq|ne|lt|le|gt|ge|equal|not_equal|less_than|less_equal|greater_than|greater_equal)_?|"
         r"bitwise_.*|logical_.*|isfinite|isinf|isnan|reciprocal.*|dropout|threshold.*|fused_.*rot.*|grad_add|all|any|"
-        r"div_scale|erf|__and__|.*cpp_fused_.*|.*compiledfxgraph.*|torch-compiled region.*",
+        r"div_scale|erf|__and__|compiledfxgraph",
     ),
 )
 # Of kernels on a GPU: a part of the name fits.
@@ -42,7 +43,7 @@ KERNELS: tuple[tuple[KernelKind, str], ...] = (
     ("loss", r"cross_?entropy|log_?softmax|nll_?loss"),
     ("optimizer", r"adam|multi_tensor|lpnorm"),
     ("norms", r"layer_?norm|rms_?norm|rsqrt"),
-    ("matrix products", r"gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|matmul|wgmma"),
+    ("matrix products", r"(?<!fb)gemm|gemv|cutlass|cublas|nvjet|xmma|splitk|matmul|wgmma"),
     ("copies", r"copy|memcpy|memset|cat_?array|concat|transpose|fill"),
     ("elementwise", r"elementwise|vectorized|triton_|reduce_kernel|broadcast|unrolled"),
 )
@@ -52,7 +53,8 @@ NORM = re.compile(r"[A-Za-z0-9]*Norm")  # the name of a layer's class
 # What the frameworks do around operators: their engines of the backward pass; in Paddle also the calls from Python, the
 # results' shapes, and the notes for the backward pass.
 BOOKKEEPING = re.compile(
-    r"autograd::engine.*|torch::autograd::.*|.*Backward\d*|.*GradNode.*|backward|"
+    r"autograd::engine.*|torch::autograd::.*|.*Backward\d*|.*GradNode.*|backward|CompiledFunction|"
+    r"Torch-Compiled Region.*|TorchDynamo Cache Lookup|"
     r".* (infer_meta|node_creation|pybind_imperative_func|pybind_patch_func)"
 )
 _BY_NAME = tuple((kind, re.compile(pattern, re.IGNORECASE)) for kind, pattern in OPERATORS)
@@ -67,8 +69,8 @@ def is_bookkeeping(event: Event) -> bool:
 
 
 def name_of(event: Event) -> str:
-    """The name of an operator without the framework's endings: Paddle has several events for each."""
-    return _ENDING.sub("", event.name)
+    """The name of an operator without Paddle's endings, which tell its events apart, and Inductor's digests."""
+    return "CompiledFxGraph" if event.name.startswith(COMPILED) else _ENDING.sub("", event.name)
 
 
 def told_by(event: Event) -> tuple[KernelKind, Event] | None:

@@ -25,7 +25,9 @@ OPERATOR, RANGE, LAUNCH = "cpu_op", "user_annotation", "cuda_runtime"
 KERNEL, COPY, FILL = "kernel", "gpu_memcpy", "gpu_memset"
 HOST = (OPERATOR, RANGE, LAUNCH, "cuda_driver")
 DEVICE = (KERNEL, COPY, FILL)
-COLLECTIVE = "gloo:"  # how the names of torch's ranges begin in which a thread of gloo's communicates
+# How the names of ranges begin that are operators: gloo's collectives, and calls of what torch's compiler made, whose
+# kernels have no events on a CPU.
+COLLECTIVE, COMPILED = "gloo:", "## Call CompiledFxGraph"
 CPU, GPU = 0, 1  # the types of devices in torch's events about memory
 
 
@@ -86,7 +88,7 @@ def read_trace(path: Path) -> Trace:
             trace.memory.append((float(each["ts"]), int(arguments["Bytes"]), int(arguments["Device Type"])))
         elif each.get("ph") == "X" and each["cat"] in (*HOST, *DEVICE):
             event = Event(each["name"], each["cat"], float(each["ts"]), float(each["ts"]) + float(each["dur"]))
-            if event.name.startswith(COLLECTIVE):
+            if event.name.startswith((COLLECTIVE, COMPILED)):
                 event.category = OPERATOR
             event.correlation = arguments.get("correlation")
             event.dims = tuple(len(dims) if isinstance(dims, list) else 0 for dims in arguments.get("Input Dims", ()))
