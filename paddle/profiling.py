@@ -154,21 +154,24 @@ def mark(name: str) -> None:
 def events(result: Any) -> Iterator[dict[str, Any]]:
     """The events of a profiler's result, in Chrome's format with the categories and arguments of torch's profiler.
 
-    The result has a tree of nodes for each thread. Its root stands for the thread.
+    The result has a tree of nodes for each thread. Its root stands for the thread. Times count from the first node:
+    a float has no room for the nanoseconds since 1970.
     """
+    roots = result.get_data().values()
+    zero = min(node.start_ns for root in roots for node in root.children_node)
     renamed = {ACCUMULATION: f"{COLLECTIVE}DataParallel"} if accumulation_sends() else {}
-    for root in result.get_data().values():
+    for root in roots:
         nodes = [root]
         while nodes:
             node = nodes.pop()
             nodes += node.children_node
             if node is not root:
-                yield span(node, renamed.get(node.name, node.name), node.process_id, node.thread_id)
+                yield span(node, renamed.get(node.name, node.name), zero, node.process_id, node.thread_id)
             for call in node.runtime_node:
-                yield span(call, call.name, call.process_id, call.thread_id, correlation=call.correlation_id)
+                yield span(call, call.name, zero, call.process_id, call.thread_id, correlation=call.correlation_id)
                 for one in call.device_node:
-                    yield span(one, one.name, one.device_id, one.stream_id, correlation=one.correlation_id)
-            yield from (change_of_memory(each) for each in node.mem_node if "Reserved" not in each.type.name)
+                    yield span(one, one.name, zero, one.device_id, one.stream_id, correlation=one.correlation_id)
+            yield from (change_of_memory(each, zero) for each in node.mem_node if "Reserved" not in each.type.name)
 
 
 def accumulation_sends() -> bool:
@@ -181,7 +184,7 @@ def accumulation_sends() -> bool:
     return fleet.get_hybrid_communicate_group().get_data_parallel_world_size() > 1
 
 
-def span(node: Any, name: str, process: int, thread: int, **arguments: Any) -> dict[str, Any]:
+def span(node: Any, name: str, zero: int, process: int, thread: int, **arguments: Any) -> dict[str, Any]:
     """An event with a duration."""
     return {
         "ph": "X",
@@ -189,13 +192,13 @@ def span(node: Any, name: str, process: int, thread: int, **arguments: Any) -> d
         "name": name,
         "pid": process,
         "tid": thread,
-        "ts": node.start_ns / 1000,
+        "ts": (node.start_ns - zero) / 1000,
         "dur": (node.end_ns - node.start_ns) / 1000,
         "args": {"type": node.type.name, **arguments},
     }
 
 
-def change_of_memory(node: Any) -> dict[str, Any]:
+def change_of_memory(node: Any, zero: int) -> dict[str, Any]:
     """The event of bytes that a tensor took or gave back."""
     return {
         "ph": "i",
@@ -204,7 +207,7 @@ def change_of_memory(node: Any) -> dict[str, Any]:
         "name": MEMORY,
         "pid": node.process_id,
         "tid": node.thread_id,
-        "ts": node.timestamp_ns / 1000,
+        "ts": (node.timestamp_ns - zero) / 1000,
         "args": {
             "Bytes": node.increase_bytes,
             "Device Type": GPU if "gpu" in node.place else CPU,

@@ -43,7 +43,7 @@ def check_profile(record, traces):
     for rank, profile in enumerate(record.profile.ranks):
         shares = profile.shares.model_dump()
         assert sum(shares.values()) == pytest.approx(1)
-        assert shares["computing"] > 0.2
+        assert shares["computing"] > 0.05
         assert shares["waiting_for_host"] > 0.001  # Python's
         assert set(profile.kinds) == set(KERNEL_KINDS)
         total = sum(profile.kinds.values())
@@ -95,7 +95,7 @@ def test_a_profile_tells_what_the_steps_did_and_changes_no_figure(alone, profile
     check_profile(record, traces)
     assert (record.plan, record.setup, record.model) == (plain.plan, plain.setup, plain.model)
     assert record.steps.model_dump(exclude=SECONDS) == plain.steps.model_dump(exclude=SECONDS)
-    assert len(record.steps.seconds) == record.plan.samples / record.setup.bsz * 2 or len(record.steps.seconds) == 10
+    assert len(record.steps.seconds) == 10
     assert record.peak_memory_bytes[0] == pytest.approx(plain.peak_memory_bytes[0], rel=0.05)
     (profile,) = record.profile.ranks
     assert profile.shares.communication_alone == profile.shares.communication_hidden == 0
@@ -156,10 +156,7 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_run(tmp_path, framew
     assert line == f"finetune_full.py: --profile {tmp_path / 'file'} is a file; name a folder"
     inner = tmp_path / "file" / "traces"
     line = refusal(run_program(script, "--model=llama-tiny", "--profile", inner))
-    assert (
-        line
-        == f"finetune_full.py: --profile {tmp_path / 'file' / 'traces'}: Not a directory: {tmp_path / 'file' / 'traces'}"
-    )
+    assert line == f"finetune_full.py: --profile {inner}: Not a directory: {inner}"
     line = refusal(run_program(script, "--model=llama-tiny", "--plan", "--profile", tmp_path / "traces"))
     assert line == "finetune_full.py: --profile traces a run, and --plan starts none; leave one of them out"
     assert not (tmp_path / "traces").exists()
