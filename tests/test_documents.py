@@ -95,6 +95,7 @@ PRINTS = {  # and a part of what it prints
     "python3 summarize.py": "no records in",
     "python3 summarize.py results/published": "Multi-GPU record",
     "python3 summarize.py --strict": "no records in",
+    "python3 summarize.py --profile": "no records in",
 }
 NEEDS_RECORDS = (
     "results/quick",

@@ -656,10 +656,12 @@ def _check_profile(flags: Flags) -> None:
     """Raises `BadInput` before the run where it could not leave its traces."""
     if flags.plan:
         raise BadInput("--profile traces a run, and --plan starts none; leave one of them out")
-    folder = path_of("profile", str(flags.profile))
-    if folder.exists() and not folder.is_dir():
-        raise BadInput(f"--profile {flags.profile} is a file; name a folder")
-    check_folder(folder, f"--profile {flags.profile}")
+    folder = path_of("profile", str(flags.profile)).absolute()
+    existing = next(each for each in (folder, *folder.parents) if os.access(each, os.F_OK))
+    if not existing.is_dir():
+        raise BadInput(f"--profile {flags.profile}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise BadInput(f"--profile {flags.profile}: {existing} is not writable")
 
 
 def check_folder(folder: Path, named_by: str) -> None:

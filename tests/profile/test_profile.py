@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from conftest import FRAMEWORKS, ROOT, refusal, run_program, train
+from conftest import FRAMEWORKS, HERE, ROOT, refusal, run_program, train
 from filelock import FileLock
 
 from tunebench.record import KERNEL_KINDS, Shares, parse_record, read_record
@@ -148,15 +148,15 @@ def test_records_without_a_profile_say_how_to_get_one():
     assert json.loads(render_profiles(older, "json")) == []
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_folder_that_cannot_be_used_is_refused_before_the_run(tmp_path, framework):
+@pytest.mark.frameworks
+def test_a_folder_that_cannot_be_used_is_refused_before_the_run(tmp_path):
     (tmp_path / "file").touch()
-    script = f"{framework}/finetune_full.py"
-    line = refusal(run_program(script, "--model=llama-tiny", "--profile", tmp_path / "file"))
-    assert line == f"finetune_full.py: --profile {tmp_path / 'file'} is a file; name a folder"
-    inner = tmp_path / "file" / "traces"
-    line = refusal(run_program(script, "--model=llama-tiny", "--profile", inner))
-    assert line == f"finetune_full.py: --profile {inner}: Not a directory: {inner}"
+    script = f"{HERE}/finetune_full.py"
+    for folder in (tmp_path / "file", tmp_path / "file" / "traces"):
+        line = refusal(run_program(script, "--model=llama-tiny", "--profile", folder))
+        assert line == f"finetune_full.py: --profile {folder}: {tmp_path / 'file'} is a file; name a folder"
+    line = refusal(run_program(script, "--model=llama-tiny", "--profile", "/proc/traces"))
+    assert line.startswith("finetune_full.py: --profile /proc/traces: ")  # root learns it by trying
     line = refusal(run_program(script, "--model=llama-tiny", "--plan", "--profile", tmp_path / "traces"))
     assert line == "finetune_full.py: --profile traces a run, and --plan starts none; leave one of them out"
     assert not (tmp_path / "traces").exists()
