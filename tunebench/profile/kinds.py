@@ -47,8 +47,8 @@ KERNELS: tuple[tuple[KernelKind, str], ...] = (
     ("copies", r"copy|memcpy|memset|cat_?array|concat|transpose|fill"),
     ("elementwise", r"elementwise|vectorized|triton_|reduce_kernel|broadcast|unrolled"),
 )
-# Ranges of an optimizer's step, and of the clipping of Paddle's sharded optimizers.
-OPTIMIZER = re.compile(r"Optimizer\.(step|zero_grad)#.*|Optimization Step|optimizer.*", re.IGNORECASE)
+# Ranges of an optimizer's step.
+OPTIMIZER = re.compile(r"Optimizer\.(step|zero_grad)#.*|Optimization Step")
 NORM = re.compile(r"[A-Za-z0-9]*Norm")  # the name of a layer's class
 # What the frameworks do around operators: their engines of the backward pass; in Paddle also the calls from Python, the
 # results' shapes, and the notes for the backward pass.
