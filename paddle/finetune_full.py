@@ -35,6 +35,7 @@ with importing(FRAMEWORK, METHOD, JOB):
     import paddle
     import parallel
     import precision
+    import profiling
     import weights
     from paddlenlp import transformers
 
@@ -106,7 +107,7 @@ def main(run: Run) -> None:
     device.reset_peak_memory()
 
     run.start(device.synchronize)
-    for step in range(plan.steps):
+    for step in run.steps(device.peak_memory_bytes, profiling.tracer(model)):
         loss = 0.0
         for last, batch in plan.micro_batches(step, flags.micro_bsz, group.replica, group.replicas):
             parallel.sync_gradients(model, last, group)
@@ -117,8 +118,9 @@ def main(run: Run) -> None:
             loss += micro_loss.detach()
         grad_norm = parallel.update(model, optimizer, trainable, group)
         run.end_step(loss, grad_norm)
-    measured = (parallel.gather(value, group) for value in (device.peak_memory_bytes(), matmul_flops))
-    run.finish(parallel.sum_over_replicas(run.meter.losses, group), *measured)
+    measured = (parallel.gather(value, group) for value in (run.peak_memory_bytes, matmul_flops))
+    profiles = parallel.gather_objects(run.profile, group) if flags.profile else []
+    run.finish(parallel.sum_over_replicas(run.meter.losses, group), *measured, profiles)
 
 
 if __name__ == "__main__" and JOB.flags.plan:

@@ -250,6 +250,15 @@ def gather(value: int, group: Group) -> list[int]:
     return [int(each) for each in values]
 
 
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Each process's value, by rank: objects that can be pickled."""
+    values = [value]
+    if group.world_size > 1:
+        values = []
+        distributed.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if distributed.is_initialized():

@@ -162,6 +162,7 @@ PRINTS = {  # and a part of what it prints
     "python3 summarize.py --strict": "no records in",
     "python3 summarize.py --compare results/measured/20261128-epyc-2-cores/quick "
     "results/measured/20261128-epyc-2-cores/cpu": "ADVICE, no verdict",
+    "python3 summarize.py --profile": "no records in",
 }
 NEEDS_RECORDS = (
     "results/quick",

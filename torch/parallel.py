@@ -312,6 +312,14 @@ def gather(value: int, group: Group) -> list[int]:
     return [int(each) for each in values]
 
 
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """Each process's value, by rank: objects that can be pickled."""
+    values = [value] * group.world_size
+    if group.world_size > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def barrier() -> None:
     """Waits for all processes."""
     if torch.distributed.is_initialized():

@@ -40,6 +40,7 @@ TUNED: dict[str, Any] = {
 NAMED_DATA = f"{', '.join(DATA_NAMES)}, {FIXED}N (samples of N tokens)"
 BSZ, WARMUP_STEPS, STEPS = 4, 8, 30  # defaults; other flags may change the first two
 SWEEP_ROWS = 1000  # of the plan whose lengths --sweep looks at
+TRACED_STEPS = 2  # with --profile
 COMPILED_STEPS = 2  # with --compile, the first steps compile and must not be timed
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -89,6 +90,7 @@ class Flags(BaseModel):
     aa: str | None
     until: float | None = None
     out: Path | None
+    profile: Path | None = None
     plan: bool = False
     sweep: bool = False
     gpu: str | None = None
@@ -231,6 +233,12 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
         help="for the record: rounds are added until the interval is within ± this share (run_all.sh --until)",
     )
     add("--out", type=Path, help="record file (default: a new one in results/runs/)")
+    add(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help=f"trace {TRACED_STEPS} more steps after the timed ones, with the framework's profiler, into this folder",
+    )
     add_forecast_flags(parser, "say what the run would take on GPUs, and start none: memory, tokens per second, cost")
     add(
         "--sweep",
@@ -366,6 +374,8 @@ def parse_flags(
         )
     if flags.out is not None:
         _check_out(flags.out)
+    if flags.profile is not None:
+        _check_profile(flags)
     return flags if flags.steps is None else fit_to_steps(flags, flags.steps)
 
 
@@ -655,6 +665,18 @@ def _check_out(path: Path) -> None:
     if path_of("out", str(path)).is_dir():
         raise BadInput(f"--out {path} is a folder; name a file")
     check_folder(path.parent, f"--out {path}")
+
+
+def _check_profile(flags: Flags) -> None:
+    """Raises `BadInput` before the run where it could not leave its traces."""
+    if flags.plan:
+        raise BadInput("--profile traces a run, and --plan starts none; leave one of them out")
+    folder = path_of("profile", str(flags.profile)).absolute()
+    existing = next(each for each in (folder, *folder.parents) if os.access(each, os.F_OK))
+    if not existing.is_dir():
+        raise BadInput(f"--profile {flags.profile}: {existing} is a file; name a folder")
+    if not os.access(existing, os.W_OK):
+        raise BadInput(f"--profile {flags.profile}: {existing} is not writable")
 
 
 def check_folder(folder: Path, named_by: str) -> None:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import from_json
@@ -292,6 +292,88 @@ class Conditions(Strict):
         return lines
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+KernelKind = Literal[
+    "matrix products",
+    "attention",
+    "norms",
+    "elementwise",
+    "loss",
+    "optimizer",
+    "communication",
+    "copies",
+    "other",
+]
+KERNEL_KINDS: tuple[KernelKind, ...] = get_args(KernelKind)
+LONGEST = 10  # kernels that a profile lists
+SHARES_TOLERANCE = 1e-6  # of the sum of a profile's shares
+
+
+class Shares(Strict):
+    """The shares of the traced time, each moment in one of them. They add up to 1.
+
+    - `computing`: kernels that compute, without communication at the same time.
+    - `communication_hidden`: communication and computing at the same time.
+    - `communication_alone`: communication without computing.
+    - `copies`: copies of memory alone.
+    - `waiting_for_host`: the device has nothing to do, since the host has not launched the next kernel. On a CPU: no
+      operator runs, since Python does.
+    - `idle`: the rest. On a GPU: between a kernel's launch and its start. On a CPU: the framework's own bookkeeping.
+    """
+
+    computing: Share
+    communication_alone: Share
+    communication_hidden: Share
+    copies: Share
+    waiting_for_host: Share
+    idle: Share
+
+    @model_validator(mode="after")
+    def _add_up(self) -> Self:
+        total = sum(getattr(self, name) for name in type(self).model_fields)
+        if abs(total - 1) > SHARES_TOLERANCE:
+            raise ValueError(f"the shares add up to {total:.6g}, not to 1")
+        return self
+
+
+class Kernel(Strict):
+    """All kernels of one name, on a CPU operators. `seconds` and `calls` are per step."""
+
+    name: str
+    kind: KernelKind
+    seconds: Duration
+    calls: Duration
+
+
+class RankProfile(Strict):
+    """What one process did in the traced steps.
+
+    - `seconds`: wall-clock time per step, the profiler's own cost included.
+    - `kinds`: seconds per step by kind of kernel. Kernels that run at the same time count each.
+    - `longest`: the kernels with the most seconds, the longest first.
+    - `memory`: seconds since the first traced step began, and the bytes that tensors then held above those of that
+      moment. Negative where more was freed since then.
+    - `trace`: the name of the trace's file in the folder of --profile.
+    """
+
+    seconds: Seconds
+    shares: Shares
+    kinds: dict[KernelKind, Duration]
+    longest: list[Kernel] = Field(max_length=LONGEST)
+    memory: list[tuple[Duration, int]]
+    trace: str
+
+
+class Profile(Strict):
+    """What --profile traced: `steps` further steps after the timed ones. No other field has anything of them.
+
+    `ranks` has a part for each process.
+    """
+
+    steps: Count
+    ranks: list[RankProfile]
+
+
 class Record(Strict):
     """One run. Fields that a run which did not end ok leaves unknown are None."""
 
@@ -324,6 +406,7 @@ class Record(Strict):
     predicted_peak_memory_bytes: Amount | None = None
     conditions: Conditions | None = None  # None in older records and in runs that did not end ok
     matmul_flops: list[Amount] = []  # operations per second of the framework's matrix product, for each process
+    profile: Profile | None = None  # with --profile alone
     log: list[str]
 
     @model_validator(mode="after")

@@ -24,7 +24,8 @@ CHOSEN = {
     *("model.family", "model.config_sha256", "model.weights_sha256", "model.built.activation"),
     *("setup.dtype", "setup.amp", "setup.attention", "setup.head", "setup.order"),
     *("kernels.weights", "kernels.matmuls", "kernels.attention", "plan.sha256", "plan.drawn_from"),
-    "conditions.gpus.throttled",
+    *("conditions.gpus.throttled", "profile.ranks.longest.kind", "profile.ranks.longest.name"),
+    "profile.ranks.trace",  # named after the record
 }
 
 

@@ -145,11 +145,12 @@ def rebuilt(file: Path, record: Record) -> Known:
 
 
 def without_out(argv: Sequence[str]) -> list[str]:
-    """The arguments of a run without --out, since its folder may be gone."""
+    """The arguments of a run without --out and --profile, since their folders may be gone."""
+    named = ("--out", "--profile")
     return [
         word
         for before, word in zip(["", *argv], argv, strict=False)
-        if not (word == "--out" or word.startswith("--out=") or before == "--out")
+        if not (word in named or word.partition("=")[0] in named or before in named)
     ]
 
 

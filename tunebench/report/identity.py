@@ -9,7 +9,7 @@ from tunebench.record import Record
 from tunebench.report.rounds import flags_of, out_of
 
 METHODS = {"lora": "LoRA", "full": "Finetune"}
-VARYING = ("--plan-seed", "--until")  # flags that differ between the rounds of one attempt
+VARYING = ("--plan-seed", "--until", "--profile=")  # flags that differ between the rounds of one attempt
 
 
 def setup_of(record: Record) -> str:

@@ -17,13 +17,15 @@ import psutil
 from tunebench.checkout import read_git
 from tunebench.errors import NO_ROOM, BadInput, forget_stdout
 from tunebench.files import results_folder
-from tunebench.flags import Flags
+from tunebench.flags import TRACED_STEPS, Flags
 from tunebench.forecast.formula import predict
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.hardware import Hardware, bind_to_gpu, read_hardware
 from tunebench.models.checkpoint import Checkpoint
 from tunebench.plan import Plan
-from tunebench.record import LOG_LINES, MARKED, Built, Kernels, Model, Record, Setup, Steps
+from tunebench.profile.summary import rank_profile
+from tunebench.profile.trace import SUFFIX
+from tunebench.record import LOG_LINES, MARKED, Built, Kernels, Model, Profile, RankProfile, Record, Setup, Steps
 from tunebench.run.meter import Meter
 from tunebench.run.outcome import RUN_RECORD, RUN_SUPERVISOR, TIMEOUT_EXIT, folder_of_run, leave_done, leave_failure
 from tunebench.world import World, share_threads
@@ -37,6 +39,9 @@ OUT_OF_MEMORY = (
     "cannot allocate memory",
     "resourceexhausted",
 )
+
+
+Marking = Callable[[], contextlib.AbstractContextManager[None]]
 
 
 class Job(NamedTuple):
@@ -80,6 +85,8 @@ class Run:
         self.predicted_peak_memory_bytes = self._predict_peak()
         self.setup_seconds: float | None = None
         self.meter = Meter(self.flags, self.plan, self.world, self.say)
+        self.peak_memory_bytes = 0  # of this process, at the end of the timed steps
+        self.profile: RankProfile | None = None  # of this process
         self.losses_are_whole = self.flags.replicas == 1  # with more replicas a process knows its share's losses
         self.written = False
 
@@ -134,14 +141,54 @@ class Run:
         self.setup_seconds = time.time() - _started()
         self.say(f"start-up took {self.setup_seconds:.1f} s")
 
-    def end_step(self, loss: Any, grad_norm: Any) -> None:
-        """Ends a step. `loss` and `grad_norm` are the framework's scalars. They are read after the last step."""
-        self.meter.end_step(loss, grad_norm)
+    def steps(
+        self,
+        peak_memory_bytes: Callable[[], int],
+        tracing: Callable[[Path], contextlib.AbstractContextManager[Marking]],
+    ) -> Iterator[int]:
+        """The steps of the plan. With --profile the last ones come again, after all that is measured has been read.
 
-    def finish(self, losses: list[float], peak_memory_bytes: list[int], matmul_flops: list[int]) -> None:
+        `tracing` traces them into a file, and gives what marks steps in it. The first is not marked: what tensors hold
+        is known from its end on.
+        """
+        yield from range(self.plan.steps)
+        self.peak_memory_bytes = peak_memory_bytes()
+        if self.flags.profile is None:
+            return
+        again = [step % self.plan.steps for step in range(-1 - TRACED_STEPS, 0)]
+        path = self.flags.profile.expanduser() / f"{self.out.stem}-rank{self.world.rank}{SUFFIX}"
+        try:
+            with tracing(path) as marking:
+                yield again[0]
+                with marking():
+                    yield from again[1:]
+            self.profile = rank_profile(path, TRACED_STEPS)
+        except Exception as error:
+            print(
+                f"warning: rank {self.world.rank} has no profile: {type(error).__name__}: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def end_step(self, loss: Any, grad_norm: Any) -> None:
+        """Ends a step. `loss` and `grad_norm` are the framework's scalars. They are read after the last step.
+
+        The steps of --profile are neither timed nor recorded.
+        """
+        if len(self.meter.seconds) < self.plan.steps:
+            self.meter.end_step(loss, grad_norm)
+
+    def finish(
+        self,
+        losses: list[float],
+        peak_memory_bytes: list[int],
+        matmul_flops: list[int],
+        profiles: Sequence[RankProfile | None],
+    ) -> None:
         """Writes the record of a run that finished its steps. Raises FloatingPointError where a loss is not finite.
 
-        `losses` has a value for each step's global batch. The other lists have a value for each rank.
+        `losses` has a value for each step's global batch. The other lists have a value for each rank. `profiles` is
+        empty without --profile.
         """
         self.meter.losses, self.losses_are_whole = list(losses), True
         steps = self.meter.steps()
@@ -151,6 +198,9 @@ class Run:
         if self.world.rank:
             return
         record = self.record("ok", None, steps, peak_memory_bytes=peak_memory_bytes, matmul_flops=matmul_flops)
+        known = [profile for profile in profiles if profile is not None]
+        if known and len(known) == len(profiles):
+            record = record.model_copy(update={"profile": Profile(steps=TRACED_STEPS, ranks=known)})
         from tunebench.report.stats import drift_in_words, drift_of
 
         change = drift_of([record])
@@ -168,6 +218,8 @@ class Run:
             self.say("; ".join([level + words, *record.conditions.remarks()]))
         else:
             self.say("what other programs took of the machine is not known")
+        if record.profile:
+            self.say(f"{TRACED_STEPS} further steps traced: {self.flags.profile}/{self.out.stem}-rank*{SUFFIX}")
         if change:
             self.say(f"warning: the run {drift_in_words(change)} (--warmup-steps is {self.flags.warmup_steps})")
 

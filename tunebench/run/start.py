@@ -54,6 +54,8 @@ def start_run(framework: str, method: str) -> Job:
                 check_folder(results_folder() / "runs", "TUNEBENCH_RESULTS")
             if flags.plan:
                 return describe_job(framework, method, flags)
+            if flags.profile is not None:
+                check_folder(flags.profile.expanduser(), f"--profile {flags.profile}")
             checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed, flags.layers)
             check_tensor_parallel(flags, checkpoint)
             check_packages(framework, flags, FRAMEWORKS[framework].versions(), sys.executable)

@@ -297,10 +297,16 @@ def plan_runs(
                 flags = flags.model_copy(update={"plan_seed": number - 1})
             flags = flags.model_copy(update={"aa": side if aa else None, "until": until})
             record = folder / ("aa" if aa else "") / entry.group / f"{name}-r{number}.json"
+            rest = arguments
+            if flags.profile is not None:  # files of several pairs have one name
+                traces = flags.profile / record.parent.relative_to(folder)
+                rest = [each for each in arguments if not each.startswith("--profile=")]
+                own = [*own, f"--profile={traces}"]
+                flags = flags.model_copy(update={"profile": traces})
             script = [entry.script]
             if entry.peer:
                 script = ["run_peer.py", f"--peer={entry.peer}", f"--method={entry.method}"]
-            argv = [*script, *arguments, *own, f"--out={record}"]
+            argv = [*script, *rest, *own, f"--out={record}"]
             elsewhere = other if side == OLD else None
             log = record.with_suffix(".log")
             runs.append(Planned(entry, side, number, flags, argv, record, log, path.parent, elsewhere))

@@ -114,7 +114,7 @@ def main() -> int:
         if suite.contest:
             raise BadInput(f"--plan: {path} has peers, which are not forecast; use a suite of pairs")
         settings = {name: vars(options)[name] for name in ("plan", "gpu", "link", "price", "calibrate")}
-        settings = {name: value for name, value in settings.items() if value is not None}
+        settings = {name: value for name, value in settings.items() if value is not None} | {"profile": None}
         if options.calibrate is not None:
             # The runs' folders are others.
             settings["calibrate"] = str(path_of("calibrate", str(options.calibrate)).absolute())
