@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import parallel
+import tensor_parallel
 import torch
 import torch.nn.functional as F
 
@@ -13,16 +14,21 @@ from tunebench.recipe import MOST_LOGITS, POSITIONS
 
 
 def total(flags: Flags, outputs: Any, labels: torch.Tensor, group: parallel.Group) -> torch.Tensor:
-    """The sum of the token losses over the positions that have a label, a scalar; each process has all logits."""
+    """The sum of the token losses over the positions that have a label, a scalar; logits may be sliced by --mp."""
     if flags.head == "labels":
         return outputs  # `sum_in_head` has made the model's forward pass end with this sum
     logits, labels = outputs.logits.flatten(0, 1), labels.flatten()
-    return sum_of_losses(logits, labels) if logits.numel() <= MOST_LOGITS else SumInStretches.apply(logits, labels)
+    if logits.numel() <= MOST_LOGITS:
+        return sum_of_losses(logits, labels, group)
+    return SumInStretches.apply(logits, labels, group)
 
 
-def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The sum of the token losses in float32, a scalar, from (n, vocabulary) and (n,)."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+def sum_of_losses(logits: torch.Tensor, labels: torch.Tensor, group: parallel.Group) -> torch.Tensor:
+    """The sum of the token losses in float32, a scalar, from (n, vocabulary or its slice) and (n,)."""
+    logits = logits.float()
+    if group.mp == 1:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return tensor_parallel.SumOfSlicedLosses.apply(logits, labels, group.mesh)
 
 
 class SumInStretches(torch.autograd.Function):
@@ -33,22 +39,23 @@ class SumInStretches(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """A scalar, from (n, vocabulary) and (n,)."""
+    def forward(ctx, logits: torch.Tensor, labels: torch.Tensor, group: parallel.Group) -> torch.Tensor:
+        """A scalar, from (n, vocabulary or its slice) and (n,)."""
         ctx.save_for_backward(logits, labels)
-        return sum(sum_of_losses(logits[stretch], labels[stretch]) for stretch in stretches(logits))
+        ctx.group = group
+        return sum(sum_of_losses(logits[stretch], labels[stretch], group) for stretch in stretches(logits))
 
     @staticmethod
-    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """By logits."""
         logits, labels = ctx.saved_tensors
         by_logits = torch.empty_like(logits)
         for stretch in stretches(logits):
             some = logits[stretch].detach().requires_grad_()
             with torch.enable_grad():
-                loss = sum_of_losses(some, labels[stretch])
+                loss = sum_of_losses(some, labels[stretch], ctx.group)
             [by_logits[stretch]] = torch.autograd.grad(loss, some, gradient)
-        return by_logits, None
+        return by_logits, None, None
 
 
 def stretches(logits: torch.Tensor) -> list[slice]:

@@ -1,4 +1,4 @@
-"""How PyTorch splits a run over processes: DistributedDataParallel, DeepSpeed's ZeRO, transformers' tensor parallelism.
+"""How PyTorch splits a run over processes: DistributedDataParallel, DeepSpeed's ZeRO, tensor parallelism.
 
 The functions stand in the order in which a script calls them. With one process none of them changes anything.
 """
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import precision
+import tensor_parallel
 import torch
 import torch.distributed
 from torch.distributed import distributed_c10d
@@ -36,7 +37,6 @@ TENSOR_PARALLEL_RULES: dict[str, Any] = {
         "transformer.h.*.self_attention.dense": "rowwise",
         "transformer.h.*.mlp.dense_h_to_4h": "colwise",
         "transformer.h.*.mlp.dense_4h_to_h": "rowwise",
-        "lm_head": "colwise_gather_output",
     },
 }
 REPLICATION_RULES: dict[str, Any] = {"bloom": {"transformer.h.*": "free_full_weight"}}
@@ -105,8 +105,10 @@ def sharding_arguments(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     from transformers.distributed import DistributedConfig
 
+    tensor_parallel.register_styles()
     family = checkpoint.config["model_type"]
-    rules: dict[str, Any] = {"tp_plan": TENSOR_PARALLEL_RULES.get(family, "auto")}
+    # Each process has a slice of the logits: `losses` sums over the slices.
+    rules: dict[str, Any] = {"tp_plan": TENSOR_PARALLEL_RULES.get(family, {}) | {"lm_head": "colwise"}}
     if flags.replicas > 1:
         rules |= {"dp_replicate_size": flags.replicas, "fsdp_plan": REPLICATION_RULES.get(family)}
     return {"distributed_config": DistributedConfig(tp_size=flags.mp, **rules)}
@@ -162,6 +164,8 @@ def wrap(
             optimizer.override_loss_scale(group.loss_scale.value)
         return engine, optimizer
     optimizer = precision.MasterWeights(optimizer)
+    if group.mesh is not None:
+        tensor_parallel.sum_input_gradients(model, group.mesh)
     if group.mp == 1 and group.replicas > 1:
         # The buffers are constants. Paddle does not broadcast them in each forward pass.
         return DistributedDataParallel(model, forward_sync_buffers=False), optimizer
@@ -229,6 +233,7 @@ def update(
             group.loss_scale.update(not model.was_step_applied())
             optimizer.override_loss_scale(group.loss_scale.value)
         return model.get_global_grad_norm() if model.was_step_applied() else math.inf
+    sum_partial_gradients(trainable, group)
     average_adapters(trainable, group)
     norm = clip_gradients(optimizer.take_gradients(), group)
     overflow = group.loss_scale.enabled and not math.isfinite(norm)  # for fp16 alone this waits for the device
@@ -237,6 +242,16 @@ def update(
     group.loss_scale.update(overflow)
     optimizer.zero_grad()
     return norm
+
+
+def sum_partial_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> None:
+    """Sums the gradients of which each process of a tensor-parallel group has found a part."""
+    parts = [p.grad for p in trainable if hasattr(p, "is_partial")]
+    if parts:
+        flat = torch.cat([part.flatten() for part in parts])
+        torch.distributed.all_reduce(flat, group=tensor_parallel.group_of(group.mesh))
+        for part, whole in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(whole.view_as(part))
 
 
 def average_adapters(trainable: Sequence[torch.nn.Parameter], group: Group) -> None:
@@ -282,10 +297,7 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_sliced(tensor: torch.Tensor) -> bool:
-    """Whether the processes of a tensor-parallel group hold a slice each.
-
-    The gradient of a sliced embedding is whole: the backward pass leaves all of it on each process.
-    """
+    """Whether the processes of a tensor-parallel group hold a slice each."""
     names = mesh_names(tensor)
     return "tp" in names and not tensor.placements[names.index("tp")].is_replicate()
 

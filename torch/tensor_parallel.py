@@ -1,0 +1,265 @@
+"""Tensor parallelism on plain tensors: each process multiplies its own slices of the weights.
+
+transformers slices the weights by bytes while it loads them. It also computes with DTensors, whose Python takes longer
+than the products of a small layer. The styles here take their place under the same names, so that peft's adapters have
+them too. They compute with each process's own tensors, and communicate where the mathematics needs it:
+
+- layers that are cut by their outputs sum the gradient of their input in the backward pass, once for one input;
+- a layer that is cut by its inputs, or an embedding that is cut by its rows, sums its output in the forward pass;
+- the loss sums over the slices of the logits.
+"""
+
+import functools
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    ColwiseParallel,
+    EmbeddingParallel,
+    RowwiseParallel,
+)
+
+from tunebench.plan import IGNORED
+
+
+def register_styles() -> None:
+    """Makes transformers and peft use the styles of this file."""
+    for name, style in {
+        "colwise": CutByOutputs(),
+        "colwise_gather_output": CutByOutputs(output_layouts=Replicate()),
+        "rowwise": CutByInputs(),
+        "rowwise_split_input": CutByInputs(input_layouts=Replicate()),
+        "embedding_rowwise": CutByRows(),
+    }.items():
+        ALL_PARALLEL_STYLES.register(name, style)
+
+
+class CutByOutputs(ColwiseParallel):
+    """A linear layer of which each process has some outputs. `Replicate` as output layout gathers them.
+
+    Its input's gradient is the process's part: `sum_input_gradients` has the parts summed.
+    """
+
+    def should_use_local_tensors(self, module: torch.nn.Module) -> bool:
+        """Always."""
+        return True
+
+    def transform_inputs_pre_forward(
+        self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], mesh: DeviceMesh
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Each process has the whole input."""
+        return args, kwargs
+
+    def transform_output_post_forward(
+        self, module: torch.nn.Module, output: torch.Tensor, mesh: DeviceMesh
+    ) -> torch.Tensor:
+        """From (…, own outputs) to the same, or to (…, outputs)."""
+        if isinstance(self.output_layouts, Shard):
+            return output
+        return Gather.apply(output, module.out_features, group_of(mesh))
+
+
+def sum_input_gradients(model: torch.nn.Module, mesh: DeviceMesh) -> None:
+    """Has the gradients of the inputs of layers cut by their outputs summed, once for the layers of one module.
+
+    Such layers have one input. The head's is summed by itself. LoRA's A of such a layer then has a part of its gradient
+    on each process: its parameter gets the attribute `is_partial`.
+    """
+    group, head = group_of(mesh), model.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, args: (SumGradient.apply(args[0], group), *args[1:]))
+    for module in model.modules():
+        cut = [child for child in module.children() if child is not head and is_cut_by_outputs(child)]
+        if cut and not hasattr(module, "base_layer"):
+            module.register_forward_pre_hook(functools.partial(sum_gradient_of_input, group), with_kwargs=True)
+        for child in cut:
+            for adapter in getattr(child, "lora_A", {}).values():
+                adapter.weight.is_partial = True
+
+
+def is_cut_by_outputs(layer: torch.nn.Module) -> bool:
+    """Whether each process has some outputs of a linear layer, or of the one within an adapted layer."""
+    layer = getattr(layer, "base_layer", layer)
+    if not isinstance(layer, torch.nn.Linear) or not isinstance(layer.weight, DTensor):
+        return False
+    return any(isinstance(place, Shard) and place.dim == 0 for place in layer.weight.placements)
+
+
+def sum_gradient_of_input(
+    group: ProcessGroup, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]]:
+    """A forward pre-hook for attention and feed-forward modules, whose first argument is `hidden_states`."""
+    if args:
+        return (SumGradient.apply(args[0], group), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": SumGradient.apply(kwargs["hidden_states"], group)}
+
+
+class CutByInputs(RowwiseParallel):
+    """A linear layer of which each process has some inputs. `Replicate` as input layout cuts a whole input first."""
+
+    def should_use_local_tensors(self, module: torch.nn.Module) -> bool:
+        """Always."""
+        return True
+
+    def transform_inputs_pre_forward(
+        self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], mesh: DeviceMesh
+    ) -> tuple[tuple, dict[str, Any]]:
+        """From (…, own inputs) or (…, inputs) to (…, own inputs)."""
+        if isinstance(self.input_layouts, Shard):
+            return args, kwargs
+        return (Cut.apply(args[0], group_of(mesh)), *args[1:]), kwargs
+
+    def transform_output_post_forward(
+        self, module: torch.nn.Module, output: torch.Tensor, mesh: DeviceMesh
+    ) -> torch.Tensor:
+        """The sum over the processes. The bias was left out of the product, so that it counts once."""
+        output = Sum.apply(output, group_of(mesh))
+        bias = module._parameters.get("bias")
+        return output if bias is None else output + bias.to_local().to(output.dtype)
+
+
+class CutByRows(EmbeddingParallel):
+    """An embedding of which each process has some tokens' rows."""
+
+    def install_forward(self, module: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+        """Replaces the forward function: from (…) token ids to (…, width)."""
+        group = group_of(mesh)
+
+        def look_up(token_ids: torch.Tensor) -> torch.Tensor:
+            first, last = own_part(module.num_embeddings, group)
+            others = (token_ids < first) | (token_ids >= last)
+            rows = F.embedding((token_ids - first).masked_fill(others, 0), module.weight.to_local())
+            return Sum.apply(rows.masked_fill_(others.unsqueeze(-1), 0), group)
+
+        module.forward = look_up
+        return module
+
+
+class Sum(torch.autograd.Function):
+    """Sums the processes' tensors, in place. Each process has the whole gradient of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        """The sum, of the tensor's shape."""
+        ctx.mark_dirty(tensor)
+        torch.distributed.all_reduce(tensor, group=group)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """By the process's own tensor."""
+        return gradient, None
+
+
+class SumGradient(torch.autograd.Function):
+    """Leaves a tensor that all processes have, and sums its gradient, of which each process finds a part."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        """The tensor."""
+        ctx.group = group
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """By the tensor. A linear layer has made the gradient for this alone, so that it is summed in place."""
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class Gather(torch.autograd.Function):
+    """Puts the processes' slices of the last dimension together. The last ones may be shorter, or empty."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, width: int, group: ProcessGroup) -> torch.Tensor:
+        """From (…, own width) to (…, width)."""
+        ctx.group, ctx.width = group, width
+        return gathered(own, width, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """By the own slice: each process has the whole gradient."""
+        first, last = own_part(ctx.width, ctx.group)
+        return gradient[..., first:last], None, None
+
+
+class Cut(torch.autograd.Function):
+    """Takes the process's slice of the last dimension of a tensor that all processes have."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        """From (…, width) to (…, own width)."""
+        ctx.group, ctx.width = group, whole.shape[-1]
+        first, last = own_part(ctx.width, group)
+        return whole[..., first:last]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """By the whole tensor: each process has found the gradient of its slice."""
+        return gathered(gradient, ctx.width, ctx.group), None
+
+
+class SumOfSlicedLosses(torch.autograd.Function):
+    """cross_entropy(logits, labels, reduction="sum") where each process has a slice of the vocabulary."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
+        """A scalar, from float32 (n, own vocabulary) and (n,). Labels that are IGNORED do not count."""
+        group = group_of(mesh)
+        largest = logits.amax(dim=-1, keepdim=True)
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+        powers = (logits - largest).exp_()
+        own_labels = labels - first_token(logits.shape[-1], group, labels.device)
+        own = (own_labels >= 0) & (own_labels < logits.shape[-1])
+        own_labels = own_labels.masked_fill(~own, 0).unsqueeze(-1)
+        scores = (logits.gather(1, own_labels) - largest).squeeze(-1).masked_fill(~own, 0)
+        sums, scores = totals = torch.stack([powers.sum(dim=-1), scores])
+        torch.distributed.all_reduce(totals, group=group)
+        counts = labels != IGNORED
+        ctx.save_for_backward(powers, sums, own_labels, own & counts, counts)
+        return (sums.log() - scores).masked_fill(~counts, 0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """By the logits: (probabilities - 1 at the label) · gradient."""
+        powers, sums, own_labels, own, counts = ctx.saved_tensors
+        by_logits = powers * (counts / sums * gradient).unsqueeze(-1)
+        by_logits.scatter_add_(1, own_labels, -(own * gradient).unsqueeze(-1))
+        return by_logits, None, None
+
+
+@functools.cache
+def first_token(own: int, group: ProcessGroup, device: torch.device) -> int:
+    """The first token of this process's slice of the vocabulary, of `own` tokens. The last slices may be shorter."""
+    longest = torch.tensor([own], device=device)
+    torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=group)
+    return torch.distributed.get_rank(group) * int(longest)
+
+
+def gathered(own: torch.Tensor, width: int, group: ProcessGroup) -> torch.Tensor:
+    """The processes' slices (…, own width) together: (…, width). Collectives take slices of one size."""
+    size = torch.distributed.get_world_size(group)
+    longest = -(-width // size)
+    if own.shape[-1] < longest:
+        own = F.pad(own, (0, longest - own.shape[-1]))
+    slices = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(size)]
+    torch.distributed.all_gather(slices, own.contiguous(), group=group)
+    return torch.cat(slices, dim=-1)[..., :width]
+
+
+def own_part(width: int, group: ProcessGroup) -> tuple[int, int]:
+    """Where this process's slice of a dimension starts and ends. DTensor cuts alike: the last slices may be shorter."""
+    size, rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+    longest = -(-width // size)
+    return min(width, rank * longest), min(width, (rank + 1) * longest)
+
+
+def group_of(mesh: DeviceMesh) -> ProcessGroup:
+    """The tensor-parallel group of a mesh."""
+    return mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
