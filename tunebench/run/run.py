@@ -155,13 +155,13 @@ class Run:
         self.peak_memory_bytes = peak_memory_bytes()
         if self.flags.profile is None:
             return
-        again = [step % self.plan.steps for step in range(-1 - TRACED_STEPS, 0)]
+        again = iter([step % self.plan.steps for step in range(-1 - TRACED_STEPS, 0)])
         path = self.flags.profile.expanduser() / f"{self.out.stem}-rank{self.world.rank}{SUFFIX}"
         try:
             with tracing(path) as marking:
-                yield again[0]
+                yield next(again)
                 with marking():
-                    yield from again[1:]
+                    yield from again
             self.profile = rank_profile(path, TRACED_STEPS)
         except Exception as error:
             print(
@@ -169,6 +169,7 @@ class Run:
                 file=sys.stderr,
                 flush=True,
             )
+            yield from again  # the other processes wait for this one in each step
 
     def end_step(self, loss: Any, grad_norm: Any) -> None:
         """Ends a step. `loss` and `grad_norm` are the framework's scalars. They are read after the last step.
