@@ -46,23 +46,50 @@ class CutByOutputs(ColwiseParallel):
     Its input's gradient is the process's part: `sum_input_gradients` has the parts summed.
     """
 
-    def should_use_local_tensors(self, module: torch.nn.Module) -> bool:
-        """Always."""
-        return True
+    def install_forward(self, module: torch.nn.Linear, mesh: DeviceMesh) -> torch.nn.Module:
+        """Replaces the forward function: from (…, inputs) to (…, own outputs) or (…, outputs)."""
+        group, gathers = group_of(mesh), not isinstance(self.output_layouts, Shard)
 
-    def transform_inputs_pre_forward(
-        self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], mesh: DeviceMesh
-    ) -> tuple[tuple, dict[str, Any]]:
-        """Each process has the whole input."""
-        return args, kwargs
+        def multiply(whole: torch.Tensor) -> torch.Tensor:
+            bias = None if module.bias is None else module.bias.to_local()
+            own = F.linear(whole, module.weight.to_local(), bias)
+            return Gather.apply(own, module.out_features, group) if gathers else own
 
-    def transform_output_post_forward(
-        self, module: torch.nn.Module, output: torch.Tensor, mesh: DeviceMesh
-    ) -> torch.Tensor:
-        """From (…, own outputs) to the same, or to (…, outputs)."""
-        if isinstance(self.output_layouts, Shard):
-            return output
-        return Gather.apply(output, module.out_features, group_of(mesh))
+        module.forward = multiply
+        return module
+
+
+class CutByInputs(RowwiseParallel):
+    """A linear layer of which each process has some inputs. `Replicate` as input layout cuts a whole input first."""
+
+    def install_forward(self, module: torch.nn.Linear, mesh: DeviceMesh) -> torch.nn.Module:
+        """Replaces the forward function: from (…, own inputs) or (…, inputs) to (…, outputs)."""
+        group, cuts = group_of(mesh), not isinstance(self.input_layouts, Shard)
+
+        def multiply(given: torch.Tensor) -> torch.Tensor:
+            own = Cut.apply(given, group) if cuts else given
+            output = Sum.apply(F.linear(own, module.weight.to_local()), group)
+            return output if module.bias is None else output + module.bias.to_local().to(output.dtype)
+
+        module.forward = multiply
+        return module
+
+
+class CutByRows(EmbeddingParallel):
+    """An embedding of which each process has some tokens' rows."""
+
+    def install_forward(self, module: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
+        """Replaces the forward function: from (…) token ids to (…, width)."""
+        group = group_of(mesh)
+
+        def look_up(token_ids: torch.Tensor) -> torch.Tensor:
+            first, last = own_part(module.num_embeddings, group)
+            others = (token_ids < first) | (token_ids >= last)
+            rows = F.embedding((token_ids - first).masked_fill(others, 0), module.weight.to_local())
+            return Sum.apply(rows.masked_fill_(others.unsqueeze(-1), 0), group)
+
+        module.forward = look_up
+        return module
 
 
 def sum_input_gradients(model: torch.nn.Module, mesh: DeviceMesh) -> None:
@@ -97,47 +124,6 @@ def sum_gradient_of_input(
     if args:
         return (SumGradient.apply(args[0], group), *args[1:]), kwargs
     return args, kwargs | {"hidden_states": SumGradient.apply(kwargs["hidden_states"], group)}
-
-
-class CutByInputs(RowwiseParallel):
-    """A linear layer of which each process has some inputs. `Replicate` as input layout cuts a whole input first."""
-
-    def should_use_local_tensors(self, module: torch.nn.Module) -> bool:
-        """Always."""
-        return True
-
-    def transform_inputs_pre_forward(
-        self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any], mesh: DeviceMesh
-    ) -> tuple[tuple, dict[str, Any]]:
-        """From (…, own inputs) or (…, inputs) to (…, own inputs)."""
-        if isinstance(self.input_layouts, Shard):
-            return args, kwargs
-        return (Cut.apply(args[0], group_of(mesh)), *args[1:]), kwargs
-
-    def transform_output_post_forward(
-        self, module: torch.nn.Module, output: torch.Tensor, mesh: DeviceMesh
-    ) -> torch.Tensor:
-        """The sum over the processes. The bias was left out of the product, so that it counts once."""
-        output = Sum.apply(output, group_of(mesh))
-        bias = module._parameters.get("bias")
-        return output if bias is None else output + bias.to_local().to(output.dtype)
-
-
-class CutByRows(EmbeddingParallel):
-    """An embedding of which each process has some tokens' rows."""
-
-    def install_forward(self, module: torch.nn.Module, mesh: DeviceMesh) -> torch.nn.Module:
-        """Replaces the forward function: from (…) token ids to (…, width)."""
-        group = group_of(mesh)
-
-        def look_up(token_ids: torch.Tensor) -> torch.Tensor:
-            first, last = own_part(module.num_embeddings, group)
-            others = (token_ids < first) | (token_ids >= last)
-            rows = F.embedding((token_ids - first).masked_fill(others, 0), module.weight.to_local())
-            return Sum.apply(rows.masked_fill_(others.unsqueeze(-1), 0), group)
-
-        module.forward = look_up
-        return module
 
 
 class Sum(torch.autograd.Function):
