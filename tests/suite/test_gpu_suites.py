@@ -209,7 +209,7 @@ def test_torch_builds_it(built, suite, pair):
         eager = flags.attention == "eager"
         assert facts["attention"] == ["softmax" if eager else "scaled_dot_product_flash_attention_for_cpu"]
         assert facts["recompute"] == flags.recompute
-        assert facts["logits"] == [*facts["inputs"], config["vocab_size"]]
+        assert facts["logits"] == [*facts["inputs"], config["vocab_size"] // flags.mp]
         assert facts["inputs"][0] == flags.micro_bsz
 
 
