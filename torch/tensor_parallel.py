@@ -198,10 +198,12 @@ class SumOfSlicedLosses(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, mesh: DeviceMesh) -> torch.Tensor:
         """A scalar, from float32 (n, own vocabulary) and (n,). Labels that are IGNORED do not count."""
         group = group_of(mesh)
-        largest = logits.amax(dim=-1, keepdim=True)
-        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group=group)
+        # Beside the largest logits goes the size of the slices, since the last ones may be shorter.
+        maxima = torch.cat([logits.amax(dim=-1), logits.new_full((1,), logits.shape[-1])])
+        torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=group)
+        largest, longest = maxima[:-1].unsqueeze(-1), maxima[-1].long()
         powers = (logits - largest).exp_()
-        own_labels = labels - first_token(logits.shape[-1], group, labels.device)
+        own_labels = labels - torch.distributed.get_rank(group) * longest
         own = (own_labels >= 0) & (own_labels < logits.shape[-1])
         own_labels = own_labels.masked_fill(~own, 0).unsqueeze(-1)
         scores = (logits.gather(1, own_labels) - largest).squeeze(-1).masked_fill(~own, 0)
@@ -218,14 +220,6 @@ class SumOfSlicedLosses(torch.autograd.Function):
         by_logits = powers * (counts / sums * gradient).unsqueeze(-1)
         by_logits.scatter_add_(1, own_labels, -(own * gradient).unsqueeze(-1))
         return by_logits, None, None
-
-
-@functools.cache
-def first_token(own: int, group: ProcessGroup, device: torch.device) -> int:
-    """The first token of this process's slice of the vocabulary, of `own` tokens. The last slices may be shorter."""
-    longest = torch.tensor([own], device=device)
-    torch.distributed.all_reduce(longest, torch.distributed.ReduceOp.MAX, group=group)
-    return torch.distributed.get_rank(group) * int(longest)
 
 
 def gathered(own: torch.Tensor, width: int, group: ProcessGroup) -> torch.Tensor:
