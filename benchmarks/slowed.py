@@ -30,7 +30,8 @@ from tunebench.flags import Parser, percentage, positive
 from tunebench.frameworks import FRAMEWORKS
 
 PROGRAM = "slowed.py"
-START, END = "    for step in range(plan.steps):\n", "        run.end_step(loss, grad_norm)\n"
+START = "    for step in run.steps(device.peak_memory_bytes, profiling.tracer(model)):\n"
+END = "        run.end_step(loss, grad_norm)\n"
 
 
 def main() -> int:
