@@ -170,7 +170,7 @@ check_room() {
 }
 
 build() {
-  local name=$1 folder=.venv/$1 source=$1 started=$SECONDS wanted gigabytes=2 index=() editable=(--editable '.[test]') kind quiet=()
+  local name=$1 folder=.venv/$1 source=$1 started=$SECONDS wanted gigabytes=2 index=() editable=(--editable '.[page,test]') kind quiet=()
   case $name in peers|torchtune|llamafactory) source=peers/envs/$name; editable=() ;; esac
   local own=TUNEBENCH_$(printf '%s' "$name" | tr a-z A-Z)
   if [ -n "${!own:-}" ]; then say "$name runs in $own=${!own}"; return; fi

@@ -12,10 +12,11 @@ python summarize.py --compare results/quick OTHER/quick   speedups of two series
 """
 
 import argparse
+import contextlib
 import pathlib
 import runpy
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 BOOTSTRAP = pathlib.Path(__file__).resolve().parent / "tunebench" / "bootstrap.py"
 runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch", "paddle")
@@ -41,13 +42,26 @@ from tunebench.report.watch import watch
 
 def write_page(file: pathlib.Path, records: list[Record], language: str, paths: list[pathlib.Path]) -> None:
     """Writes the page of these records, and says so. Raises `BadInput` without records."""
-    from tunebench.report.html.page import page_of  # only here: the import of altair takes a second
+    with page_packages():
+        from tunebench.report.html.page import page_of  # only here: the import of altair takes a second
 
     if not records:
         raise BadInput(f"--html: no records of runs in {', '.join(map(str, paths))}; make some with: bash run_all.sh")
     text = page_of(records, language).encode()
     write_atomically(file, text)
     print(f"{file}: {len(records)} records, {len(text) / 1e6:.1f} MB")
+
+
+@contextlib.contextmanager
+def page_packages() -> Iterator[None]:
+    """Raises `BadInput` where a user's own interpreter lacks the packages of charts and templates."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise BadInput(
+            f"--html and --docs need {error.name}, which {sys.executable} lacks; install there what pyproject.toml "
+            "names as page, or unset the variable that names this Python"
+        ) from None
 
 
 # Options whose output stands alone, and what each does. The others add to the tables.
@@ -126,7 +140,9 @@ def main(args: Sequence[str] | None = None) -> None:
     if options.pack:
         print(pack(options.pack, results_folder() / "measured", own_names()).told())
     elif options.docs:
-        for path, text in documents().items():
+        with page_packages():
+            texts = documents()
+        for path, text in texts.items():
             write_atomically(path, text.encode())
     else:
         broken = compare(options) if options.compare else show(options, paths)

@@ -336,7 +336,13 @@ def test_a_package_that_cannot_be_imported_leaves_no_stamp(project):
 def test_the_lock_holds_for_python_3_12_too(environment):
     """Asked of the index: there the same versions have wheels, but for three packages that have none for any Python."""
     lock = ROOT / environment / "constraints.txt"
-    asked = [ROOT / environment / "requirements.txt", ROOT / "pyproject.toml", "--extra=test", f"--constraint={lock}"]
+    asked = [
+        ROOT / environment / "requirements.txt",
+        ROOT / "pyproject.toml",
+        "--extra=page",
+        "--extra=test",
+        f"--constraint={lock}",
+    ]
     how = ["--python-version=3.12", "--python-platform=x86_64-manylinux_2_28", "--no-annotate", "--no-header"]
     how += ["--only-binary=:all:", *(f"--no-binary={name}" for name in ("deepspeed", "jieba", "seqeval"))]
     needed = set(ask_uv("compile", "--quiet", *asked, *how).split())
