@@ -199,9 +199,10 @@ class SumOfSlicedLosses(torch.autograd.Function):
         """A scalar, from float32 (n, own vocabulary) and (n,). Labels that are IGNORED do not count."""
         group = group_of(mesh)
         # Beside the largest logits goes the size of the slices, since the last ones may be shorter.
-        maxima = torch.cat([logits.amax(dim=-1), logits.new_full((1,), logits.shape[-1])])
+        largest = logits.amax(dim=-1)
+        largest, longest = maxima = torch.stack([largest, torch.full_like(largest, logits.shape[-1])])
         torch.distributed.all_reduce(maxima, torch.distributed.ReduceOp.MAX, group=group)
-        largest, longest = maxima[:-1].unsqueeze(-1), maxima[-1].long()
+        largest, longest = largest.unsqueeze(-1), longest.long()
         powers = (logits - largest).exp_()
         own_labels = labels - torch.distributed.get_rank(group) * longest
         own = (own_labels >= 0) & (own_labels < logits.shape[-1])
