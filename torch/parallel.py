@@ -249,7 +249,7 @@ def sum_partial_gradients(trainable: Sequence[torch.nn.Parameter], group: Group)
     parts = [p.grad for p in trainable if hasattr(p, "is_partial")]
     if parts:
         flat = torch.cat([part.flatten() for part in parts])
-        torch.distributed.all_reduce(flat, group=tensor_parallel.group_of(group.mesh))
+        torch.distributed.all_reduce(flat, group=group.mesh.get_group("tp"))
         for part, whole in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             part.copy_(whole.view_as(part))
 

@@ -4,16 +4,14 @@ The same rows give the same bytes on every machine: no size or place depends on 
 """
 
 import html
-import math
 from collections.abc import Sequence
 from typing import Any
-
-from scipy import special
 
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.report.identity import METHODS
 from tunebench.report.markdown import figure
 from tunebench.report.pairing import SIDES, Row
+from tunebench.report.stats import mean_interval
 from tunebench.report.tables import verdict_on
 
 COLOURS = {"paddle": "#2457c5", "torch": "#d9501e"}
@@ -76,14 +74,8 @@ def _bar(row: Row, side: str) -> dict[str, Any]:
     """One side's bar. A side without a rate has none, but a label."""
     rate = getattr(row, f"{side}_effective_tokens_per_second")
     spread, runs = getattr(row, f"{side}_spread"), row.rounds or getattr(row, f"{side}_runs")
-    low, high = _interval(rate, spread, runs) if rate and spread is not None else (None, None)
+    low, high = mean_interval(rate, spread, runs) if rate and spread is not None else (None, None)
     return {"side": side, "text": _text(row, side), "rate": rate, "low": low, "high": high, "end": high or rate or 0}
-
-
-def _interval(rate: float, spread: float, runs: int) -> tuple[float, float]:
-    """The 95% interval of a side's rate, by Student's t of the logarithms of its runs' rates."""
-    margin = float(special.stdtrit(runs - 1, 0.975)) * spread / math.sqrt(runs)
-    return rate * math.exp(-margin), rate * math.exp(margin)
 
 
 def _name(row: Row) -> str:

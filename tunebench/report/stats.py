@@ -44,11 +44,14 @@ def rate_interval(rates: Sequence[float]) -> tuple[float, float] | None:
     It holds the machine's drift, which the sides of a round share: whether sides differ, `ratio_interval` tells. None
     with fewer than two rates.
     """
-    if len(rates) < 2:
-        return None
-    logs = [math.log(rate) for rate in rates]
-    margin = _t(len(logs) - 1, PLAIN) * statistics.stdev(logs) / math.sqrt(len(logs))
-    middle = statistics.fmean(logs)
+    deviation = spread(rates)
+    return None if deviation is None else mean_interval(statistics.geometric_mean(rates), deviation, len(rates))
+
+
+def mean_interval(mean: float, deviation: float, runs: int) -> tuple[float, float]:
+    """`rate_interval` of so many runs, from the geometric mean of their rates and its `spread`."""
+    margin = _t(runs - 1, PLAIN) * deviation / math.sqrt(runs)
+    middle = math.log(mean)
     return math.exp(middle - margin), math.exp(min(middle + margin, 700.0))
 
 
