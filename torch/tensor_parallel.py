@@ -101,8 +101,10 @@ def sum_input_gradients(model: torch.nn.Module, mesh: DeviceMesh) -> None:
     group, head = group_of(mesh), model.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, args: (SumGradient.apply(args[0], group), *args[1:]))
     for module in model.modules():
+        if hasattr(module, "base_layer") or isinstance(module, torch.nn.ModuleDict):
+            continue  # an adapted layer, and its adapters: they are seen as the child of a module
         cut = [child for child in module.children() if child is not head and is_cut_by_outputs(child)]
-        if cut and not hasattr(module, "base_layer"):
+        if cut:
             module.register_forward_pre_hook(functools.partial(sum_gradient_of_input, group), with_kwargs=True)
         for child in cut:
             for adapter in getattr(child, "lora_A", {}).values():
