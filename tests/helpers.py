@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,16 @@ def record(**changes) -> Record:
     known = describe_run("torch", "full", parse_flags("full", ["--model=llama-tiny"]), ["finetune_full.py"])
     unknown = {"model": None, "plan": None, "steps": None, "setup_seconds": None, "peak_memory_bytes": [], "log": []}
     return Record(**(known | unknown | {"status": "failed", "reason": "killed by SIGKILL (9)"} | changes))
+
+
+def wait_for(what, timeout: float = 60):
+    """Calls `what` until its result is true; returns it."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.02)
+    raise AssertionError("waited in vain")
 
 
 def start_suite(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:

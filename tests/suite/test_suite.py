@@ -12,20 +12,10 @@ import time
 import psutil
 import pytest
 from conftest import ROOT
-from helpers import SUITE, finish_suite, refusal_of_suite, start_suite
+from helpers import SUITE, finish_suite, refusal_of_suite, start_suite, wait_for
 
 from tunebench import processes
 from tunebench.record import read_record
-
-
-def wait_for(what, timeout: float = 60):
-    """Calls `what` until its result is true; returns it."""
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
-        if found := what():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def descendants(running: subprocess.Popen, program: str) -> list[psutil.Process]:

@@ -1,6 +1,7 @@
 """run_all.sh --versus, two checkouts or two environments in one series, and --until, rounds as needed."""
 
 import json
+import os
 import re
 import runpy
 import subprocess
@@ -8,7 +9,7 @@ import sys
 
 import pytest
 from conftest import FRAMEWORKS, HERE, ROOT, run_program
-from helpers import SUITE, finish_suite, refusal_of_suite, start_suite
+from helpers import SUITE, finish_suite, refusal_of_suite, start_suite, wait_for
 
 from tunebench import bootstrap
 from tunebench.errors import BadInput
@@ -125,8 +126,14 @@ def test_a_slower_checkout_for_real(tmp_path):
     (tmp_path / "mini.toml").write_text(LONGER)
     env = {"TUNEBENCH_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1"}
     arguments = [f"--suite={tmp_path / 'mini.toml'}", "--only=full/torch", "--repeats=2", "--anyway", "--slower=60%"]
-    done = run_program("benchmarks/slowed.py", *arguments, env=env)
     folder = tmp_path / "results" / "slowed" / "mini" / f"versus-{ROOT.name}"
+    command = [sys.executable, ROOT / "benchmarks" / "slowed.py", *arguments]
+    running = subprocess.Popen(command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (folder / "full" / "torch+new-r1.log").exists())
+    running.terminate()
+    assert "interrupted with 1 of 4 runs done" in finish_suite(running, 130)
+    done = run_program("benchmarks/slowed.py", *arguments, env=env)
+    assert "runs: 4, done already: 1" in done.stdout
     names = [f"full/torch+{side}-r{number}.json" for side in ("new", "old") for number in (1, 2)]
     assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.json")) == names, done.stdout + done.stderr
     records = [read_record(folder / name) for name in names]

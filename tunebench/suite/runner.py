@@ -243,6 +243,7 @@ class Series:
                 raise Interrupted
             if why:  # the existing record must not pass for the coming one
                 place = set_aside(self.folder, run.record, run.log)
+                records[i] = None
                 print(f"{title}: again, since {why}; the old one moves to {place}/")
             record = _execute(run, i, title, self.board, self.took, self.to_run - len(self.took) - 1)
             if record is None:
@@ -284,15 +285,18 @@ def run_all(
     bad: list[str] = []
     spoilt: list[str] = []
     shown = len(series.took)
+    known = {i: record for i, (record, _) in enumerate(before)}
     for members, following in itertools.pairwise([*rounds, []]):
-        records = {i: before[i][0] for i in members}
+        records = {i: known[i] for i in members}
         try:
             told = series.measure({i: before[i][1] for i in members if before[i][0] is None}, records)
         except Interrupted:
-            done = sum(record_before(r.record, r.argv, r.flags.nproc, r.root)[0] is not None for r in runs)
+            known |= records  # not read anew: a signal to the group of processes would end git, which that starts
+            done = sum(record is not None and record.status in FINAL for record in known.values())
             command = ["bash", PROGRAM, *(argument for argument in sys.argv[1:] if argument != "--fresh")]
             print(f"interrupted with {done} of {len(runs)} runs done; `{shlex.join(command)}` goes on from here")
             return 130
+        known |= records
         spoilt += [f"  {runs[i].name}: {why}" for i, why in told.items()]
         for i, record in records.items():
             if record is not None and record.status not in FINAL:
