@@ -633,10 +633,17 @@ def summarise(shares: Shares, few: Trace, many: Trace, more: int) -> Memory:
     ]
     after = grow(few.moments[-1].held, many.moments[-1].held, more)
     update = {kind: after[kind] for kind in ("logits_and_loss", "activations")} | shares.in_update()
-    moments.append(("optimizer", plus(held, update)))
+    moments.append(("optimizer", at_update := plus(held, update)))
     moment, parts = max(moments, key=lambda each: sum(each[1].values()))
     kept = grow(few.kept, many.kept, more)
-    return Memory(peak=sum(parts.values()), parts=parts, held=held, kept=kept["activations"], moment=moment)
+    return Memory(
+        peak=sum(parts.values()),
+        parts=parts,
+        held=held,
+        kept=kept["activations"],
+        accumulated=at_update["gradients"],
+        moment=moment,
+    )
 
 
 def grow(few: dict[str, int], many: dict[str, int], more: int) -> dict[str, int]:

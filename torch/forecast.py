@@ -183,14 +183,16 @@ class Ledger(TorchDispatchMode):
 class Step(NamedTuple):
     """A traced step, from operation `first` of the ledger on.
 
-    `between` is held before it, by kind. `kept` are the activations when the last forward pass ends. `weights` and,
-    of them, `trained` are the bytes of each on this rank.
+    `between` is held before it, by kind. `kept` are the activations when the last forward pass ends, and `accumulated`
+    the gradients when the last backward pass does. `weights` and, of them, `trained` are the bytes of each on this
+    rank.
     """
 
     ledger: Ledger
     first: int
     between: dict[str, int]
     kept: int
+    accumulated: int
     weights: list[int]
     trained: list[int]
 
@@ -209,7 +211,14 @@ def forecast(job: Job, build_model: Callable, wrap: Callable, to_device: Callabl
         buckets = sum(step.trained)
         parts["communication_buffers"] += buckets
         step.between["communication_buffers"] += buckets
-    return Memory(peak=sum(parts.values()), parts=parts, held=step.between, kept=step.kept, moment=moment)
+    return Memory(
+        peak=sum(parts.values()),
+        parts=parts,
+        held=step.between,
+        kept=step.kept,
+        accumulated=step.accumulated,
+        moment=moment,
+    )
 
 
 def trace(
@@ -239,7 +248,7 @@ def trace(
             for parameter in trainable:
                 parameter.register_hook(lambda gradient: ledger.label([gradient], "gradients"))
             make_moments(model, optimizer, trainable, group, ledger)
-            between, kept, first = ledger.held(), 0, 0
+            between, kept, accumulated, first = ledger.held(), 0, 0, 0
             # DeepSpeed records in the first step which weights the layers need, and gathers them ahead in the second.
             for _ in range(2 if flags.zero == 3 else 1):
                 label_states(model, optimizer, ledger)
@@ -256,9 +265,10 @@ def trace(
                     parallel.backward(model, loss, group)
                     ledger.enter("passed")
                     ledger.label(held.gradients(model, optimizer), "gradients")
+                accumulated = ledger.held()["gradients"]
                 ledger.enter("update")
                 parallel.update(model, optimizer, trainable, group)
-    return Step(ledger, first, between, kept, *map(local_bytes, (parameters, trainable)))
+    return Step(ledger, first, between, kept, accumulated, *map(local_bytes, (parameters, trainable)))
 
 
 def local_bytes(parameters: Iterable[torch.nn.Parameter]) -> list[int]:

@@ -105,7 +105,7 @@ def test_each_new_trait_widens_the_interval(written):
 
 def test_fewer_bytes_are_taken_from_what_there_is():
     parts = dict.fromkeys(PARTS, 0) | {"weights": 50, "activations": 30, "workspace": 20}
-    memory = Memory(peak=100, parts=parts, kept=0, moment="forward")
+    memory = Memory(peak=100, parts=parts, kept=0, accumulated=0, moment="forward")
     assert with_more(memory, 7).parts == parts | {"workspace": 27}
     assert with_more(memory, -45).parts == parts | {"workspace": 0, "activations": 5}
     assert with_more(memory, -200).peak == 0

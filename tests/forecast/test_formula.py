@@ -108,6 +108,7 @@ def test_the_formula_gives_what_the_forecast_gives(own, tmp_path, setup):
     traced = forked(lambda each: forecast.forecast(each, *own[method]), job)
     unseen = with_unseen(found)
     assert unseen.peak == pytest.approx(traced.peak, rel=0.03)
+    assert unseen.accumulated == pytest.approx(traced.accumulated, rel=0.03)
     for kind in ("weights", "master_weights", "moments"):
         assert found.held[kind] == pytest.approx(traced.held[kind], rel=0.01)
 

@@ -74,12 +74,15 @@ def alone(work, tmp_path_factory):
 
 
 def assert_forecast(framework, method, ranks, out, *flags):
-    """--plan forecasts what lasts between two steps within 2%, on the process that holds most."""
+    """--plan forecasts what lasts and a step's gradients within 2%, on the process that holds most."""
     run_program(f"{framework}/finetune_{method}.py", *flags, "--plan", "--gpu=a100-80g", "--out", out, check=True)
-    held = Answer.model_validate_json(out.read_text()).memory.held
+    memory = Answer.model_validate_json(out.read_text()).memory
+    assert memory.accumulated == pytest.approx(max(rank["passes"][-1] for rank in ranks), rel=0.02)
     kinds = {"weights": ("trainable", "frozen"), "master_weights": ("master",), "moments": ("states",)}
     for kind, counted in kinds.items():
-        assert held[kind] == pytest.approx(max(sum(rank[name] for name in counted) for rank in ranks), rel=0.02), kind
+        assert memory.held[kind] == pytest.approx(
+            max(sum(rank[name] for name in counted) for rank in ranks), rel=0.02
+        ), kind
 
 
 def most(framework: str, whole: Whole) -> int:

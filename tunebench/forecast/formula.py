@@ -101,7 +101,7 @@ def memory_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint,
     if passes is None:
         return None
     run = run_of(method, flags, checkpoint, shape, passes, Logit.of(framework, kind.types))
-    held, moments = OF_FRAMEWORK[framework](run)
+    held, moments, accumulated = OF_FRAMEWORK[framework](run)
     phase, most = max(moments, key=lambda each: sum(each[1].values()))
     parts = {kind: round(held.get(kind, 0) + most.get(kind, 0)) for kind in PARTS}
     return Memory(
@@ -109,6 +109,7 @@ def memory_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint,
         parts=parts,
         held={kind: round(size) for kind, size in held.items()},
         kept=max(0, round(run.at(AT_FORWARD_END).get("activations", 0))),
+        accumulated=round(accumulated),
         moment=phase,
     )
 
@@ -126,7 +127,7 @@ def kind_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -
         recompute=flags.recompute,
         head=flags.head,
         mp=flags.mp > 1,
-        adds=framework == "torch" and flags.accumulation > 1,  # Paddle's are added in `paddle_moments`
+        adds=framework == "torch" and flags.accumulation > 1,  # Paddle's are added in `paddle_step`
     )
 
 
@@ -199,8 +200,19 @@ def without(by_kind: Mapping[str, np.ndarray], *left_out: str) -> dict[str, np.n
     return {kind: amounts for kind, amounts in by_kind.items() if kind not in left_out}
 
 
-def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
-    """What lasts in a run with PyTorch, and what is held beyond it at the moments that may be the peak."""
+class Step(NamedTuple):
+    """What lasts between two steps, what is held beyond it at the `moments` that may be the peak, with their phases.
+
+    `accumulated` are the bytes of gradients when the last backward pass ends.
+    """
+
+    held: Amounts
+    moments: list[tuple[str, Amounts]]
+    accumulated: float
+
+
+def torch_step(run: Run) -> Step:
+    """A step with PyTorch."""
     flags, config, zero = run.flags, run.checkpoint.config, run.flags.zero
     hidden, replicas = config["hidden_size"], flags.replicas
     passing = without(run.by_kind, WEIGHTS, "trained")
@@ -217,7 +229,7 @@ def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
         update = carried | {"gradients": 4 * run.trained}  # precision.py casts one after the other
         if run.low and run.method == "full" and not is_tied(run.checkpoint):
             update["workspace"] = 2 * config["vocab_size"] * hidden / flags.mp
-        return held, [largest(run, rows, passing), ("update", update)]
+        return Step(held, [largest(run, rows, passing), ("update", update)], run.trained_bytes)
     share = run.trained / replicas
     own = share if run.method == "lora" else first_share(json.dumps(config), replicas)
     bucket = run.width * max(hidden * hidden, SMALLEST_BUCKET)
@@ -236,7 +248,7 @@ def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
             done["communication_buffers"] += of_step * adds
         phase, most = largest(run, rows, passing)
         update = carried | {"gradients": of_step, "workspace": flat}
-        return held, [(phase, added(most, rows_held)), ("backward", done), ("update", update)]
+        return Step(held, [(phase, added(most, rows_held)), ("backward", done), ("update", update)], of_step)
     held |= {"weights": run.weight_bytes / replicas, "gradients": run.width * share, "workspace": bucket}
     gathered = MOST_GATHERED + 2 * bucket / run.width  # and what it fetches ahead
     phase, most = largest(run, rows, without(passing, "gradients"))
@@ -244,7 +256,7 @@ def torch_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
     if run.method == "lora":
         most = added(most, {"activations": kept_inputs(run)})
     at_once = (4 + 2 * run.low) * min(share, UPDATED_AT_ONCE)
-    return held, [(phase, most), ("update", carried | {"workspace": at_once})]
+    return Step(held, [(phase, most), ("update", carried | {"workspace": at_once})], run.width * share)
 
 
 def kept_inputs(run: Run) -> float:
@@ -296,8 +308,8 @@ def weights_of(config: str, lora_r: int, width: int) -> list[Weight]:
     return weights
 
 
-def paddle_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
-    """What lasts in a run with Paddle, and what is held beyond it at the moments that may be the peak."""
+def paddle_step(run: Run) -> Step:
+    """A step with Paddle."""
     flags, config = run.flags, run.checkpoint.config
     lasting = paddle_lasting(run)
     held = {**lasting.held, "workspace": paddle_table_bytes(config) if "rope_theta" in config else 0}
@@ -307,7 +319,8 @@ def paddle_moments(run: Run) -> tuple[Amounts, list[tuple[str, Amounts]]]:
     more = {"communication_buffers": lasting.in_passes}
     if lasting.adds_up and not held["gradients"]:
         more["gradients"] = lasting.gradients
-    return held, [(phase, added(most, more)), ("optimizer", {**run.carried, **lasting.in_update})]
+    moments = [(phase, added(most, more)), ("optimizer", {**run.carried, **lasting.in_update})]
+    return Step(held, moments, held["gradients"] + lasting.in_update["gradients"])
 
 
 class Lasting(NamedTuple):
@@ -359,4 +372,4 @@ def paddle_amounts(by_kind: Mapping[str, np.ndarray], adds_up: bool, replicas: i
     return found
 
 
-OF_FRAMEWORK = {"torch": torch_moments, "paddle": paddle_moments}
+OF_FRAMEWORK = {"torch": torch_step, "paddle": paddle_step}

@@ -31,13 +31,15 @@ class Memory(Strict):
 
     `peak` is the sum of `parts`, which are those of the moment of the peak. `held` are the same kinds between two
     steps: weights, master weights, moments and buffers that last. `kept` are the activations when the forward pass
-    ends. `moment` says in which phase of a step the peak is.
+    ends, and `accumulated` the gradients when a step's last backward pass ends. `moment` says in which phase of a step
+    the peak is.
     """
 
     peak: Amount
     parts: dict[str, Amount]
     held: dict[str, Amount] = Field(default_factory=dict)
     kept: Amount
+    accumulated: Amount
     moment: str
 
     @model_validator(mode="after")
