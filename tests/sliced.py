@@ -45,6 +45,20 @@ def main() -> None:
     torch.testing.assert_close(cut, 2 * own, rtol=0, atol=0)
     cut.square().sum().backward()
     torch.testing.assert_close(own.grad, 8 * own.detach())
+
+    def pass_through(own: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        whole = tensor_parallel.SumGradient.apply(whole, group).square()
+        own = tensor_parallel.Cut.apply(tensor_parallel.Gather.apply(own, WIDTH, group) * whole, group)
+        return tensor_parallel.Sum.apply(own.sin().sum(dim=-1), group)
+
+    given = own.detach().requires_grad_(), logits.detach().requires_grad_()
+    results = []
+    # fullgraph: it raises where something could not be compiled. Inductor compiles what aot_eager shows.
+    for function in (pass_through, torch.compile(pass_through, dynamic=True, fullgraph=True, backend="aot_eager")):
+        output = function(*given)
+        results.append([output.detach(), *torch.autograd.grad(output.square().sum(), given)])
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, plain)
     torch.distributed.destroy_process_group()
 
 

@@ -86,8 +86,6 @@ def test_a_suites_table_as_a_command_line():
         (["--mp=2", "--zero=1"], "--zero 1 with --mp 2: not combined here"),
         (["--zero=2", "--nproc=1"], "--zero 2 has nothing to shard over in one process; use --nproc 2 or --zero 0"),
         (["--nproc=4", "--bsz=6"], "--bsz 6 does not divide over 4 replicas; use 4 or 8"),
-        (["--compile", "--mp=2"], "--compile with --mp or --recompute: not combined here; use --no-compile"),
-        (["--compile", "--recompute"], "--compile with --mp or --recompute: not combined here"),
         (
             ["--compile", "--warmup-steps=1"],
             "--warmup-steps 1 would time --compile too; use 2 or more, or --no-compile",

@@ -74,7 +74,6 @@ def use_one_kernel(flags: Flags, model: torch.nn.Module) -> None:
         model.register_forward_pre_hook(bind_samples, with_kwargs=True)
 
 
-@torch.compiler.disable  # the compiler would make other code for other lengths
 def attend_by_sample(
     kind: str,
     module: torch.nn.Module,
@@ -88,16 +87,31 @@ def attend_by_sample(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each sample: from (1, heads, tokens, head size) to (1, tokens, heads, head size).
 
-    In low precision on a GPU torch's flash kernel takes all samples at once. `eager` is the model's own function.
+    In low precision on a GPU torch's flash kernel takes all samples at once, also within compiled code. `eager` is the
+    model's own function.
     """
+    if kind == "eager" or samples.ends is None or value.dtype == torch.float32:
+        return attend_one_by_one(kind, module, query, key, value, scaling, samples), None
     grouped = query.shape[1] != key.shape[1]
-    if kind != "eager" and samples.ends is not None and value.dtype != torch.float32:
-        # At O1 the rotary embedding leaves queries and keys in float32.
-        query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
-        ends, longest = samples.ends, samples.longest
-        how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": grouped}  # (-1, 0): causal
-        return varlen_attn(query, key, value, ends, ends, longest, longest, **how).unsqueeze(0), None
-    parts = []
+    # At O1 the rotary embedding leaves queries and keys in float32.
+    query, key, value = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    ends, longest = samples.ends, samples.longest
+    how = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": grouped}  # (-1, 0): causal
+    return varlen_attn(query, key, value, ends, ends, longest, longest, **how).unsqueeze(0), None
+
+
+@torch.compiler.disable  # the compiler would make other code for other lengths
+def attend_one_by_one(
+    kind: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float,
+    samples: Samples,
+) -> torch.Tensor:
+    """As `attend_by_sample`, with a kernel of its own for each sample."""
+    grouped, parts = query.shape[1] != key.shape[1], []
     for q, k, v in zip(*(x.split(samples.lengths, dim=2) for x in (query, key, value)), strict=True):
         if kind == "eager":
             later = torch.full((q.shape[2],) * 2, torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
@@ -106,7 +120,7 @@ def attend_by_sample(
         else:
             part = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
             parts.append(part.transpose(1, 2))
-    return torch.cat(parts, dim=1), None
+    return torch.cat(parts, dim=1)
 
 
 def bind_samples(model: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -1,5 +1,7 @@
 """Compiles the layers of a model with torch's compiler (`--compile`)."""
 
+import functools
+
 import parallel
 import torch
 
@@ -10,7 +12,9 @@ def compile_layers(flags: Flags, model: torch.nn.Module) -> None:
     """Lets torch compile each layer at its first use. All layers share the code, for any number of tokens.
 
     Compiled code does what is not a matrix product in a few passes over memory. Compiling a layer takes seconds;
-    compiling the whole model takes longer the more layers it has. Attention sample by sample is not compiled.
+    compiling the whole model takes longer the more layers it has. Attention sample by sample is not compiled. The
+    collectives of tensor parallelism are part of the compiled code. With --recompute the backward pass runs the
+    compiled forward pass again.
     """
     if not flags.compile:
         return
@@ -24,4 +28,8 @@ def compile_layers(flags: Flags, model: torch.nn.Module) -> None:
         for layer in layers:
             set_leaf(layer, True)  # gathers a layer's weights at once: hooks inside would cut the code apart
     for layer in layers:
+        recomputes, layer.gradient_checkpointing = layer.gradient_checkpointing, False
         layer.forward = torch.compile(layer.forward, dynamic=True)
+        if recomputes:
+            # Around the compiled code: within it no attention could be left out.
+            layer.forward = functools.partial(layer._gradient_checkpointing_func, layer.forward)

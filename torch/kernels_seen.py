@@ -32,7 +32,8 @@ class Witness(TorchDispatchMode):
 def watch(model: torch.nn.Module, check: Callable[[set[str], set[str], set[str]], None]) -> None:
     """Calls `check` with the weights' dtypes, the matrix products' and the attention kernels of the first forward pass.
 
-    The first step pays for it. That pass runs without --compile: kernels of compiled code cannot be seen.
+    The first step pays for it. That pass runs without --compile: kernels of compiled code cannot be seen. So does the
+    backward pass that follows, since with --recompute it must repeat what the forward pass has run.
     """
     witness = Witness()
 
@@ -42,10 +43,14 @@ def watch(model: torch.nn.Module, check: Callable[[set[str], set[str], set[str]]
 
     def end(*_: Any) -> None:
         witness.__exit__(None, None, None)
-        torch.compiler.set_stance("default")
         for hook in hooks:
             hook.remove()
+        hooks[:] = [model.register_forward_pre_hook(compile_from_now_on)]
         check({name_of(p.dtype) for p in model.parameters()}, witness.matmuls, witness.attention)
+
+    def compile_from_now_on(*_: Any) -> None:
+        torch.compiler.set_stance("default")
+        hooks.pop().remove()
 
     hooks = [model.register_forward_pre_hook(begin), model.register_forward_hook(end)]
 

@@ -319,8 +319,6 @@ def parse_flags(
     options["padding_free"] |= options["packing"] > 0
     if options["head"] == "labels" and options["mp"] > 1:
         raise BadInput("--head labels with --mp: not combined here; use --head all, or --mp 1")
-    if options["compile"] and not goes_with_compile(options):
-        raise BadInput("--compile with --mp or --recompute: not combined here; use --no-compile")
     gpus = len(visible_accelerators())
     options["plan"] |= options["sweep"]
     if options["plan"]:
@@ -435,13 +433,8 @@ def tuned(options: dict, framework: str | None) -> dict:
     compiles = framework is None or FRAMEWORKS[framework].compiles
     left_out = {"order"} if options["packing"] else set()
     left_out |= {"head"} if options["mp"] > 1 else set()
-    left_out |= {"compile"} if not compiles or not goes_with_compile(options) else set()
+    left_out |= set() if compiles else {"compile"}
     return {name: value for name, value in TUNED.items() if name not in left_out}
-
-
-def goes_with_compile(options: dict) -> bool:
-    """Whether the layers can be compiled: only whole layers whose forward pass runs once."""
-    return options["mp"] == 1 and not options["recompute"]
 
 
 def in_words(options: dict) -> str:

@@ -1,6 +1,7 @@
 """The same result with less work: no padding, packing, losses at labels alone, leaner kernels, and --tuned."""
 
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def test_same_curves(alone, short, tmp_path, framework, family, method, flags):
 def test_same_curves_on_two_processes(alone, short, tmp_path, framework, method, split):
     fast = train(framework, method, tmp_path / "r.json", "--model=llama-tiny", *short, *IN_ORDER, *split)
     same_curves(fast, alone(framework, "llama", method))
-    assert fast.setup.compile == (framework == "torch" and split != ["--mp=2"])
+    assert fast.setup.compile == (framework == "torch")
 
 
 @pytest.mark.frameworks
@@ -149,6 +150,107 @@ def test_the_layers_are_compiled(script, tmp_path, padding_free):
     assert compiled.detach().numpy() == pytest.approx(plain.detach().numpy(), abs=1e-5)
 
 
+@pytest.mark.skipif(HERE != "torch", reason="Paddle has no compiler for CPUs")
+def test_recomputation_runs_the_compiled_code(script):
+    """Also in the first pass, which is not compiled: its backward pass repeats what the forward pass has run."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    flags, checkpoint, _, world = script["JOB"]
+    flags = flags.model_copy(update={"recompute": True, "padding_free": True, "attention": "sdpa"})
+    group = script["parallel"].join(flags, world)
+    inputs, _ = script["to_device"](flags, end_to_end([9, 6]), group.device)
+    gradients = []
+    for compiled in (False, True):
+        model = script["build_model"](flags.model_copy(update={"compile": compiled}), checkpoint, group)
+        script["kernels_seen"].watch(model, lambda *_: None)
+        counters.clear()
+        graphs = []
+        for _ in range(3):
+            model.zero_grad()
+            loss = model(**inputs).logits.square().mean()
+            graphs.append(counters["stats"]["unique_graphs"])
+            loss.backward()
+            assert counters["stats"]["unique_graphs"] == graphs[-1], "recomputation compiles nothing of its own"
+            gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        assert graphs[0] == 0
+        assert (graphs[1] > 0) == compiled
+        assert graphs[2] == graphs[1]
+    for each in gradients[1:]:
+        for one, other in zip(each, gradients[0], strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def let_varlen_attn_run_on_cpus():
+    """Gives the operators of torch's varlen_attn a kernel for CPUs, which takes the samples by turns."""
+    import torch
+    from torch.nn.attention import varlen
+
+    def by_sample(ends, *tensors):
+        """Each sample's part of tensors (tokens, heads, head size): (1, heads, length, head size)."""
+        for first, last in itertools.pairwise(ends.tolist()):
+            yield [tensor[first:last].transpose(0, 1).unsqueeze(0) for tensor in tensors]
+
+    def forward(query, key, value, ends, _ends, _longest_query, _longest_key, is_causal, scale, *_):
+        output, sums = torch.empty_like(query), []
+        for *parts, into in by_sample(ends, query, key, value, output):
+            part, of_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *parts, 0.0, is_causal, scale=scale
+            )
+            into.copy_(part)
+            sums.append(of_part[0])
+        return output, torch.cat(sums, dim=1), torch.zeros(2, dtype=torch.uint64)
+
+    def backward(gradient, query, key, value, output, sums, ends, _ends, _query, _key, is_causal, _rng, scale, *_):
+        gradients = [torch.empty_like(each) for each in (query, key, value)]
+        parts = by_sample(ends, gradient, query, key, value, output, *gradients)
+        for (*part, into_query, into_key, into_value), (first, last) in zip(
+            parts, itertools.pairwise(ends.tolist()), strict=True
+        ):
+            of_part = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *part, sums[None, :, first:last], 0.0, is_causal, scale=scale
+            )
+            for into, values in zip((into_query, into_key, into_value), of_part, strict=True):
+                into.copy_(values)
+        return tuple(gradients)
+
+    varlen._varlen_attn.register_kernel("cpu")(forward)
+    varlen._varlen_attn_backward.register_kernel("cpu")(backward)
+
+
+@pytest.mark.skipif(HERE != "torch", reason="varlen_attn is torch's")
+def test_varlen_attn_is_part_of_the_compiled_code(script):
+    """torch's own kernels of it are for GPUs."""
+    import torch
+    from torch._dynamo.utils import counters
+
+    let_varlen_attn_run_on_cpus()
+    flags, checkpoint, _, world = script["JOB"]
+    kind = {"padding_free": True, "attention": "sdpa", "dtype": "bf16", "amp": "O1", "compile": True}
+    flags = flags.model_copy(update=kind)
+    group = script["parallel"].join(flags, world)
+    model = script["build_model"](flags, checkpoint, group)
+
+    def results(lengths, at_once):
+        inputs, _ = script["to_device"](flags, end_to_end(lengths), group.device)
+        if at_once:  # as on a GPU
+            inputs["samples"].ends = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+        model.zero_grad()
+        logits = model(**inputs).logits.float()
+        logits.square().mean().backward()
+        return [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+    counters.clear()
+    for lengths in ([9, 6], [4, 5, 3], [12], [2, 2, 2, 2, 9]):
+        compiled = results(lengths, at_once=True)
+        assert counters["stats"]["unique_graphs"] == 1, "the whole layer, for all layers and lengths"
+        assert not counters["graph_break"]
+        with torch.compiler.set_stance("force_eager"):
+            plain = results(lengths, at_once=False)
+        for one, other in zip(compiled, plain, strict=True):
+            assert (one - other).norm() < 0.02 * other.norm()
+
+
 @pytest.mark.skipif(HERE != "paddle", reason="flashmask is Paddle's")
 def test_flashmask_hides_what_is_of_other_samples(script):
     """The indices for flashmask have their documented meaning, and it accepts them up to a check for GPUs."""
@@ -198,5 +300,4 @@ def test_tuned_is_a_set_of_public_flags():
     assert parse_flags("full", [*arguments, "--tuned", "--packing=999"]).order == "plan"
     assert parse_flags("full", [*arguments, "--tuned", "--mp=2"]).head == "all"
     assert not parse_flags("full", [*arguments, "--tuned"], framework="paddle").compile
-    assert not parse_flags("full", [*arguments, "--tuned", "--mp=2"]).compile
-    assert not parse_flags("full", [*arguments, "--tuned", "--recompute"]).compile
+    assert parse_flags("full", [*arguments, "--tuned", "--mp=2", "--recompute"]).compile

@@ -152,14 +152,7 @@ def setups(flags: Flags) -> Iterator[Flags]:
     ):
         replicas = nnodes * nproc // mp
         bsz = flags.bsz if "bsz" in flags.given else micro * passes * max(replicas, 1)
-        wrong = "compile" in flags.given and flags.compile and (mp > 1 or recompute)
-        wrong = (
-            wrong
-            or nproc % mp
-            or (zero and replicas < 2)
-            or (head == "labels" and mp > 1)
-            or bsz % (micro * replicas or 1)
-        )
+        wrong = nproc % mp or (zero and replicas < 2) or (head == "labels" and mp > 1) or bsz % (micro * replicas or 1)
         if wrong:
             continue
         yield flags.model_copy(
@@ -174,7 +167,6 @@ def setups(flags: Flags) -> Iterator[Flags]:
                 "head": head,
                 "micro_bsz": micro,
                 "bsz": bsz,
-                "compile": flags.compile and mp == 1 and not recompute,
             }
         )
 
