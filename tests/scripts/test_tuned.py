@@ -35,7 +35,7 @@ def same_curves(fast, plain):
         *((framework, "qwen2", "full", IN_ORDER) for framework in ("torch", "paddle")),
         *((framework, "llama-3.2-1b", "full", IN_ORDER) for framework in ("torch", "paddle")),
         ("torch", "bloom", "full", IN_ORDER),
-        ("torch", "chatglm2", "full", IN_ORDER),
+        ("torch", "chatglm2", "full", [*IN_ORDER, "--recompute"]),
         ("paddle", "bloom", "full", ["--head=labels", "--keep-memory"]),
         ("torch", "llama", "full", ["--padding-free"]),
         ("torch", "qwen2", "full", ["--padding-free", "--attention=flash"]),
@@ -47,7 +47,7 @@ def test_same_curves(alone, short, tmp_path, framework, family, method, flags):
     plain = alone(framework, family, method)
     fast = train(framework, method, tmp_path / "r.json", f"--model={family}-tiny", *short, *flags)
     same_curves(fast, plain)
-    assert fast.setup.compile == (framework == "torch" and flags == IN_ORDER)
+    assert fast.setup.compile == (framework == "torch" and "--tuned" in flags)
     if fast.setup.padding_free:
         assert fast.steps.padded_tokens == fast.steps.effective_tokens < plain.steps.padded_tokens
 
@@ -60,7 +60,7 @@ def test_same_curves(alone, short, tmp_path, framework, family, method, flags):
         ("full", ["--zero=3", "--micro-bsz=2"]),
         ("lora", ["--zero=3"]),
         ("full", ["--nproc=2"]),
-        ("full", ["--mp=2"]),
+        ("full", ["--mp=2", "--recompute"]),
         ("full", ["--zero=2", "--micro-bsz=2"]),
     ],
 )
@@ -160,6 +160,7 @@ def test_recomputation_runs_the_compiled_code(script):
     flags = flags.model_copy(update={"recompute": True, "padding_free": True, "attention": "sdpa"})
     group = script["parallel"].join(flags, world)
     inputs, _ = script["to_device"](flags, end_to_end([9, 6]), group.device)
+    torch._dynamo.reset()  # of other tests
     gradients = []
     for compiled in (False, True):
         model = script["build_model"](flags.model_copy(update={"compile": compiled}), checkpoint, group)
@@ -240,6 +241,7 @@ def test_varlen_attn_is_part_of_the_compiled_code(script):
         logits.square().mean().backward()
         return [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
 
+    torch._dynamo.reset()  # of other tests
     counters.clear()
     for lengths in ([9, 6], [4, 5, 3], [12], [2, 2, 2, 2, 9]):
         compiled = results(lengths, at_once=True)
@@ -248,7 +250,7 @@ def test_varlen_attn_is_part_of_the_compiled_code(script):
         with torch.compiler.set_stance("force_eager"):
             plain = results(lengths, at_once=False)
         for one, other in zip(compiled, plain, strict=True):
-            assert (one - other).norm() < 0.02 * other.norm()
+            assert (one - other).norm() < 0.05 * other.norm(), "but for bfloat16's rounding"
 
 
 @pytest.mark.skipif(HERE != "paddle", reason="flashmask is Paddle's")
