@@ -36,12 +36,13 @@ import tokenizer as tokenizers_of
 
 from tunebench import processes
 from tunebench.checkout import read_git
+from tunebench.digest import digest_of
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder
 from tunebench.flags import Parser, positive
 from tunebench.hardware import read_hardware
 from tunebench.models.presets import PRESETS
-from tunebench.record import Record, digest_of, read_record
+from tunebench.record import Record, read_record
 from tunebench.report.growth import Growth, GrowthTable, write_growth
 from tunebench.report.markdown import measured_on, revision_of
 from tunebench.report.stats import ratio_interval

@@ -61,7 +61,7 @@ class Cell:
 
 def disturbed_by(records: Iterable[Record]) -> str | None:
     """What disturbed the most disturbed of these runs, in words; None where no run was disturbed."""
-    found = [(*record.disturbance, record.framework) for record in records if record.disturbance and record.disturbed]
+    found = [(*record.disturbance, record.framework) for record in records if record.disturbed and record.disturbance]
     return "{2}: {1}".format(*max(found)) if found else None
 
 

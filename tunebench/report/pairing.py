@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from tunebench.record import Record
 from tunebench.report.cells import Cell, cells_of, disturbed_by
 from tunebench.report.identity import differences, group_of, place_of
+from tunebench.report.load import without_collector
 from tunebench.report.parity import disagreement, relative
 from tunebench.report.remarks import on_what, remarks_of_rounds, remarks_of_side, runner_up
 from tunebench.report.rounds import (
@@ -24,7 +25,7 @@ from tunebench.report.rounds import (
     pair_rounds,
     versus_of,
 )
-from tunebench.report.stats import Noise, pooled_noise, rounds_to_tell, spread
+from tunebench.report.stats import Noise, pooled_noise, rounds_to_tell, spread, standard_deviation
 
 LIKE_FOR_LIKE, BEST_OF_EACH = "like for like", "best of each"
 MINUTES_APART = 2  # from here on a row says how far apart its sides ran
@@ -139,6 +140,7 @@ def join(records: list[Record]) -> list[Row]:
     return [joined.row for joined in join_cells(records)]
 
 
+@without_collector()
 def join_cells(records: list[Record]) -> list[Joined]:
     """The rows of `join`, each with what it was made of."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
@@ -149,6 +151,7 @@ def join_cells(records: list[Record]) -> list[Joined]:
     near, noises = in_one_series(records), noise_by_machine(against_itself(records))
     for group in sorted(groups, key=place_of):
         cells = {framework: cells_of(members) for framework, members in groups[group].items()}
+        same_work = {framework: _by(members, "work") for framework, members in cells.items()}
         pairs = _pairs(**cells, near=near)
         members = [[cell for cell in pair if cell] for _, *pair in pairs]
         headings = [(pair[0] == BEST_OF_EACH, sides[0].setup) for pair, sides in zip(pairs, members, strict=True)]
@@ -158,7 +161,7 @@ def join_cells(records: list[Record]) -> list[Joined]:
             noise = noises.get(sides[0].first.hardware.place)
             # A/A runs are next to each other. The sides of a row "best of each" are not, so their noise is unknown.
             if compared == BEST_OF_EACH:
-                lines = [row.note, *(runner_up(cell, cells[cell.first.framework], near) for cell in sides)]
+                lines = [row.note, *(runner_up(cell, same_work[cell.first.framework][cell.work], near) for cell in sides)]
                 row = replace(row, note="; ".join(filter(None, lines)) or None)
             elif noise and row.rounds:
                 row = replace(row, noise=noise.worth(row.rounds))
@@ -299,7 +302,7 @@ def _row(
         notes += [f"conditions not recorded ({' and '.join(unknown)})"] * bool(unknown)
     notes += [on_what(cell.first) for cell in sides if cell.rate and told_apart][:1]
     ratios = rounds.log_ratios
-    round_noise = statistics.stdev(ratios) if len(ratios) > 1 else None
+    round_noise = standard_deviation(ratios) if len(ratios) > 1 else None
     row = Row(
         family=family,
         model=model,
@@ -365,12 +368,12 @@ def _is_one_training(a: Cell, b: Cell, near: Near) -> bool:
 def _side(framework: str, cell: Cell | None, rates: list[float]) -> dict[str, Any]:
     """The fields of a row for one side. `rates` are those of the complete rounds."""
     rates = rates or (cell.rates if cell else [])
-    taken = [record.disturbance[0] for record in (cell.records if cell else []) if record.disturbance]
+    taken = [record.share_taken for record in (cell.records if cell else [])]
     return {
         f"{framework}_setup": cell.setup if cell else None,
         f"{framework}_status": cell.first.status if cell else None,
         f"{framework}_effective_tokens_per_second": statistics.geometric_mean(rates) if rates else None,
         f"{framework}_spread": spread(rates),
         f"{framework}_runs": len(cell.records) if cell else 0,
-        f"{framework}_disturbance": max(taken, default=None),
+        f"{framework}_disturbance": max((share for share in taken if share is not None), default=None),
     }

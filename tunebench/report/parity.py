@@ -23,6 +23,9 @@ TOLERANCES = {
 }
 
 
+LEAST = 1e-12  # a value is divided by at least this
+
+
 def parity(paddle: Record, torch: Record) -> float:
     """The largest relative difference of two loss curves at any step."""
     return max(relative("loss", paddle, torch))
@@ -70,4 +73,4 @@ def _limited(paddle: Record, torch: Record) -> Iterator[tuple[str, list[float], 
 def relative(curve: str, paddle: Record, torch: Record) -> list[float]:
     """The relative difference of a curve at each step; 0 at steps that one side skipped."""
     steps = zip(getattr(paddle.steps, curve), getattr(torch.steps, curve), strict=True)
-    return [0.0 if a is None or b is None else abs(a - b) / max(abs(b), 1e-12) for a, b in steps]
+    return [0.0 if a is None or b is None else abs(a - b) / (abs(b) if abs(b) > LEAST else LEAST) for a, b in steps]
