@@ -66,6 +66,8 @@ def load_files(
                 except BadInput as fault:
                     broken[i] = str(fault)
                     del records[i]
+    if helped:
+        gc.freeze()  # the next collection would scan all records too, which takes longer than to parse a tenth of them
     by_start = sorted((records[i] for i in sorted(records)), key=lambda record: record.started_at)
     return by_start, [broken[i] for i in sorted(broken)]
 

@@ -12,7 +12,7 @@ from tunebench.record import Record
 from tunebench.report.cells import Cell, cells_of, disturbed_by
 from tunebench.report.identity import differences, group_of, place_of
 from tunebench.report.load import without_collector
-from tunebench.report.parity import disagreement, relative
+from tunebench.report.parity import disagreement
 from tunebench.report.remarks import on_what, remarks_of_rounds, remarks_of_side, runner_up
 from tunebench.report.rounds import (
     APART,
@@ -25,7 +25,7 @@ from tunebench.report.rounds import (
     pair_rounds,
     versus_of,
 )
-from tunebench.report.stats import Noise, pooled_noise, rounds_to_tell, spread, standard_deviation
+from tunebench.report.stats import Noise, pooled_noise, rounds_to_tell, spread
 
 LIKE_FOR_LIKE, BEST_OF_EACH = "like for like", "best of each"
 MINUTES_APART = 2  # from here on a row says how far apart its sides ran
@@ -124,7 +124,7 @@ class Comparison(NamedTuple):
     note: str | None
 
 
-class Apart(NamedTuple):
+class Parity(NamedTuple):
     """The fields of `Row` that say how far apart the curves of two sides are."""
 
     parity: float | None = None
@@ -285,10 +285,10 @@ def _row(
 ) -> tuple[Row, Rounds]:
     family, model, method, devices, bsz = group
     refusal = note = None
-    rounds, apart = Rounds([], 0), Apart()
+    rounds, parity = Rounds([], 0), Parity()
     if paddle and torch and paddle.rate and torch.rate:
         rounds, refusal, note = compare(paddle, torch, near if compared == BEST_OF_EACH else beside)
-        apart = _apart(rounds)
+        parity = _parity(rounds)
     sides = [cell for cell in (paddle, torch) if cell]
     notes = [note, *remarks_of_rounds(rounds)]
     minutes = max(itertools.starmap(minutes_apart, rounds.pairs), default=0)
@@ -302,7 +302,7 @@ def _row(
         notes += [f"conditions not recorded ({' and '.join(unknown)})"] * bool(unknown)
     notes += [on_what(cell.first) for cell in sides if cell.rate and told_apart][:1]
     ratios = rounds.log_ratios
-    round_noise = standard_deviation(ratios) if len(ratios) > 1 else None
+    round_noise = rounds.deviation
     row = Row(
         family=family,
         model=model,
@@ -323,7 +323,7 @@ def _row(
         log_ratios=tuple(ratios),
         until=rounds.until,
         rounds_for_5=rounds_to_tell(round_noise) if round_noise is not None and not refusal else None,
-        **apart._asdict(),
+        **parity._asdict(),
     )
     return row, rounds
 
@@ -331,7 +331,7 @@ def _row(
 def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str | None]:
     """Why two cells of the same work have no speedup, in a few words and in full. None where they have one."""
     sides = zip(*rounds.pairs, strict=True) if rounds.pairs else [cell.records for cell in (paddle, torch)]
-    disturbed = "; ".join(filter(None, map(disturbed_by, sides)))
+    disturbed = "; ".join(filter(None, map(disturbed_by, sides))) if paddle.disturbed or torch.disturbed else ""
     if not rounds.pairs and not disturbed:
         plans = [{record.plan.sha256 for record in cell.records if record.plan} for cell in (paddle, torch)]
         if not plans[0] & plans[1]:
@@ -341,22 +341,22 @@ def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str
             f"no complete round: the two sides of each started more than {APART / 60:g} minutes and {RUNS_APART} runs "
             "apart; run them beside each other"
         )
-    if fault := next(filter(None, itertools.starmap(disagreement, rounds.pairs)), None):
+    faults = (disagreement(*pair, apart) for pair, apart in zip(rounds.pairs, rounds.apart, strict=True))
+    if fault := next(filter(None, faults), None):
         return ("models differ" if fault.startswith("model.") else "losses differ"), fault
     if disturbed:
         return f"disturbed: {disturbed}", "disturbed rounds say nothing: run_all.sh measures them again"
     return None, None
 
 
-def _apart(rounds: Rounds) -> Apart:
+def _parity(rounds: Rounds) -> Parity:
     """The largest relative differences between the two sides of any round."""
     if not rounds.pairs:
-        return Apart()
-    curves = [[relative(curve, *pair) for curve in ("loss", "grad_norm")] for pair in rounds.pairs]
-    return Apart(
-        parity=max(max(loss) for loss, _ in curves),
-        parity_first=max(loss[0] for loss, _ in curves),
-        parity_norm=max(max(norm) for _, norm in curves),
+        return Parity()
+    return Parity(
+        parity=max(max(apart.loss) for apart in rounds.apart),
+        parity_first=max(apart.loss[0] for apart in rounds.apart),
+        parity_norm=max(max(apart.grad_norm) for apart in rounds.apart),
     )
 
 
@@ -368,12 +368,11 @@ def _is_one_training(a: Cell, b: Cell, near: Near) -> bool:
 def _side(framework: str, cell: Cell | None, rates: list[float]) -> dict[str, Any]:
     """The fields of a row for one side. `rates` are those of the complete rounds."""
     rates = rates or (cell.rates if cell else [])
-    taken = [record.share_taken for record in (cell.records if cell else [])]
     return {
         f"{framework}_setup": cell.setup if cell else None,
         f"{framework}_status": cell.first.status if cell else None,
         f"{framework}_effective_tokens_per_second": statistics.geometric_mean(rates) if rates else None,
         f"{framework}_spread": spread(rates),
         f"{framework}_runs": len(cell.records) if cell else 0,
-        f"{framework}_disturbance": max((share for share in taken if share is not None), default=None),
+        f"{framework}_disturbance": max(cell.shares_taken, default=None) if cell else None,
     }

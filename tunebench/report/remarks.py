@@ -81,11 +81,9 @@ def remarks_of_side(cell: Cell) -> list[str]:
     if change := drift_of(cell.records):
         remarks.append(drift_in_words(change))
     known = [record.conditions for record in cell.records if record.conditions]
-    taken = [(record.share_taken or 0.0, record) for record in cell.records]
-    worst = max(share for share, _ in taken)
-    if MARKED <= worst < DISTURBED:
-        words = max(record.disturbance[1] for share, record in taken if share == worst and record.disturbance)
-        remarks.append(f"was marked: {words}")
+    if MARKED <= (worst := max(cell.shares_taken, default=0.0)) < DISTURBED:
+        marked = (record.disturbance for record in cell.records if record.share_taken == worst)
+        remarks.append(f"was marked: {max(each[1] for each in marked if each)}")
     remarks += dict.fromkeys(remark for conditions in known for remark in conditions.remarks())
     if known and (seconds := min(conditions.seconds for conditions in known)) < LEAST_SECONDS:
         remarks.append(f"was timed for {seconds:.1f} s alone, and {LEAST_SECONDS:g} s tell what others took")

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from tunebench.record import Record
-from tunebench.report.stats import PLAIN, WIDENED, log_ratios, ratio_interval
+from tunebench.report.parity import Apart, how_far_apart
+from tunebench.report.stats import PLAIN, WIDENED, interval_of, log_ratios, standard_deviation
 
 # The starts of a round's sides are at most this many seconds apart, or this many times the longer run.
 APART, RUNS_APART = 120.0, 3
@@ -47,7 +48,17 @@ class Rounds:
 
         It is wider where the number of rounds was chosen by it.
         """
-        return ratio_interval(*self.rates, WIDENED if self.until else PLAIN)
+        return interval_of(self.log_ratios, self.deviation, WIDENED if self.until else PLAIN)
+
+    @functools.cached_property
+    def deviation(self) -> float | None:
+        """The standard deviation of `log_ratios`; None with fewer than two."""
+        return standard_deviation(self.log_ratios) if len(self.pairs) > 1 else None
+
+    @functools.cached_property
+    def apart(self) -> list[Apart]:
+        """How far apart the curves of both sides are, for each round."""
+        return list(itertools.starmap(how_far_apart, self.pairs))
 
     @functools.cached_property
     def until(self) -> float | None:
@@ -83,7 +94,8 @@ def pair_rounds(ours: Sequence[Record], theirs: Sequence[Record], near: Near) ->
 
 def beside(a: Record, b: Record) -> bool:
     """Whether two runs started so close to each other that the machine's drift between them is negligible."""
-    return abs(_start(a) - _start(b)) <= max(APART, RUNS_APART * max(_seconds(a), _seconds(b)))
+    apart = abs(_start(a) - _start(b))
+    return apart <= APART or apart <= RUNS_APART * max(_seconds(a), _seconds(b))
 
 
 def minutes_apart(a: Record, b: Record) -> float:
@@ -98,7 +110,7 @@ def started_lately(record: Record) -> bool:
 
 def in_one_series(records: Iterable[Record]) -> Near:
     """A function that says whether two runs belong to one series: no long pause of the machine lies between them."""
-    series: dict[tuple[str, str, str], int] = {}
+    series: dict[tuple[str, ...], int] = {}
     number = itertools.count()
     by_machine: dict[str, list[Record]] = defaultdict(list)
     for record in records:
@@ -167,5 +179,5 @@ def _seconds(record: Record) -> float:
     return (record.setup_seconds or 0.0) + sum(record.steps.seconds if record.steps else [])
 
 
-def _name(record: Record) -> tuple[str, str, str]:
-    return record.hardware.place, record.started_at, " ".join(record.argv)
+def _name(record: Record) -> tuple[str, ...]:
+    return record.hardware.place, record.started_at, *record.argv

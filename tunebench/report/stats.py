@@ -1,5 +1,6 @@
 """Statistics of repeated measurements: intervals of ratios, spread, noise, outlying rounds, drift."""
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -31,10 +32,16 @@ def ratio_interval(
     `ours[k]` and `theirs[k]` are a round's rates. None with fewer than two rounds.
     """
     ratios = log_ratios(ours, theirs)
-    margin = margin_of(ratios, quantile)
-    if margin is None:
+    return interval_of(ratios, standard_deviation(ratios) if len(ratios) > 1 else None, quantile)
+
+
+def interval_of(
+    ratios: Sequence[float], deviation: float | None, quantile: float = PLAIN
+) -> tuple[float, float] | None:
+    """`ratio_interval` of log ratios, from their standard deviation. None where there is none."""
+    if deviation is None:
         return None
-    mean = statistics.fmean(ratios)
+    mean, margin = statistics.fmean(ratios), _margin(len(ratios), deviation, quantile)
     return _expm1(mean - margin), _expm1(mean + margin)
 
 
@@ -57,9 +64,7 @@ def mean_interval(mean: float, deviation: float, runs: int) -> tuple[float, floa
 
 def margin_of(ratios: Sequence[float], quantile: float = PLAIN) -> float | None:
     """Half the width of the interval of log ratios; None with fewer than two."""
-    if len(ratios) < 2:
-        return None
-    return _t(len(ratios) - 1, quantile) * standard_deviation(ratios) / math.sqrt(len(ratios))
+    return _margin(len(ratios), standard_deviation(ratios), quantile) if len(ratios) > 1 else None
 
 
 def is_narrow(ratios: Sequence[float], target: float) -> bool:
@@ -179,7 +184,7 @@ def drift(runs: Sequence[Sequence[float]]) -> float | None:
     half = len(runs[0]) // 2
     if half < 2:
         return None
-    means = [statistics.fmean(map(math.log, seconds)) for seconds in zip(*runs, strict=True)]
+    means = [math.fsum(map(math.log, seconds)) / len(runs) for seconds in zip(*runs, strict=True)]
     ratios = [later - first for first, later in zip(means[:half], means[len(means) - half :], strict=True)]
     change = statistics.fmean(ratios)
     if abs(_expm1(change)) < DRIFT:
@@ -209,8 +214,9 @@ def has_paired_halves(record: Record) -> bool:
     if record.steps is None:
         return False
     steps, half = record.steps, (len(record.steps.seconds) - record.timed_from) // 2
-    counts = list(zip(steps.effective_tokens, steps.padded_tokens, steps.label_tokens, strict=True))
-    return half > 0 and counts[record.timed_from :][:half] == counts[-half:]
+    counts = (steps.effective_tokens, steps.padded_tokens, steps.label_tokens)
+    first = slice(record.timed_from, record.timed_from + half)
+    return half > 0 and all(count[first] == count[-half:] for count in counts)
 
 
 def drift_in_words(change: float) -> str:
@@ -221,6 +227,11 @@ def drift_in_words(change: float) -> str:
     return f"{what}: steps took {change:+.0%} in the second half of the timed ones; {advice}"
 
 
+def _margin(rounds: int, deviation: float, quantile: float) -> float:
+    return _t(rounds - 1, quantile) * deviation / math.sqrt(rounds)
+
+
+@functools.lru_cache(maxsize=1024)
 def _t(freedom: int, quantile: float) -> float:
     return float(special.stdtrit(freedom, quantile))
 

@@ -262,7 +262,7 @@ def _add_cells(joined: list[Joined], near: Near, content: Content, words: Words)
                     for index, record in zip(runs, cell.records, strict=True)
                 ],
                 "timed": bool(cell.rate),
-                "taken": max((r.share_taken for r in cell.records if r.share_taken is not None), default=None),
+                "taken": max(cell.shares_taken, default=None),
                 "padding": padding_share(cell.records),
                 "memory": [words.translated(column.text(memory)) for column in MEMORY_COLUMNS[-4:]],
                 "reasons": list(dict.fromkeys(f"{r.status}: {r.reason}" for r in cell.records if r.status != "ok")),
