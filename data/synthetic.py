@@ -25,7 +25,7 @@ PIECES = r"[0-9]|[\u4e00-\u9fff]|\n+| ?[^\W\d_\u4e00-\u9fff]+| ?[^\s\w]+|\s"
 RESPONSE_LIMIT = 384  # tokens; one EOS comes on top
 _pieces = re.compile(PIECES).findall
 LONG_TEXT = 25  # characters from which on `_count_ascii` is faster than the pattern
-# The kind of each ASCII character: d(igit), l(etter), n(ewline), s(pace), b(lank of another kind), m(ark), _ in no piece.
+# The kind of each ASCII character: d(igit), l(etter), n(ewline), s(pace), b(lank of another kind), m(ark), _ (none).
 _KIND_PATTERNS = {"d": "[0-9]", "l": r"[^\W\d_]", "n": "\n", "s": " ", "b": r"\s", "m": r"[^\s\w]", "_": "."}
 _KINDS = "".join(
     next(kind for kind, pattern in _KIND_PATTERNS.items() if re.fullmatch(pattern, chr(code))) for code in range(128)

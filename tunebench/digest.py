@@ -5,7 +5,9 @@ python -P -m tunebench.digest < PATHS    (separated by NUL bytes; a line for eac
 
 import hashlib
 import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from pydantic_core import from_json
@@ -16,11 +18,10 @@ def digest_of(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def digest_in(path: bytes) -> str:
+def digest_in(path: Path) -> str:
     """The digest of the content of a record file; empty where the file cannot be read or holds no object."""
     try:
-        with open(path, "rb") as file:
-            content = from_json(file.read())
+        content = from_json(path.read_bytes())
     except (OSError, ValueError):
         return ""
     if not isinstance(content, dict):
@@ -30,4 +31,5 @@ def digest_in(path: bytes) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.writelines(f"{digest_in(path)}\n" for path in sys.stdin.buffer.read().split(b"\0"))
+    paths = map(os.fsdecode, sys.stdin.buffer.read().split(b"\0"))
+    sys.stdout.writelines(f"{digest_in(Path(path))}\n" for path in paths)

@@ -326,7 +326,6 @@ def _file_key(path: Path) -> str:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from None
 
 
-
 def _read(path: Path, what: str, names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         with safe_open(path, framework="numpy") as file:

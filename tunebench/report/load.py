@@ -107,7 +107,7 @@ def digests_beside(files: list[Path]) -> Iterator[Callable[[], dict[Path, str]] 
 
 def _helper(files: list[Path], ended: contextlib.ExitStack) -> tuple[subprocess.Popen, IO[bytes]]:
     """A process that computes the digests of `files`, and its output. `ended` ends it."""
-    given, output = (ended.enter_context(open(os.memfd_create(name), "w+b")) for name in ("paths", "digests"))
+    given, output = (ended.enter_context(os.fdopen(os.memfd_create(name), "w+b")) for name in ("paths", "digests"))
     given.write(b"\0".join(map(os.fsencode, files)))
     given.seek(0)
     command = [sys.executable, "-P", "-m", "tunebench.digest"]
@@ -131,15 +131,12 @@ def record_files(path: Path) -> list[Path]:
         if path == results_folder():
             return []
         raise BadInput(f"{path}: no such file or folder; name record files or folders of them")
-    found: list[list[str]] = []
+    found: list[tuple[str, str]] = []
     for folder, folders, files in os.walk(path):  # twice as fast as Path.rglob
         folders[:] = [name for name in folders if not is_left_out(name)]
-        found += [
-            [*folder.split(os.sep), name]
-            for name in (*folders, *files)
-            if name.endswith(".json") and not is_left_out(name)
-        ]
-    return [Path(os.sep.join(parts)) for parts in sorted(found)]
+        found += [(folder, name) for name in (*folders, *files) if name.endswith(".json") and not is_left_out(name)]
+    # In the order of their parts, as paths are sorted: a separator comes before all other characters.
+    return [Path(*each) for each in sorted(found, key=lambda each: "/".join(each).replace("/", "\0"))]
 
 
 def is_left_out(name: str) -> bool:

@@ -161,7 +161,10 @@ def join_cells(records: list[Record]) -> list[Joined]:
             noise = noises.get(sides[0].first.hardware.place)
             # A/A runs are next to each other. The sides of a row "best of each" are not, so their noise is unknown.
             if compared == BEST_OF_EACH:
-                lines = [row.note, *(runner_up(cell, same_work[cell.first.framework][cell.work], near) for cell in sides)]
+                lines = [
+                    row.note,
+                    *(runner_up(cell, same_work[cell.first.framework][cell.work], near) for cell in sides),
+                ]
                 row = replace(row, note="; ".join(filter(None, lines)) or None)
             elif noise and row.rounds:
                 row = replace(row, noise=noise.worth(row.rounds))
