@@ -112,8 +112,13 @@ def _helper(files: list[Path], ended: contextlib.ExitStack) -> tuple[subprocess.
     given.seek(0)
     command = [sys.executable, "-P", "-m", "tunebench.digest"]
     process = processes.start(command, stdin=given, stdout=output, stderr=subprocess.DEVNULL)
-    ended.callback(lambda: process.poll() is None and processes.end(process))
+    ended.callback(_end, process)
     return process, output
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        processes.end(process)
 
 
 def record_files(path: Path) -> list[Path]:

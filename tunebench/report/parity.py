@@ -48,12 +48,13 @@ def disagreement(paddle: Record, torch: Record, apart: Apart | None = None) -> s
     ours, theirs = _skipped(paddle), _skipped(torch)
     if ours != theirs:
         return f"steps.grad_norm: the skipped steps differ: {ours or 'none'} ≠ {theirs or 'none'}"
-    for curve, found, limit in _limited(apart or how_far_apart(paddle, torch), TOLERANCES[paddle.setup.dtype]):
+    differences = apart or how_far_apart(paddle, torch)
+    for curve, found, limit in _limited(differences, TOLERANCES[paddle.setup.dtype]):
         if not max(found) <= limit:
             worst = found.index(max(found))
             values = [getattr(record.steps, curve)[worst] for record in (paddle, torch)]
-            where, apart = f"steps.{curve} of step {worst + 1}", f"{found[worst]:.1e} apart, allowed are {limit:g}"
-            return f"{where}: {values[0]:.8g} ≠ {values[1]:.8g}, {apart}"
+            where, words = f"steps.{curve} of step {worst + 1}", f"{found[worst]:.1e} apart, allowed are {limit:g}"
+            return f"{where}: {values[0]:.8g} ≠ {values[1]:.8g}, {words}"
     return None
 
 
