@@ -1,8 +1,9 @@
-"""Measures how cost grows with the model, the length of samples, processes, and the number of samples and records.
+"""Measures how cost grows with the model, the batch, the length of samples, processes, and the number of samples and
+records.
 
-python benchmarks/growth.py [--only model|length|processes|samples|records] [--rounds 3] [--samples 1000000] [--quick]
-                            [--method full|lora] [--model llama-tiny] [--tuned] [--steps 14] [--warmup-steps 8]
-                            [--out FILE]
+python benchmarks/growth.py [--only model|batch|length|processes|samples|records] [--rounds 3] [--samples 1000000]
+                            [--nproc 1 2 4] [--zero 2] [--method full|lora] [--model llama-tiny] [--tuned]
+                            [--steps 14] [--warmup-steps 8] [--quick] [--out FILE]
 
 It prints a Markdown table for each, on the CPU. × is the ratio to the first line of a series. A series ends with its
 exponent, a least-squares fit of the logarithms: 1 is linear.
@@ -36,12 +37,13 @@ import tokenizer as tokenizers_of
 
 from tunebench import processes
 from tunebench.checkout import read_git
+from tunebench.digest import digest_of
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder
 from tunebench.flags import Parser, positive
 from tunebench.hardware import read_hardware
 from tunebench.models.presets import PRESETS
-from tunebench.record import Record, digest_of, read_record
+from tunebench.record import Record, read_record
 from tunebench.report.growth import Growth, GrowthTable, write_growth
 from tunebench.report.markdown import measured_on, revision_of
 from tunebench.report.stats import ratio_interval
@@ -49,8 +51,9 @@ from tunebench.report.stats import ratio_interval
 FRAMEWORKS = ("torch", "paddle")
 MODELS = ("llama-tiny", "llama-13b-tiny", "llama-30b-tiny", "llama-65b-tiny")
 LENGTHS = (64, 128, 256, 512)  # tokens of a sample; prompt and response are cut to 640 together
-SPLITS = {"1": [], "2, ZeRO 2": ["--zero=2"], "2, ZeRO 3": ["--zero=3"]}
-TARGET = 0.8  # two processes should reach this share of one process's rate on the same cores
+BATCHES = (4, 8, 16, 32)  # samples of a step
+SPLITS = {"1": []} | {f"{nproc}, ZeRO {zero}": [f"--zero={zero}"] for nproc in (2, 4) for zero in (2, 3)}
+TARGET = 0.8  # several processes should reach this share of one process's rate on the same cores
 SETUPS = ({"mp": 4}, {"zero": 3}, {"zero": 2}, {"zero": 1}, {"mp": 2}, {})
 # Shapes of a set of records, with the rounds of a pair. None: a few pairs have all records.
 SHAPES = {"many rounds": None, "many cells in one group": 2, "many groups": 3}
@@ -84,6 +87,7 @@ print(json.dumps([*(b - a for a, b in zip(clock, clock[1:])), peak_resident_byte
 """
 
 Point = tuple[float, list[float]]  # a size and what it cost
+Setting = tuple[str, str]  # the processes and the size of a training
 
 
 def main() -> None:
@@ -92,7 +96,11 @@ def main() -> None:
     parser.add_argument("--only", choices=list(SERIES), help="one of them (default: all)")
     parser.add_argument("--rounds", type=positive, help="of training, in alternating order (default: 3, quick: 1)")
     parser.add_argument("--method", choices=["full", "lora"], default="full", help="what is trained (default: full)")
-    parser.add_argument("--model", choices=list(PRESETS), default="llama-tiny", help="by length and processes")
+    parser.add_argument("--model", choices=list(PRESETS), default="llama-tiny", help="by batch, length and processes")
+    parser.add_argument(
+        "--nproc", type=positive, nargs="+", help="processes that train by model and batch (default: 1 2 4, quick: 1 2)"
+    )
+    parser.add_argument("--zero", type=int, choices=range(4), default=2, help="stage of several processes (default: 2)")
     parser.add_argument("--tuned", action="store_true", help="train with --tuned")
     parser.add_argument("--steps", type=positive, help="of each training (default: 14, quick: 2)")
     parser.add_argument("--warmup-steps", type=positive, help="of these, not timed (default: 8, quick: 1)")
@@ -109,6 +117,9 @@ def main() -> None:
         raise BadInput(
             f"--warmup-steps {options.warmup_steps}: none of {options.steps} steps is left to time; use fewer"
         )
+    options.nproc = list(dict.fromkeys(options.nproc or ([1, 2] if options.quick else [1, 2, 4])))
+    if least := next((nproc for nproc in options.nproc if min(batches(options)) % nproc), None):
+        raise BadInput(f"--nproc {least}: batches have {min(batches(options))} samples or more; use a divisor of that")
     options.samples = options.samples or (1_000 if options.quick else 100_000)
     # An interrupt raises KeyboardInterrupt, so that the folder is removed.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -128,11 +139,18 @@ def main() -> None:
 
 
 def by_model(options: Namespace, folder: pathlib.Path) -> GrowthTable:
-    """Trains larger models on the same batches."""
-    settings = {model: [f"--model={model}"] for model in MODELS[: 2 if options.quick else None]}
-    records = train(settings, options, folder)
-    heading = f"Model size: {' to '.join((MODELS[0], list(settings)[-1]))}"
-    return table_of_training(heading, "Parameters", records, parameters)
+    """Trains larger models on the same batches, by each number of processes."""
+    models = MODELS[: 2 if options.quick else None]
+    flags = {model: [f"--model={model}", f"--bsz={min(batches(options))}"] for model in models}
+    records = train(split(flags, options), options, folder)
+    return table_of_training(f"Model size: {models[0]} to {models[-1]}", "Parameters", records, parameters)
+
+
+def by_batch(options: Namespace, folder: pathlib.Path) -> GrowthTable:
+    """Trains one model on larger global batches, by each number of processes."""
+    flags = {str(bsz): [f"--bsz={bsz}"] for bsz in batches(options)}
+    records = train(split(flags, options), options, folder)
+    return table_of_training(f"Samples of a step: {options.model}", "Samples", records, samples_of_a_step)
 
 
 def by_length(options: Namespace, folder: pathlib.Path) -> GrowthTable:
@@ -140,7 +158,7 @@ def by_length(options: Namespace, folder: pathlib.Path) -> GrowthTable:
     tokenizer = tokenizers_of.embedded(cache_folder())
     texts = [sample.response for sample in sources.load("synthetic-en", 1_000, skip_bad=False).samples]
     stream = itertools.cycle(token for encoded in tokenizer.encode_batch(texts) for token in encoded.ids)
-    settings = {}
+    settings: dict[Setting, list[str]] = {}
     for length in LENGTHS[: 2 if options.quick else None]:
         file = folder / f"{length}.jsonl"
         with file.open("w") as lines:
@@ -148,19 +166,21 @@ def by_length(options: Namespace, folder: pathlib.Path) -> GrowthTable:
                 parts = (length // 4, length - length // 4 - 1)  # the response gets its EOS
                 texts = [tokenizer.decode(list(itertools.islice(stream, count))) for count in parts]
                 print(json.dumps(dict(zip(("instruction", "output"), texts, strict=True))), file=lines)
-        settings[str(length)] = [f"--data={file}"]
+        settings["1", str(length)] = [f"--data={file}"]
     records = train(settings, options, folder)
     return table_of_training(f"Length of samples: {options.model}", "Tokens", records, tokens_of_a_sample)
 
 
 def by_processes(options: Namespace, folder: pathlib.Path) -> GrowthTable:
-    """Trains on the same global batches by one process with all threads, and by two that share the threads."""
+    """Trains on the same global batches by one process with all threads, and by several that share the threads."""
     names = list(SPLITS)[: 2 if options.quick else None]
-    settings = {name: [*SPLITS[name], f"--nproc={name[0]}", f"--bsz={2 if options.quick else 8}"] for name in names}
+    bsz = f"--bsz={2 if options.quick else 8}"
+    settings = {(name, bsz): [*SPLITS[name], f"--nproc={name[0]}", bsz] for name in names}
     records = train(settings, options, folder)
     lines, below = [], []
-    for (framework, name), runs in records.items():
-        ours, alone = ([run.effective_tokens_per_second for run in each] for each in (runs, records[framework, "1"]))
+    for (framework, name, _), runs in records.items():
+        one = records[framework, "1", bsz]
+        ours, alone = ([run.effective_tokens_per_second for run in each] for each in (runs, one))
         ratio, interval = (
             statistics.geometric_mean(ours) / statistics.geometric_mean(alone),
             ratio_interval(ours, alone),
@@ -211,6 +231,7 @@ def by_records(options: Namespace, folder: pathlib.Path) -> GrowthTable:
 
 SERIES: dict[str, Callable[[Namespace, pathlib.Path], GrowthTable]] = {
     "model": by_model,
+    "batch": by_batch,
     "length": by_length,
     "processes": by_processes,
     "samples": by_samples,
@@ -237,22 +258,43 @@ def tokens_of_a_sample(run: Record) -> float:
     return run.plan.effective_tokens / len(run.steps.seconds) / run.setup.bsz
 
 
+def samples_of_a_step(run: Record) -> float:
+    """The samples of a run's global batch."""
+    return run.setup.bsz
+
+
+def batches(options: Namespace) -> Sequence[int]:
+    """The sizes of the global batches of `by_batch`, in samples."""
+    return BATCHES[:2] if options.quick else BATCHES
+
+
+def split(flags: dict[str, list[str]], options: Namespace) -> dict[Setting, list[str]]:
+    """The flags of each size by each number of processes."""
+    zero = f"--zero={options.zero}"
+    return {
+        (str(nproc), size): [*given, f"--nproc={nproc}", *[zero] * (nproc > 1)]
+        for nproc in options.nproc
+        for size, given in flags.items()
+    }
+
+
 def train(
-    settings: dict[str, list[str]], options: Namespace, folder: pathlib.Path
-) -> dict[tuple[str, str], list[Record]]:
+    settings: dict[Setting, list[str]], options: Namespace, folder: pathlib.Path
+) -> dict[tuple[str, str, str], list[Record]]:
     """Runs each framework's script in each setting. Even rounds reverse the order.
 
-    Returns the records by framework and setting.
+    Returns the records by framework, processes and size.
     """
     steps = [f"--steps={options.steps}", f"--warmup-steps={options.warmup_steps}"]
-    sides = itertools.product(FRAMEWORKS[: 1 if options.quick else None], settings)
-    found: dict[tuple[str, str], list[Record]] = {side: [] for side in sides}
+    frameworks = FRAMEWORKS[: 1 if options.quick else None]
+    found: dict[tuple[str, str, str], list[Record]] = {(side, *each): [] for side in frameworks for each in settings}
     for turn in range(options.rounds):
-        for framework, name in list(found)[:: -1 if turn % 2 else 1]:
+        for framework, *setting in list(found)[:: -1 if turn % 2 else 1]:
+            nproc, size = setting
             out = folder / "record.json"
             flags = [f"--model={options.model}", "--nproc=1", *steps, *["--tuned"] * options.tuned]
-            run(ROOT / framework / f"finetune_{options.method}.py", *flags, *settings[name], f"--out={out}")
-            found[framework, name].append(read_record(out))
+            run(ROOT / framework / f"finetune_{options.method}.py", *flags, *settings[nproc, size], f"--out={out}")
+            found[framework, nproc, size].append(read_record(out))
     return found
 
 
@@ -327,14 +369,15 @@ def here() -> str:
 
 
 def table_of_training(
-    heading: str, size: str, records: dict[tuple[str, str], list[Record]], of: Callable[[Record], float]
+    heading: str, size: str, records: dict[tuple[str, str, str], list[Record]], of: Callable[[Record], float]
 ) -> GrowthTable:
-    """The table of training runs: a series for each framework."""
+    """The table of training runs: a series for each framework and number of processes."""
     series: dict[tuple[str, ...], list[Point]] = {}
-    for (framework, _), runs in records.items():
-        series.setdefault((framework,), []).append((of(runs[0]), costs(runs)))
+    for (framework, nproc, _), runs in records.items():
+        words = f"{nproc}, ZeRO {runs[0].setup.zero}" if runs[0].setup.zero else nproc
+        series.setdefault((framework, words), []).append((of(runs[0]), costs(runs)))
     conditions = measured_on(list(itertools.chain.from_iterable(records.values())))
-    return table(heading, conditions, ["Framework"], size, COSTS, series)
+    return table(heading, conditions, ["Framework", "Processes"], size, COSTS, series)
 
 
 def table(

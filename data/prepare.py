@@ -13,9 +13,11 @@ import runpy
 BOOTSTRAP = pathlib.Path(__file__).resolve().parents[1] / "tunebench" / "bootstrap.py"
 runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch", "paddle")
 
+from collections import deque
 from collections.abc import Iterator
-from itertools import chain
-from typing import Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import batching
 import numpy as np
@@ -30,10 +32,10 @@ from tunebench.plan import (
     PROMPT_TOKENS,
     RESPONSE_TOKENS,
     Rows,
-    Sample,
     Samples,
     data_name,
     plan_path,
+    ranges,
     read_plan,
     read_samples,
     row_seeds,
@@ -43,7 +45,8 @@ from tunebench.plan import (
 )
 from tunebench.progress import told
 
-CHUNK = 500  # samples encoded between two looks at the progress
+CHUNK = 500  # samples encoded at a time
+AHEAD = 3  # chunks read before the tokens of the first one are there
 MOST_ID = 2**31 - 1  # the largest token id: plans hold 32-bit ids
 TEXTS = 2000  # embedded samples from whose text --data fixed:N cuts its samples
 MOST_TOKENS = 2**28  # the most tokens of --data fixed:N: 1 GB
@@ -159,24 +162,36 @@ def tokenized(options: dict[str, Any], checkpoint: Checkpoint) -> tuple[dict[str
     found = {"skipped": [], "left_out": [], "replaced": own is None and options["weights"] == "pretrained"}
     found["pad_id"], eos_id = tokenizers_of.pad_id(tokenizer, folder), tokenizers_of.eos_id(tokenizer, folder)
     if fixed_tokens(options["data"]) is None:
-        loaded = sources.load(options["data"], options["samples"], options["skip_bad"])
-        found |= {"skipped": loaded.skipped, "left_out": loaded.left_out}
-        samples = Samples.of(encode(tokenizer, loaded.samples, eos_id))
+        source = sources.Source(options["data"], options["samples"], options["skip_bad"])
+        samples = encode(tokenizer, source, eos_id)
+        found |= {"skipped": source.skipped, "left_out": sorted(source.left_out)}
     else:
         samples = fixed(tokenizer, options, checkpoint.config.get("max_position_embeddings"), eos_id)
     write_samples(cached, found, samples)
     return found, samples
 
 
-def encode(tokenizer: Any, samples: list[sources.Sample], eos_id: int) -> list[Sample]:
+def encode(tokenizer: Any, source: sources.Source, eos_id: int) -> Samples:
     """Encodes samples and shows the progress: prompts cut to 256 tokens, responses to 384 and followed by EOS."""
-    rows: list[Sample] = []
-    for prompt, response in _encoded(tokenizer, samples):
-        ids = prompt[:PROMPT_TOKENS]
-        if not ids or not response:
-            raise BadInput(f"sample {len(rows) + 1}: the tokenizer makes no token of its prompt or response")
-        rows.append((np.array([*ids, *response[:RESPONSE_TOKENS], eos_id], dtype=np.int32), len(ids)))
-    return rows
+    tokens = bytearray()  # it grows without a copy of what it holds
+    lengths, prompt_lengths = [np.zeros(1, np.int64)], [np.zeros(0, np.int32)]
+    done = 0
+    for prompts, responses in _encoded(tokenizer, source):
+        empty = np.flatnonzero((prompts.lengths == 0) | (responses.lengths == 0))
+        if len(empty):
+            raise BadInput(f"sample {done + 1 + empty[0]}: the tokenizer makes no token of its prompt or response")
+        first, second = np.minimum(prompts.lengths, PROMPT_TOKENS), np.minimum(responses.lengths, RESPONSE_TOKENS)
+        ends = np.cumsum(first + second + 1)
+        chunk = np.full(ends[-1], eos_id, dtype=np.int32)
+        starts = ends - first - second - 1
+        chunk[ranges(starts, first)] = prompts.tokens[ranges(prompts.starts, first)]
+        chunk[ranges(starts + first, second)] = responses.tokens[ranges(responses.starts, second)]
+        tokens += chunk.data
+        lengths.append(first + second + 1)
+        prompt_lengths.append(first.astype(np.int32))
+        done += len(first)
+    offsets = np.cumsum(np.concatenate(lengths), dtype=np.int64)
+    return Samples(np.frombuffer(tokens, dtype=np.int32), offsets, np.concatenate(prompt_lengths))
 
 
 def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id: int) -> Samples:
@@ -193,9 +208,8 @@ def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id
         )
     if size * count > MOST_TOKENS:
         raise BadInput(f"--samples {count} of {options['data']} are too many; use at most {MOST_TOKENS // size}")
-    texts = sources.load("synthetic-en", TEXTS, skip_bad=False).samples
-    encoded = zip(*_encoded(tokenizer, texts), strict=True)
-    prompts, responses = (np.fromiter(chain.from_iterable(ids), dtype=np.int32) for ids in encoded)
+    encoded = list(_encoded(tokenizer, sources.Source("synthetic-en", TEXTS, skip_bad=False)))
+    prompts, responses = (np.concatenate([part[side].tokens for part in encoded]) for side in (0, 1))
     if not len(prompts) or not len(responses):
         raise BadInput(f"--data {options['data']}: the tokenizer makes no token of the text")
     share = len(prompts) / (len(prompts) + len(responses) + TEXTS)
@@ -206,26 +220,61 @@ def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id
     return Samples(tokens.reshape(-1), np.arange(count + 1) * size, np.full(count, prompt, dtype=np.int32))
 
 
-def _encoded(tokenizer: Any, samples: list[sources.Sample]) -> Iterator[tuple[list[int], list[int]]]:
-    """Yields the tokens of each prompt and response, and shows the progress."""
-    with told(f"tokenizing {len(samples)} samples", len(samples)) as advance:
-        for start in range(0, len(samples), CHUNK):
-            chunk = samples[start : start + CHUNK]
-            yield from _encoded_chunk(tokenizer, chunk)
-            advance(len(chunk))
+class Texts(NamedTuple):
+    """The tokens of texts, one after the other (int32), and the number of tokens of each (int64)."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def starts(self) -> np.ndarray:
+        """The start of each text in `tokens`."""
+        return np.cumsum(self.lengths) - self.lengths
 
 
-def _encoded_chunk(tokenizer: Any, chunk: list[sources.Sample]) -> Iterator[tuple[list[int], list[int]]]:
+def _encoded(tokenizer: Any, source: sources.Source) -> Iterator[tuple[Texts, Texts]]:
+    """Yields the tokens of the prompts and of the responses of CHUNK samples at a time, and shows the progress.
+
+    A thread tokenizes while this one reads on. The libraries spread a chunk over all cores, and leave Python to this
+    thread meanwhile.
+    """
+    worker = ThreadPoolExecutor(1, "tokenizer")
+    waiting: deque[tuple[Future[tuple[Texts, Texts]], int]] = deque()
+    told_of = 0
     try:
-        prompts = tokenizer.encode_batch([sample.prompt for sample in chunk], add_special_tokens=False)
-        responses = tokenizer.encode_batch([sample.response for sample in chunk], add_special_tokens=False)
+        with told(f"tokenizing {source.total} samples", source.total) as advance:
+            for chunk in chain(_chunks(source), [None]):
+                if chunk is not None:
+                    waiting.append((worker.submit(_encoded_chunk, tokenizer, chunk), source.place))
+                while len(waiting) > (0 if chunk is None else AHEAD):
+                    made, place = waiting.popleft()
+                    yield made.result()
+                    advance(place - told_of)
+                    told_of = place
+    finally:
+        worker.shutdown(cancel_futures=True)
+
+
+def _chunks(source: sources.Source) -> Iterator[list[sources.Sample]]:
+    samples = iter(source)
+    while chunk := list(islice(samples, CHUNK)):
+        yield chunk
+
+
+def _encoded_chunk(tokenizer: Any, chunk: list[sources.Sample]) -> tuple[Texts, Texts]:
+    texts = [*(sample.prompt for sample in chunk), *(sample.response for sample in chunk)]
+    # Without the offsets of tokens in their text, which nobody reads. Only the tokenizers library has this.
+    encode_batch = getattr(tokenizer, "encode_batch_fast", tokenizer.encode_batch)
+    try:
+        ids = [encoded.ids for encoded in encode_batch(texts, add_special_tokens=False)]
     except Exception as error:  # the library raises plain Exception, such as for a missing unknown token
         raise BadInput(f"the tokenizer of --model cannot encode the data: {error}; mend its tokenizer.json") from None
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids = prompt.ids, response.ids
-        if max(max(each, default=0) for each in ids) > MOST_ID:
-            raise BadInput(f"the tokenizer of --model gives a token above {MOST_ID}; mend its tokenizer.json")
-        yield ids
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    tokens = np.fromiter(chain.from_iterable(ids), dtype=np.int64, count=lengths.sum())
+    if tokens.max(initial=0) > MOST_ID:
+        raise BadInput(f"the tokenizer of --model gives a token above {MOST_ID}; mend its tokenizer.json")
+    tokens, half, end = tokens.astype(np.int32), len(chunk), lengths[: len(chunk)].sum()
+    return Texts(tokens[:end], lengths[:half]), Texts(tokens[end:], lengths[half:])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Reads Alpaca-format samples from the embedded data, a data set of the hub, or a file."""
 
+import contextlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,53 @@ class Sample:
     response: str
 
 
+class Source:
+    """Yields the samples of a source in its order, one at a time. `load` says what it reads and what it refuses.
+
+    `total` is the number of samples that it has at most, malformed ones included. `place` is the number of those read
+    so far. `skipped` has the place and fault of each malformed one, and `left_out` the names of the unused fields; both
+    grow while it is read.
+    """
+
+    def __init__(self, data: str, wanted: int | None, skip_bad: bool) -> None:
+        self.skipped: list[str] = []
+        self.left_out: set[str] = set()
+        self.place = 0
+        self._data, self._wanted, self._skip_bad = data, wanted, skip_bad
+        self._limit = wanted or (DEFAULT_SAMPLES if data in DATA_NAMES else math.inf)
+        self.total, self._raw = _raw_samples(data, self._limit, self.left_out)
+
+    def __iter__(self) -> Iterator[Sample]:
+        data, name, usable = self._data, HUB.get(self._data, self._data), 0
+        for where, raw in self._raw:
+            if usable == self._limit:
+                break
+            self.place += 1
+            try:
+                sample = _check(raw)
+            except ValueError as fault:
+                if not self._skip_bad and data not in HUB:
+                    raise BadInput(
+                        f"{name}{where}: {fault}; mend it, or leave such samples out with --skip-bad"
+                    ) from None
+                self.skipped.append(f"{where}: {fault}")
+                continue
+            self.left_out.update(raw.keys() - USED)
+            usable += 1
+            yield sample
+        skipped = self.skipped
+        if not usable:
+            first = f"; the first: {name}{skipped[0]}" if skipped else ""
+            raise BadInput(f"--data {data}: it holds no usable sample{first}")
+        if len(skipped) > max(FEW, MOST_BAD * usable) and not self._skip_bad:
+            raise BadInput(
+                f"--data {data}: {len(skipped)} of the first {len(skipped) + usable} samples are malformed, the "
+                f"first: {name}{skipped[0]}; if that is as it should be, leave them out with --skip-bad"
+            )
+        if self._wanted is not None and usable < self._wanted:
+            raise BadInput(f"--samples {self._wanted}: {data} holds {usable} usable samples; use at most that")
+
+
 @dataclass(frozen=True)
 class Loaded:
     """The first samples of a source, in its order, and what was left out.
@@ -46,32 +95,9 @@ def load(data: str, wanted: int | None, skip_bad: bool) -> Loaded:
     Raises `BadInput` where a sample of a file is malformed, with file and line, unless `skip_bad` is set; where a hub
     data set has too many malformed samples; and where the source has fewer than `wanted`.
     """
-    samples: list[Sample] = []
-    skipped: list[str] = []
-    left_out: set[str] = set()
-    limit = wanted or (DEFAULT_SAMPLES if data in DATA_NAMES else math.inf)
-    name = HUB.get(data, data)
-    for where, raw in _raw_samples(data, limit, left_out):
-        if len(samples) == limit:
-            break
-        try:
-            samples.append(_check(raw))
-            left_out.update(raw.keys() - USED)
-        except ValueError as fault:
-            if not skip_bad and data not in HUB:
-                raise BadInput(f"{name}{where}: {fault}; mend it, or leave such samples out with --skip-bad") from None
-            skipped.append(f"{where}: {fault}")
-    if not samples:
-        first = f"; the first: {name}{skipped[0]}" if skipped else ""
-        raise BadInput(f"--data {data}: it holds no usable sample{first}")
-    if len(skipped) > max(FEW, MOST_BAD * len(samples)) and not skip_bad:
-        raise BadInput(
-            f"--data {data}: {len(skipped)} of the first {len(skipped) + len(samples)} samples are malformed, the "
-            f"first: {name}{skipped[0]}; if that is as it should be, leave them out with --skip-bad"
-        )
-    if wanted is not None and len(samples) < wanted:
-        raise BadInput(f"--samples {wanted}: {data} holds {len(samples)} usable samples; use at most that")
-    return Loaded(samples, skipped, sorted(left_out))
+    source = Source(data, wanted, skip_bad)
+    samples = list(source)
+    return Loaded(samples, source.skipped, sorted(source.left_out))
 
 
 def _check(raw: Any) -> Sample:
@@ -110,20 +136,25 @@ def in_words(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(shown) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _raw_samples(data: str, limit: float, left_out: set[str]) -> Iterator[tuple[str, Any]]:
-    """Yields each raw sample with its place in the source, or a ValueError in place of an unreadable sample.
+def _raw_samples(data: str, limit: float, left_out: set[str]) -> tuple[int, Iterator[tuple[str, Any]]]:
+    """The number of raw samples, `limit` at most, and an iterator over them.
 
-    The unused columns of a table go into `left_out` and are not read.
+    It yields each one with its place in the source, or a ValueError in place of an unreadable sample. The unused
+    columns of a table go into `left_out` and are not read.
     """
     if data.startswith("synthetic-"):
-        generated = synthetic.generate(data.removeprefix("synthetic-"), int(limit))
-        return ((f" sample {i}", sample) for i, sample in enumerate(generated, 1))
+        generated = synthetic.records(data.removeprefix("synthetic-"))
+        return int(limit), ((f" sample {i}", next(generated)) for i in range(1, int(limit) + 1))
     if data in HUB:
-        return _from_hub(HUB[data], left_out)
-    path = Path(data)
-    if path.suffix == ".parquet":
-        return _from_parquet(path, left_out)
-    return {".json": _from_json, ".jsonl": _from_jsonl}[path.suffix](path)
+        count, samples = _from_hub(HUB[data], left_out)
+    elif Path(data).suffix == ".parquet":
+        count, samples = _from_parquet(Path(data), left_out)
+    elif Path(data).suffix == ".jsonl":
+        count, samples = _lines(Path(data)), _from_jsonl(Path(data))
+    else:
+        text = _text_of(Path(data))
+        count, samples = _most_objects(text), _from_json(Path(data), text)
+    return int(min(count, limit)), samples
 
 
 def _columns(name: str, found: list[str], left_out: set[str]) -> list[str]:
@@ -137,8 +168,8 @@ def _columns(name: str, found: list[str], left_out: set[str]) -> list[str]:
     return [column for column in USED if column in found]
 
 
-def _from_hub(name: str, left_out: set[str]) -> Iterator[tuple[str, Any]]:
-    """Yields the rows of a data set: from the hub, from its cache, or from a folder of that name where this runs."""
+def _from_hub(name: str, left_out: set[str]) -> tuple[int, Iterator[tuple[str, Any]]]:
+    """The rows of a data set: from the hub, from its cache, or from a folder of that name where this runs."""
     import datasets
 
     try:
@@ -147,12 +178,20 @@ def _from_hub(name: str, left_out: set[str]) -> Iterator[tuple[str, Any]]:
         reason = " ".join(str(error).split("\n")[0].split()) or type(error).__name__
         raise BadInput(f"{name} could not be loaded: {reason}; with no network, pass its file: --data PATH") from None
     table = rows.select_columns(_columns(name, rows.column_names, left_out)).with_format("arrow")
-    return _from_table(name, (part for part in table.iter(ROWS_AT_ONCE)))
+    return len(table), _from_table(name, (part for part in table.iter(ROWS_AT_ONCE)))
 
 
-def _from_json(path: Path) -> Iterator[tuple[str, Any]]:
+def _text_of(path: Path) -> str:
     # Invalid UTF-8 becomes lone surrogates, so that `_check` can name the sample that has it.
-    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    return path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+
+
+def _most_objects(text: str) -> int:
+    """The number of a JSON array's samples, or more where a text contains what looks like the start of one."""
+    return sum(1 for _ in re.finditer(r"\{\s*\"", text))
+
+
+def _from_json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     decoder = json.JSONDecoder(object_pairs_hook=_no_key_twice)
     position, line = _skip_blank(text, 0), 1
     if not text.startswith("[", position):
@@ -197,6 +236,12 @@ def _skip_blank(text: str, position: int) -> int:
     return position
 
 
+def _lines(path: Path) -> int:
+    """The number of a file's lines that are not blank."""
+    with path.open("rb") as lines:
+        return sum(not line.isspace() for line in lines)
+
+
 def _from_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -212,14 +257,26 @@ def _from_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             yield f":{number}", raw
 
 
-def _from_parquet(path: Path, left_out: set[str]) -> Iterator[tuple[str, Any]]:
-    import pyarrow
+def _from_parquet(path: Path, left_out: set[str]) -> tuple[int, Iterator[tuple[str, Any]]]:
     from pyarrow import parquet
 
-    try:
-        with parquet.ParquetFile(path) as file:
-            used = _columns(str(path), file.schema_arrow.names, left_out)
+    with _readable(path), parquet.ParquetFile(path) as file:
+        used, count = _columns(str(path), file.schema_arrow.names, left_out), file.metadata.num_rows
+
+    def rows() -> Iterator[tuple[str, Any]]:
+        with _readable(path), parquet.ParquetFile(path) as file:
             yield from _from_table(str(path), file.iter_batches(ROWS_AT_ONCE, columns=used))
+
+    return count, rows()
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raises `BadInput` where a Parquet file cannot be read in the body."""
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not a readable Parquet file ({' '.join(str(error).split())[:200]})") from None
 

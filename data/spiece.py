@@ -4,6 +4,7 @@ Text that spells a special or added token becomes that token. The text between t
 """
 
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,35 +67,37 @@ class SentencePiece:
         self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     def encode_batch(self, texts: list[str], add_special_tokens: bool) -> list[Encoded]:
-        """The tokens of each text. It adds no special tokens."""
+        """The tokens of each text, computed on all cores. It adds no special tokens."""
         assert not add_special_tokens
-        return [Encoded(self._encode(text)) for text in texts]
+        split = [self._parts(text) for text in texts]
+        encoded = iter(self._pieces([part for parts in split for part in parts if isinstance(part, str)]))
+        return [
+            Encoded(list(chain.from_iterable(next(encoded) if isinstance(part, str) else [part] for part in parts)))
+            for parts in split
+        ]
 
     def token_to_id(self, token: str) -> int | None:
         """The id of a token; None where the tokenizer does not have it."""
         piece = self._model.piece_to_id(token)
         return self._ids.get(token, piece if self._model.id_to_piece(piece) == token else None)
 
-    def _encode(self, text: str) -> list[int]:
+    def _parts(self, text: str) -> list[str | int]:
+        """The ids of the special and added tokens in a text, and the texts between them."""
         if text and not self._legacy:
             text = SPACE + text.replace(SPACE, " ")
         parts = self._split.split(text)  # texts at even indices, tokens at odd ones
         if not self._legacy and len(parts) > 1 and parts[0] == SPACE and parts[1] in self._special.values():
             parts[0] = ""
-        ids: list[int] = []
-        for i, part in enumerate(parts):
-            if i % 2:
-                ids.append(self._ids[part])
-            elif part:
-                ids += self._pieces(part)
-        return ids
+        return [self._ids[part] if i % 2 else part for i, part in enumerate(parts) if part]
 
-    def _pieces(self, text: str) -> list[int]:
-        if self._legacy or not text.startswith((SPACE, " ")):
-            return self._model.encode(text)
+    def _pieces(self, texts: list[str]) -> list[list[int]]:
+        """The tokens of texts without special tokens."""
         # Without its own prefix sentencepiece may drop leading spaces, so an unknown token goes before them.
+        prefixed = [not self._legacy and text.startswith((SPACE, " ")) for text in texts]
         before = len(self._model.encode(self._unknown))
-        return self._model.encode(self._unknown + text)[before:]
+        given = [self._unknown * prefix + text for text, prefix in zip(texts, prefixed, strict=True)]
+        found = self._model.encode(given) if given else []
+        return [ids[before * prefix :] for ids, prefix in zip(found, prefixed, strict=True)]
 
     def _named(self, settings: dict[str, Any], named: dict[str, Any]) -> dict[str, str]:
         """The special tokens by their names."""

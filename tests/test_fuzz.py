@@ -17,9 +17,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from tunebench.digest import digest_of
 from tunebench.errors import BadInput
 from tunebench.flags import Flags, parse_flags
-from tunebench.record import digest_of, parse_record
+from tunebench.record import parse_record
 from tunebench.report.pairing import join
 from tunebench.report.published import FOLDER, load, render_against, render_published
 from tunebench.report.tables import render

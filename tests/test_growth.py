@@ -33,6 +33,20 @@ def test_joins_of_two_sizes_have_the_rows_of_their_records():
 
 
 @pytest.mark.frameworks
+def test_training_by_samples_of_a_step_with_two_processes():
+    """Two trainings of two steps."""
+    printed = run_program(*QUICK, "batch", "--nproc=2", "--model=llama-tiny", check=True).stdout
+    lines = table(printed)
+    assert "### Samples of a step: llama-tiny" in printed
+    assert [(line["Processes"], line["Samples"]) for line in lines] == [
+        ("2, ZeRO 2", "4"),
+        ("2, ZeRO 2", "8"),
+        ("2, ZeRO 2", "exponent"),
+    ]
+    assert all(math.isfinite(float(line["Seconds per Step"].replace(",", ""))) for line in lines)
+
+
+@pytest.mark.frameworks
 def test_data_preparation_by_samples(tmp_path):
     file = tmp_path / "growth.json"
     printed = run_program(*QUICK, "samples", "--samples=300", "--out", file, check=True).stdout
@@ -54,6 +68,7 @@ def test_data_preparation_by_samples(tmp_path):
         (["--rounds=0"], "--rounds"),
         (["--samples=none"], "--samples"),
         (["--steps=8"], "--warmup-steps 8: none of 8 steps is left to time"),
+        (["--nproc", "1", "3"], "--nproc 3: batches have 4 samples or more; use a divisor of that"),
         (["surplus"], "surplus"),
     ],
 )

@@ -63,7 +63,18 @@ def test_the_users_settings_for_gpus_stay(monkeypatch):
 
 # Files that everything may import, and that import no folder of tunebench.
 GROUND = (
-    *("bootstrap", "checkout", "conditions", "errors", "files", "frameworks", "hardware", "processes", "progress"),
+    *(
+        "bootstrap",
+        "checkout",
+        "conditions",
+        "digest",
+        "errors",
+        "files",
+        "frameworks",
+        "hardware",
+        "processes",
+        "progress",
+    ),
     *("peers", "recipe", "record", "world"),
 )
 

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import shutil
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -12,9 +14,13 @@ from conftest import ROOT, refusal, run_program
 
 sys.path.insert(0, str(ROOT / "data"))
 import batching
+import prepare
+import sources
 import synthetic
 import tokenizer
+from tokenizers import normalizers
 
+from tunebench import plan as plans
 from tunebench.errors import BadInput
 from tunebench.files import cache_folder, write_atomically
 from tunebench.flags import parse_flags
@@ -145,6 +151,49 @@ def test_shares_of_real_tokens_on_the_embedded_data(data):
     assert shares["--packing=1024"] >= 0.98
     assert shares["--packing=2048"] >= 0.98
     print(shares, seconds)
+
+
+@pytest.mark.parametrize("model", [None, "tokenizer.model"])
+def test_tokens_are_those_of_each_sample_alone(tmp_path, model):
+    """Over several chunks, with prompts and responses beyond the limits."""
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
+    if model:
+        shutil.copy(ROOT / "tests" / "data" / model, tmp_path)
+    words = tokenizer.of_checkpoint(tmp_path) or tokenizer.embedded(cache_folder())
+    texts = [("word " * (i % 300 + 1), f"{i} </s> 好\n" * (i % 130 + 1)) for i in range(2 * prepare.CHUNK + 7)]
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps({"instruction": a, "output": b}) + "\n\n" for a, b in texts))
+    source = sources.Source(str(file), None, skip_bad=False)
+    assert source.total == len(texts)
+    found = prepare.encode(words, source, eos_id=2)
+    assert source.place == len(texts)
+    parts = np.split(found.tokens, found.offsets[1:-1])
+    assert len(parts) == len(texts)
+    for (prompt, response), tokens, length in zip(texts, parts, found.prompt_lengths, strict=True):
+        first, second = (words.encode_batch([text], add_special_tokens=False)[0].ids for text in (prompt, response))
+        assert tokens.tolist() == [*first[:256], *second[:384], 2]
+        assert length == len(first[:256])
+    assert found.lengths.max() == 256 + 385
+
+
+def test_tokens_of_a_plan_are_copied_in_parts(monkeypatch):
+    monkeypatch.setattr(plans, "SLICES", 3)
+    tokens, lengths = np.arange(100, 200, dtype=np.int32), np.array([4, 1, 7, 2, 9, 3, 5])
+    starts = np.array([10, 90, 0, 50, 33, 10, 95])
+    expected = np.concatenate([tokens[a : a + n] for a, n in zip(starts, lengths, strict=True)])
+    found = plans._taken(tokens, starts, lengths)
+    assert np.array_equal(found, expected)
+    assert found.dtype == tokens.dtype
+
+
+def test_samples_without_tokens_are_named(tmp_path):
+    words = tokenizer.embedded(cache_folder())
+    words.normalizer = normalizers.Replace("nothing", "")
+    lines = [{"instruction": "Say it.", "output": "nothing" if i == 700 else "it"} for i in range(800)]
+    (tmp_path / "data.json").write_text(json.dumps(lines))
+    with pytest.raises(BadInput, match="sample 701: the tokenizer makes no token of its prompt or response"):
+        prepare.encode(words, sources.Source(str(tmp_path / "data.json"), None, skip_bad=False), eos_id=2)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("tokenizer")]
 
 
 def test_rows_too_short_for_a_sample_are_refused():

@@ -1,5 +1,6 @@
 """How long steps get on in a log: lines at an interval, with the share that is done and the time left."""
 
+import json
 import re
 import shutil
 import time
@@ -8,7 +9,7 @@ import prepare
 import pytest
 import tokenizer
 from conftest import ROOT
-from sources import Sample
+from sources import Source
 
 from tunebench import progress
 from tunebench.models.presets import PRESETS
@@ -65,10 +66,11 @@ def test_random_weights_and_their_digest(tmp_path, at_once, capsys):
 def test_tokens(tmp_path, at_once, capsys):
     shutil.copy(ROOT / "tests" / "data" / "tokenizer.model", tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 2}')
-    samples = [Sample(prompt=f"number {i}", response="one two three") for i in range(4 * prepare.CHUNK)]
-    rows = prepare.encode(tokenizer.of_checkpoint(tmp_path), samples, 2)
-    assert len(rows) == len(samples)
-    assert lines(capsys.readouterr().out, f"tokenizing {len(samples)} samples") == [25, 50, 75]
+    count, file = 4 * prepare.CHUNK, tmp_path / "data.json"
+    file.write_text(json.dumps([{"instruction": f"number {i}", "output": "one two three"} for i in range(count)]))
+    samples = prepare.encode(tokenizer.of_checkpoint(tmp_path), Source(str(file), None, skip_bad=False), 2)
+    assert len(samples.lengths) == count
+    assert lines(capsys.readouterr().out, f"tokenizing {count} samples") == [25, 50, 75]
 
 
 def test_a_runs_line_is_read_back():

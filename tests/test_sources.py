@@ -190,6 +190,23 @@ def test_all_of_a_file_is_read(tmp_path):
     assert len(sources.load(str(tmp_path / "a.jsonl"), None, skip_bad=False).samples) == 10_200
 
 
+def test_a_source_says_how_far_it_is(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b"\n" + lines(GOOD) + b"{}\n" + lines(GOOD))
+    (tmp_path / "a.json").write_text(json.dumps([*GOOD, {"x": 1}, *GOOD]))
+    parquet.write_table(
+        pyarrow.table({"instruction": ["a"] * 7, "output": ["b", "", *"cdefg"]}), tmp_path / "a.parquet"
+    )
+    for name in ("a.jsonl", "a.json", "a.parquet"):
+        source = sources.Source(str(tmp_path / name), None, skip_bad=True)
+        assert (source.total, source.place) == (7, 0)
+        samples = iter(source)
+        next(samples)
+        assert source.place == 1, "it reads as it is asked"
+        assert len(list(samples)) == 5
+        assert (source.place, len(source.skipped)) == (7, 1)
+        assert sources.Source(str(tmp_path / name), 2, skip_bad=True).total == 2
+
+
 def test_more_samples_than_there_are(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
     with pytest.raises(BadInput, match=r"--samples 4: .* holds 3 usable samples"):

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import synthetic
 import tokenizer as tokenizers_of
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tunebench.errors import BadInput
 
@@ -49,6 +52,25 @@ def records():
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return tokenizers_of.embedded(tmp_path_factory.mktemp("tokenizer"))
+
+
+TEXTS = st.text(max_size=80) | st.text("aZ09 .\n\t_-é×\x1c", max_size=80)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+@given(TEXTS)
+def test_counts_are_the_matches_of_the_pattern(text):
+    found = len(re.findall(synthetic.PIECES, text))
+    assert synthetic.count(text) == found
+    if text.isascii():
+        assert synthetic._count_ascii(text.encode()) == found
+
+
+def test_whole_numbers_are_those_of_the_random_module():
+    kit = synthetic.Kit(random.Random(5), "en", 20, 20)
+    other = random.Random(5)
+    ends = [1, 2, 3, 10, 64, 65, 10**6, *range(1, 300)]
+    assert [kit.below(end) for end in ends] == [other.randrange(end) for end in ends]
 
 
 def prompt(record):

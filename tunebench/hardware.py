@@ -76,6 +76,9 @@ class Accelerator(BaseModel):
     ecc: bool | None
 
 
+PASSING = ("device", "accelerators", "environment")  # fields of Hardware that `lasting` has otherwise
+
+
 class Hardware(BaseModel):
     """The machine of a run. Memory in bytes; `threads` is what both maths libraries were told to use.
 
@@ -104,12 +107,11 @@ class Hardware(BaseModel):
     @property
     def place(self) -> str:
         """The machine as one that noise and series belong to: a virtual machine may move to another processor."""
-        kind = f"{self.cpu} {self.cores} {[accelerator.name for accelerator in self.accelerators]}"
-        return f"{self.machine}-{hashlib.sha256(kind.encode()).hexdigest()[:6]}"
+        return _place(self.machine, self.cpu, self.cores, tuple(accelerator.name for accelerator in self.accelerators))
 
     def lasting(self) -> dict[str, Any]:
         """What does not change from run to run, by field; a GPU's are `accelerators.INDEX.FIELD`."""
-        fields = {name: value for name, value in self if name not in ("device", "accelerators", "environment")}
+        fields = {name: value for name, value in vars(self).items() if name not in PASSING}
         fields |= {f"environment.{name}": value for name, value in self.environment.items()}
         for i, accelerator in enumerate(self.accelerators):
             fields |= {f"accelerators.{i}.{name}": value for name, value in accelerator if name != "sm_clock_mhz"}
@@ -238,6 +240,12 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     found = (path.glob(f"nvidia_{kind}*.dist-info") for path in readable for kind in ("c", "nccl"))
     libraries = sorted((each.name, each.version) for each in map(metadata.Distribution.at, itertools.chain(*found)))
     return versions | dict(libraries)
+
+
+@functools.lru_cache(maxsize=256)  # a report asks for each run's, and its runs are of few machines
+def _place(machine: str, cpu: str, cores: int, accelerators: tuple[str, ...]) -> str:
+    kind = f"{cpu} {cores} {list(accelerators)}"
+    return f"{machine}-{hashlib.sha256(kind.encode()).hexdigest()[:6]}"
 
 
 def _machine() -> str:

@@ -27,6 +27,7 @@ from tunebench.record import PlanInfo
 
 PLAN_VERSION = 4  # part of the cache key; raise it when a change of code gives the same inputs another plan
 PROMPT_TOKENS, RESPONSE_TOKENS = 256, 384  # the published record's limits; the response's EOS comes on top
+SLICES = 2**14  # slices of samples copied at a time
 IGNORED = -100  # the label of a position that is not trained on
 
 
@@ -239,9 +240,9 @@ def read_plan(path: Path) -> Plan:
 def write_plan(path: Path, about: dict[str, Any], samples: Samples, rows: Rows) -> None:
     """Writes the plan of these rows of `samples`."""
     order, starts = rows
-    lengths = np.diff(samples.offsets)[order]
+    lengths = samples.lengths[order]
     arrays = {
-        "tokens": samples.tokens[ranges(samples.offsets[order], lengths)],
+        "tokens": _taken(samples.tokens, samples.offsets[order], lengths),
         "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
         "prompt_lengths": samples.prompt_lengths[order],
         "rows": starts,
@@ -319,7 +320,8 @@ def _key(parts: Any) -> str:
 
 def _file_key(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from None
 
@@ -330,6 +332,16 @@ def _read(path: Path, what: str, names: tuple[str, ...]) -> tuple[dict[str, Any]
             return json.loads(file.metadata()["about"]), {name: file.get_tensor(name) for name in names}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise BadInput(f"{path}: not a whole {what} ({error}); remove it and it is made again") from None
+
+
+def _taken(tokens: np.ndarray, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The elements at `ranges`, taken slice by slice: the indices of all would need three times their memory."""
+    taken = np.empty(lengths.sum(), dtype=tokens.dtype)
+    ends = np.cumsum(lengths)
+    for first in range(0, len(starts), SLICES):
+        some = slice(first, first + SLICES)
+        taken[ends[first] - lengths[first] : ends[some][-1]] = tokens[ranges(starts[some], lengths[some])]
+    return taken
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -29,10 +29,9 @@ def die_with_parent() -> None:
 
 
 def start(command: Sequence[str | Path], **options: Any) -> subprocess.Popen:
-    """Starts `command` without input, in its own session and process group. It dies with this thread."""
-    return subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=dying_with_parent(), **options
-    )
+    """Starts `command`, by default without input, in its own session and process group. It dies with this thread."""
+    options = {"stdin": subprocess.DEVNULL} | options
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=dying_with_parent(), **options)
 
 
 def end(process: subprocess.Popen, patience: float = PATIENCE) -> None:

@@ -1,14 +1,16 @@
 """The record: one JSON file per run. It stores nothing that other fields determine."""
 
-import hashlib
+import contextlib
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, NamedTuple, Self, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
 from pydantic_core import from_json
 
+from tunebench.digest import digest_of
 from tunebench.errors import BadInput
 from tunebench.files import write_atomically
 from tunebench.frameworks import FRAMEWORKS
@@ -89,6 +91,8 @@ class Built(Strict):
 
         Numbers may differ by what float32 rounds.
         """
+        if vars(self) == vars(other):
+            return None
         for name in type(self).model_fields:
             ours, theirs = getattr(self, name), getattr(other, name)
             if name in ("rotary", "alibi") and ours and theirs and len(ours) == len(theirs):
@@ -193,9 +197,8 @@ class Steps(Strict):
 
     @model_validator(mode="after")
     def _equally_long(self) -> Self:
-        lists = {name: getattr(self, name) for name in type(self).model_fields}
-        lengths = {name: len(values) for name, values in lists.items() if values is not None}
-        if len(set(lengths.values())) > 1:
+        if len({len(values) for values in vars(self).values() if values is not None}) > 1:
+            lengths = {name: len(values) for name, values in vars(self).items() if values is not None}
             raise ValueError(f"the lists differ in length: {lengths}")
         return self
 
@@ -266,7 +269,7 @@ class Conditions(Strict):
 
         On a GPU run others may use idle cores. What exceeds the idle cores counts.
         """
-        cores = max(0.0, self.others_cores - self.idle_core_seconds / self.seconds * on_gpu)
+        cores = self._cores_taken(on_gpu)
         named = [f"{taker.name} {taker.core_seconds / self.seconds:.1%}" for taker in self.takers]
         if sum(taker.core_seconds for taker in self.takers) / self.seconds > 1.3 * cores + MARKED:
             named = []  # they took more than that: of other cores, or of idle ones
@@ -275,6 +278,13 @@ class Conditions(Strict):
         for i, gpu in enumerate(self.gpus):
             found.append((gpu.share or 0.0, f"other processes took {gpu.share or 0.0:.0%} of GPU {i}"))
         return max(found)
+
+    def share_taken(self, on_gpu: bool) -> float:
+        """The share of `disturbance` without its sentence, which takes longer to make."""
+        return max([self._cores_taken(on_gpu), *(gpu.share or 0.0 for gpu in self.gpus)])
+
+    def _cores_taken(self, on_gpu: bool) -> float:
+        return max(0.0, self.others_cores - self.idle_core_seconds / self.seconds * on_gpu)
 
     def remarks(self) -> list[str]:
         """Other facts that a reader must know: swapping, throttled or shared GPUs, on GPU runs waiting for a core."""
@@ -440,9 +450,16 @@ class Record(Strict):
         return self.conditions.disturbance(on_gpu=self.hardware.device != "cpu")
 
     @property
+    def share_taken(self) -> float | None:
+        """The share of `disturbance`; None where it is not known."""
+        if self.conditions is None:
+            return None
+        return self.conditions.share_taken(on_gpu=self.hardware.device != "cpu")
+
+    @property
     def disturbed(self) -> bool:
         """Whether others took at least DISTURBED, so that the rate says nothing about the framework."""
-        return self.disturbance is not None and self.disturbance[0] >= DISTURBED
+        return (self.share_taken or 0.0) >= DISTURBED
 
     @property
     def peak_memory_counter(self) -> str | None:
@@ -494,10 +511,25 @@ class Record(Strict):
         write_atomically(path, (json.dumps(content | {"sha256": digest_of(content)}, indent=1) + "\n").encode())
 
 
+class Unchecked(NamedTuple):
+    """A record whose digest has not been compared: the record, the digest in its file, and the content of that."""
+
+    record: Record
+    kept: str
+    content: dict[str, Any]
+
+
 def read_record(path: Path) -> Record:
     """Reads one record file. Raises `BadInput` with the file and its first fault."""
-    try:
+    with faults_of(path):
         return parse_record(path.read_bytes())
+
+
+@contextlib.contextmanager
+def faults_of(path: Path) -> Iterator[None]:
+    """Raises the faults of a record file as `BadInput`, which names the file."""
+    try:
+        yield
     except OSError as error:
         raise BadInput(f"{path}: {error.strerror}") from None
     except ValueError as fault:
@@ -506,6 +538,14 @@ def read_record(path: Path) -> Record:
 
 def parse_record(text: bytes) -> Record:
     """Parses a record file's content. Raises ValueError with the first fault in one line."""
+    record, kept, content = parse_unchecked(text)
+    if kept != (digest := digest_of(content)):
+        raise ValueError(f"edited since it was written: sha256 is {kept}, that of its content {digest}")
+    return record
+
+
+def parse_unchecked(text: bytes) -> Unchecked:
+    """Does all that `parse_record` does but compare the digest."""
     try:
         content = from_json(text)
     except ValueError as error:
@@ -519,9 +559,7 @@ def parse_record(text: bytes) -> Record:
         raise ValueError(first_fault(error)) from None
     if kept is None:
         raise ValueError("sha256: Field required")
-    if kept != digest_of(content):
-        raise ValueError(f"edited since it was written: sha256 is {kept}, that of its content {digest_of(content)}")
-    return record
+    return Unchecked(record, kept, content)
 
 
 def first_fault(error: ValidationError) -> str:
@@ -538,11 +576,6 @@ def json_schema() -> str:
     schema["properties"]["sha256"] = {"title": "Sha256", "type": "string", "description": about}
     schema["required"].append("sha256")
     return json.dumps(schema, indent=2) + "\n"
-
-
-def digest_of(content: dict[str, Any]) -> str:
-    """The SHA-256 of a record's fields but `sha256`: of its JSON with sorted keys and no blanks."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,27 @@
 """The statistics' claims, checked on real runs of a side against itself and on generated numbers."""
 
 import math
+import statistics
 from collections import defaultdict
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from tunebench.record import DISTURBED, Record, parse_record
 from tunebench.report.pairing import SelfComparison, against_itself
-from tunebench.report.stats import drift, is_across_zero, outlying, pooled_noise, ratio_interval, spread
+from tunebench.report.stats import (
+    drift,
+    is_across_zero,
+    outlying,
+    pooled_noise,
+    ratio_interval,
+    spread,
+    standard_deviation,
+)
 
 DRAWS = 250  # of each row and number of rounds
 
@@ -27,6 +38,15 @@ def itself(records) -> list[SelfComparison]:
     found = against_itself(records)
     assert sum(len(each.log_ratios) for each in found) * 2 == len(records) == 240
     return found
+
+
+NUMBERS = st.floats(-1e100, 1e100) | st.floats(-1, 1) | st.floats(1, 1 + 1e-12) | st.just(0.1)
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
+@given(st.lists(NUMBERS, min_size=2, max_size=6))
+def test_deviations_are_those_of_the_statistics_module_to_the_last_bit(values):
+    assert standard_deviation(values) == statistics.stdev(values)
 
 
 def resampled(itself: list[SelfComparison], rounds: int, shift: float = 0.0) -> list[tuple[float, float]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tunebench.record import Record
+from tunebench.record import DISTURBED, Record
 from tunebench.report.identity import as_key, attempt_of, setup_of, split_of, work_of
 from tunebench.report.rounds import turn
 
@@ -46,7 +46,12 @@ class Cell:
     @functools.cached_property
     def wholly_disturbed(self) -> bool:
         """Whether others disturbed all of its runs, so that its rate is not known."""
-        return all(record.disturbed for record in self.records)
+        return len(self.shares_taken) == len(self.records) and min(self.shares_taken) >= DISTURBED
+
+    @functools.cached_property
+    def shares_taken(self) -> list[float]:
+        """The shares that others took of a core or a GPU during its runs, of those where it is known."""
+        return [share for record in self.records if (share := record.share_taken) is not None]
 
     @functools.cached_property
     def rates(self) -> list[float]:
@@ -61,7 +66,7 @@ class Cell:
 
 def disturbed_by(records: Iterable[Record]) -> str | None:
     """What disturbed the most disturbed of these runs, in words; None where no run was disturbed."""
-    found = [(*record.disturbance, record.framework) for record in records if record.disturbance and record.disturbed]
+    found = [(*record.disturbance, record.framework) for record in records if record.disturbed and record.disturbance]
     return "{2}: {1}".format(*max(found)) if found else None
 
 
@@ -71,9 +76,11 @@ def cells_of(records: list[Record]) -> list[Cell]:
     for record in records:
         if record.status == "ok":
             # Runs of different versions do not repeat each other, though each may have its pair.
-            by_key[as_key([vars(record.setup), record.versions, work_of(record)])].append(record)
+            # `as_key` takes three times as long.
+            parts = (vars(record.setup), record.versions, work_of(record))
+            by_key[repr([sorted(part.items()) for part in parts])].append(record)
     bad = [(attempt_of(record), record) for record in records if record.status != "ok"]
-    done = {attempt_of(runs[0]) for runs in by_key.values()}
+    done = {attempt_of(runs[0]) for runs in by_key.values()} if bad else set()
     ended: dict[tuple[Any, ...], list[Record]] = defaultdict(list)
     for attempt, record in bad:
         if attempt not in done:

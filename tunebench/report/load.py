@@ -1,17 +1,27 @@
 """Finds and reads the records of files and folders."""
 
+import contextlib
 import gc
 import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
+from tunebench import processes
 from tunebench.errors import BadInput
 from tunebench.files import results_folder
-from tunebench.record import Record, read_record
+from tunebench.record import Record, faults_of, parse_record, parse_unchecked, read_record
 
 REHEARSALS = "rehearsals"
 # Folders of records that are searched only where they are named, and how others of them begin.
 KEPT_APART = ("measured", "published", REHEARSALS)
 VERSUS = "versus-"
+# From MANY files on, helpers on further cores compute the digests, which take about as long as all else. One in OWN is
+# left to this process, so that it is done when one helper is.
+MANY, OWN, HELPERS = 500, 5, 3
 
 
 def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
@@ -19,17 +29,96 @@ def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
 
     It searches folders, but for hidden ones and those that are kept apart. Raises `BadInput`.
     """
-    records, broken = [], []
-    gc.disable()  # the collector would scan all records so far again and again, and they hold no cycles
-    try:
-        for file in itertools.chain.from_iterable(record_files(path) for path in paths):
+    return load_files(list(itertools.chain.from_iterable(record_files(path) for path in paths)))
+
+
+def load_files(
+    files: list[Path], is_other: Callable[[Path, bytes], bool] = lambda file, content: False
+) -> tuple[list[Record], list[str]]:
+    """The records in `files` by start time, and a line for each broken file.
+
+    `is_other` tells by a file's content that it is something else, which is left out.
+    """
+    records: dict[int, Record] = {}
+    broken: dict[int, str] = {}
+    unchecked: list[tuple[int, str]] = []  # the index of a file, and the digest that it has
+    helped = range(0) if len(files) < MANY else range(len(files))
+    with without_collector(), digests_beside([files[i] for i in helped if i % OWN]) as wait:
+        for i, file in enumerate(files):
             try:
-                records.append(read_record(file))
+                with faults_of(file):
+                    content = file.read_bytes()
+                    if is_other(file, content):
+                        continue
+                    if wait and i % OWN:
+                        records[i], kept, _ = parse_unchecked(content)
+                        unchecked.append((i, kept))
+                    else:
+                        records[i] = parse_record(content)
             except BadInput as fault:
-                broken.append(str(fault))
+                broken[i] = str(fault)
+        digests = wait() if wait else {}
+        for i, kept in unchecked:
+            # A helper may have read the file before or after a change of it. `read_record` decides.
+            if digests.get(files[i]) != kept:
+                try:
+                    records[i] = read_record(files[i])
+                except BadInput as fault:
+                    broken[i] = str(fault)
+                    del records[i]
+    if helped:
+        gc.freeze()  # the next collection would scan all records too, which takes longer than to parse a tenth of them
+    by_start = sorted((records[i] for i in sorted(records)), key=lambda record: record.started_at)
+    return by_start, [broken[i] for i in sorted(broken)]
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Stops Python's collector of cycles in a body. It would scan all records again and again, which hold none."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
-        gc.enable()
-    return sorted(records, key=lambda record: record.started_at), broken
+        if enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
+def digests_beside(files: list[Path]) -> Iterator[Callable[[], dict[Path, str]] | None]:
+    """Computes the digests of record files on further cores. Yields a function that waits for them.
+
+    A file that cannot be read has no digest or an empty one. Yields None where there are no files or no further cores.
+    """
+    cores = min(len(os.sched_getaffinity(0)) - 1, HELPERS) if files else 0
+    with contextlib.ExitStack() as ended:
+        helpers = [(part, *_helper(part, ended)) for part in (files[i::cores] for i in range(cores))]
+
+        def wait() -> dict[Path, str]:
+            found: dict[Path, str] = {}
+            for part, process, output in helpers:
+                process.wait()
+                output.seek(0)
+                found.update(zip(part, output.read().decode().split("\n"), strict=False))
+            return found
+
+        yield wait if helpers else None
+
+
+def _helper(files: list[Path], ended: contextlib.ExitStack) -> tuple[subprocess.Popen, IO[bytes]]:
+    """A process that computes the digests of `files`, and its output. `ended` ends it."""
+    given, output = (ended.enter_context(os.fdopen(os.memfd_create(name), "w+b")) for name in ("paths", "digests"))
+    given.write(b"\0".join(map(os.fsencode, files)))
+    given.seek(0)
+    command = [sys.executable, "-P", "-m", "tunebench.digest"]
+    process = processes.start(command, stdin=given, stdout=output, stderr=subprocess.DEVNULL)
+    ended.callback(_end, process)
+    return process, output
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        processes.end(process)
 
 
 def record_files(path: Path) -> list[Path]:
@@ -47,8 +136,17 @@ def record_files(path: Path) -> list[Path]:
         if path == results_folder():
             return []
         raise BadInput(f"{path}: no such file or folder; name record files or folders of them")
-    files = ((file, file.relative_to(path).parts) for file in path.rglob("*.json"))
-    return sorted(file for file, parts in files if not any(p.startswith(".") or is_kept_apart(p) for p in parts))
+    found: list[tuple[str, str]] = []
+    for folder, folders, files in os.walk(path):  # twice as fast as Path.rglob
+        folders[:] = [name for name in folders if not is_left_out(name)]
+        found += [(folder, name) for name in (*folders, *files) if name.endswith(".json") and not is_left_out(name)]
+    # In the order of their parts, as paths are sorted: a separator comes before all other characters.
+    return [Path(*each) for each in sorted(found, key=lambda each: "/".join(each).replace("/", "\0"))]
+
+
+def is_left_out(name: str) -> bool:
+    """Whether the search of a folder leaves a file or folder of this name out."""
+    return name.startswith(".") or is_kept_apart(name)
 
 
 def is_kept_apart(name: str) -> bool:

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tunebench.bootstrap import ROOT
+from tunebench.digest import digest_of
 from tunebench.errors import BadInput, cannot_write
 from tunebench.files import results_folder, write_atomically
 from tunebench.flags import DATA_NAMES
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.models.presets import PRESETS
-from tunebench.record import Record, digest_of, read_record
+from tunebench.record import Record, read_record
 from tunebench.report.load import REHEARSALS, record_files
 
 # The text of a record that its user or machine decides: it is cleaned. `machine` and `started_at` are written anew.

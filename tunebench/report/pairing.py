@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 from tunebench.record import Record
 from tunebench.report.cells import Cell, cells_of, disturbed_by
 from tunebench.report.identity import differences, group_of, place_of
-from tunebench.report.parity import disagreement, relative
+from tunebench.report.load import without_collector
+from tunebench.report.parity import disagreement
 from tunebench.report.remarks import on_what, remarks_of_rounds, remarks_of_side, runner_up
 from tunebench.report.rounds import (
     APART,
@@ -123,7 +124,7 @@ class Comparison(NamedTuple):
     note: str | None
 
 
-class Apart(NamedTuple):
+class Parity(NamedTuple):
     """The fields of `Row` that say how far apart the curves of two sides are."""
 
     parity: float | None = None
@@ -139,6 +140,7 @@ def join(records: list[Record]) -> list[Row]:
     return [joined.row for joined in join_cells(records)]
 
 
+@without_collector()
 def join_cells(records: list[Record]) -> list[Joined]:
     """The rows of `join`, each with what it was made of."""
     groups: dict[tuple[Any, ...], dict[str, list[Record]]] = {}
@@ -149,6 +151,7 @@ def join_cells(records: list[Record]) -> list[Joined]:
     near, noises = in_one_series(records), noise_by_machine(against_itself(records))
     for group in sorted(groups, key=place_of):
         cells = {framework: cells_of(members) for framework, members in groups[group].items()}
+        same_work = {framework: _by(members, "work") for framework, members in cells.items()}
         pairs = _pairs(**cells, near=near)
         members = [[cell for cell in pair if cell] for _, *pair in pairs]
         headings = [(pair[0] == BEST_OF_EACH, sides[0].setup) for pair, sides in zip(pairs, members, strict=True)]
@@ -158,7 +161,10 @@ def join_cells(records: list[Record]) -> list[Joined]:
             noise = noises.get(sides[0].first.hardware.place)
             # A/A runs are next to each other. The sides of a row "best of each" are not, so their noise is unknown.
             if compared == BEST_OF_EACH:
-                lines = [row.note, *(runner_up(cell, cells[cell.first.framework], near) for cell in sides)]
+                lines = [
+                    row.note,
+                    *(runner_up(cell, same_work[cell.first.framework][cell.work], near) for cell in sides),
+                ]
                 row = replace(row, note="; ".join(filter(None, lines)) or None)
             elif noise and row.rounds:
                 row = replace(row, noise=noise.worth(row.rounds))
@@ -282,10 +288,10 @@ def _row(
 ) -> tuple[Row, Rounds]:
     family, model, method, devices, bsz = group
     refusal = note = None
-    rounds, apart = Rounds([], 0), Apart()
+    rounds, parity = Rounds([], 0), Parity()
     if paddle and torch and paddle.rate and torch.rate:
         rounds, refusal, note = compare(paddle, torch, near if compared == BEST_OF_EACH else beside)
-        apart = _apart(rounds)
+        parity = _parity(rounds)
     sides = [cell for cell in (paddle, torch) if cell]
     notes = [note, *remarks_of_rounds(rounds)]
     minutes = max(itertools.starmap(minutes_apart, rounds.pairs), default=0)
@@ -299,7 +305,7 @@ def _row(
         notes += [f"conditions not recorded ({' and '.join(unknown)})"] * bool(unknown)
     notes += [on_what(cell.first) for cell in sides if cell.rate and told_apart][:1]
     ratios = rounds.log_ratios
-    round_noise = statistics.stdev(ratios) if len(ratios) > 1 else None
+    round_noise = rounds.deviation
     row = Row(
         family=family,
         model=model,
@@ -320,7 +326,7 @@ def _row(
         log_ratios=tuple(ratios),
         until=rounds.until,
         rounds_for_5=rounds_to_tell(round_noise) if round_noise is not None and not refusal else None,
-        **apart._asdict(),
+        **parity._asdict(),
     )
     return row, rounds
 
@@ -328,7 +334,7 @@ def _row(
 def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str | None]:
     """Why two cells of the same work have no speedup, in a few words and in full. None where they have one."""
     sides = zip(*rounds.pairs, strict=True) if rounds.pairs else [cell.records for cell in (paddle, torch)]
-    disturbed = "; ".join(filter(None, map(disturbed_by, sides)))
+    disturbed = "; ".join(filter(None, map(disturbed_by, sides))) if paddle.disturbed or torch.disturbed else ""
     if not rounds.pairs and not disturbed:
         plans = [{record.plan.sha256 for record in cell.records if record.plan} for cell in (paddle, torch)]
         if not plans[0] & plans[1]:
@@ -338,22 +344,22 @@ def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str
             f"no complete round: the two sides of each started more than {APART / 60:g} minutes and {RUNS_APART} runs "
             "apart; run them beside each other"
         )
-    if fault := next(filter(None, itertools.starmap(disagreement, rounds.pairs)), None):
+    faults = (disagreement(*pair, apart) for pair, apart in zip(rounds.pairs, rounds.apart, strict=True))
+    if fault := next(filter(None, faults), None):
         return ("models differ" if fault.startswith("model.") else "losses differ"), fault
     if disturbed:
         return f"disturbed: {disturbed}", "disturbed rounds say nothing: run_all.sh measures them again"
     return None, None
 
 
-def _apart(rounds: Rounds) -> Apart:
+def _parity(rounds: Rounds) -> Parity:
     """The largest relative differences between the two sides of any round."""
     if not rounds.pairs:
-        return Apart()
-    curves = [[relative(curve, *pair) for curve in ("loss", "grad_norm")] for pair in rounds.pairs]
-    return Apart(
-        parity=max(max(loss) for loss, _ in curves),
-        parity_first=max(loss[0] for loss, _ in curves),
-        parity_norm=max(max(norm) for _, norm in curves),
+        return Parity()
+    return Parity(
+        parity=max(max(apart.loss) for apart in rounds.apart),
+        parity_first=max(apart.loss[0] for apart in rounds.apart),
+        parity_norm=max(max(apart.grad_norm) for apart in rounds.apart),
     )
 
 
@@ -365,12 +371,11 @@ def _is_one_training(a: Cell, b: Cell, near: Near) -> bool:
 def _side(framework: str, cell: Cell | None, rates: list[float]) -> dict[str, Any]:
     """The fields of a row for one side. `rates` are those of the complete rounds."""
     rates = rates or (cell.rates if cell else [])
-    taken = [record.disturbance[0] for record in (cell.records if cell else []) if record.disturbance]
     return {
         f"{framework}_setup": cell.setup if cell else None,
         f"{framework}_status": cell.first.status if cell else None,
         f"{framework}_effective_tokens_per_second": statistics.geometric_mean(rates) if rates else None,
         f"{framework}_spread": spread(rates),
         f"{framework}_runs": len(cell.records) if cell else 0,
-        f"{framework}_disturbance": max(taken, default=None),
+        f"{framework}_disturbance": max(cell.shares_taken, default=None) if cell else None,
     }

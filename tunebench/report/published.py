@@ -15,7 +15,7 @@ from tunebench.errors import BadInput
 from tunebench.record import Record, first_fault
 from tunebench.record import Strict as Part
 from tunebench.report.identity import METHODS, model_of, rank_of, setup_of
-from tunebench.report.load import load_records, record_files
+from tunebench.report.load import load_files, record_files
 from tunebench.report.markdown import NOT_AVAILABLE, figure
 from tunebench.report.pairing import BEST_OF_EACH, LIKE_FOR_LIKE, Row, join
 from tunebench.report.tables import Column, as_csv, verdict
@@ -240,18 +240,20 @@ def load(paths: list[Path]) -> tuple[list[Record], list[PublishedRecord], list[s
     It searches folders as `load_records` does, so that it leaves out `published` folders unless they are named.
     """
     published: dict[tuple[Any, str], PublishedRecord] = {}
-    files, broken = [], []
-    for file in itertools.chain.from_iterable(record_files(path) for path in paths):
+    broken: list[str] = []
+
+    def is_published(file: Path, content: bytes) -> bool:
         try:
-            run = _read(file)
+            run = _parse(file, content)
         except BadInput as fault:
             broken.append(str(fault))
-            continue
-        if run is None:
-            files.append(file)
-        elif published.setdefault((run.like, run.framework), run) != run:
+            return True
+        if run is not None and published.setdefault((run.like, run.framework), run) != run:
             broken.append(f"{file}: not a record: another one of the same published run has other values")
-    records, others = load_records(files)
+        return run is not None
+
+    files = list(itertools.chain.from_iterable(record_files(path) for path in paths))
+    records, others = load_files(files, is_published)
     return records, list(published.values()), broken + others
 
 
@@ -369,12 +371,11 @@ def combine(parts: list[str], form: str) -> str:
     return "\n\n".join(parts)
 
 
-def _read(file: Path) -> PublishedRecord | None:
+def _parse(file: Path, text: bytes) -> PublishedRecord | None:
     """A published run's record; None for any other file. Raises `BadInput` with the first fault."""
     try:
-        text = file.read_bytes()
         content = json.loads(text) if b"published" in text else None
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or not str(content.get("schema")).startswith("published"):
         return None

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections.abc import Iterable
 
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.record import DISTURBED, MARKED, Record
@@ -50,9 +51,9 @@ def until_in_words(target: float, reached: bool, rounds: int) -> str:
     return f"the interval is not within ±{target * 100:g}% after {rounds} rounds{more}"
 
 
-def runner_up(best: Cell, cells: list[Cell], near: Near) -> str | None:
-    """A remark on the framework's second fastest setup of the same work: whether it ties with the best one."""
-    others = [cell for cell in cells if cell is not best and cell.rate and cell.work == best.work]
+def runner_up(best: Cell, same_work: Iterable[Cell], near: Near) -> str | None:
+    """A remark on the second fastest of a framework's setups of the same work: whether it ties with the best one."""
+    others = [cell for cell in same_work if cell is not best and cell.rate]
     others = [cell for cell in others if cell.setup != best.setup and not cell.disturbed]
     if not others:
         return None
@@ -80,9 +81,9 @@ def remarks_of_side(cell: Cell) -> list[str]:
     if change := drift_of(cell.records):
         remarks.append(drift_in_words(change))
     known = [record.conditions for record in cell.records if record.conditions]
-    taken = [record.disturbance for record in cell.records if record.disturbance]
-    if taken and MARKED <= max(taken)[0] < DISTURBED:
-        remarks.append(f"was marked: {max(taken)[1]}")
+    if MARKED <= (worst := max(cell.shares_taken, default=0.0)) < DISTURBED:
+        marked = (record.disturbance for record in cell.records if record.share_taken == worst)
+        remarks.append(f"was marked: {max(each[1] for each in marked if each)}")
     remarks += dict.fromkeys(remark for conditions in known for remark in conditions.remarks())
     if known and (seconds := min(conditions.seconds for conditions in known)) < LEAST_SECONDS:
         remarks.append(f"was timed for {seconds:.1f} s alone, and {LEAST_SECONDS:g} s tell what others took")

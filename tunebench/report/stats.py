@@ -1,5 +1,6 @@
 """Statistics of repeated measurements: intervals of ratios, spread, noise, outlying rounds, drift."""
 
+import functools
 import math
 import statistics
 from collections.abc import Sequence
@@ -31,10 +32,16 @@ def ratio_interval(
     `ours[k]` and `theirs[k]` are a round's rates. None with fewer than two rounds.
     """
     ratios = log_ratios(ours, theirs)
-    margin = margin_of(ratios, quantile)
-    if margin is None:
+    return interval_of(ratios, standard_deviation(ratios) if len(ratios) > 1 else None, quantile)
+
+
+def interval_of(
+    ratios: Sequence[float], deviation: float | None, quantile: float = PLAIN
+) -> tuple[float, float] | None:
+    """`ratio_interval` of log ratios, from their standard deviation. None where there is none."""
+    if deviation is None:
         return None
-    mean = statistics.fmean(ratios)
+    mean, margin = statistics.fmean(ratios), _margin(len(ratios), deviation, quantile)
     return _expm1(mean - margin), _expm1(mean + margin)
 
 
@@ -57,9 +64,7 @@ def mean_interval(mean: float, deviation: float, runs: int) -> tuple[float, floa
 
 def margin_of(ratios: Sequence[float], quantile: float = PLAIN) -> float | None:
     """Half the width of the interval of log ratios; None with fewer than two."""
-    if len(ratios) < 2:
-        return None
-    return _t(len(ratios) - 1, quantile) * statistics.stdev(ratios) / math.sqrt(len(ratios))
+    return _margin(len(ratios), standard_deviation(ratios), quantile) if len(ratios) > 1 else None
 
 
 def is_narrow(ratios: Sequence[float], target: float) -> bool:
@@ -91,6 +96,24 @@ def rounds_to_tell(deviation: float, difference: float = TOLD) -> int:
             break
         rounds += 2
     return rounds
+
+
+def standard_deviation(values: Sequence[float]) -> float:
+    """The standard deviation of at least two finite numbers, as `statistics.stdev` gives it to the last bit.
+
+    Both are exact until the last rounding. `statistics` adds fractions, which takes ten times as long, and a report
+    asks for several deviations in each of its rows.
+    """
+    fractions = [value.as_integer_ratio() for value in values]
+    scale, count = max(below for _, below in fractions), len(values)  # all denominators are powers of two
+    whole = [above * (scale // below) for above, below in fractions]
+    above = count * sum(number * number for number in whole) - sum(whole) ** 2
+    below = count * (count - 1) * scale**2
+    # The root of above ÷ below with 54 bits or more. An odd last bit where it is inexact makes the division round well.
+    shift = max(0, (below.bit_length() - above.bit_length() + 111) // 2)
+    square = (above << 2 * shift) // below
+    root = math.isqrt(square)
+    return (root | (root * root * below != above << 2 * shift)) / (1 << shift)
 
 
 def log_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
@@ -131,7 +154,7 @@ def is_within(interval: tuple[float, float], limit: float = SAME) -> bool:
 
 def spread(rates: Sequence[float]) -> float | None:
     """The standard deviation of the rates' logarithms, a relative spread; None with fewer than two rates."""
-    return statistics.stdev(map(math.log, rates)) if len(rates) > 1 else None
+    return standard_deviation([math.log(rate) for rate in rates]) if len(rates) > 1 else None
 
 
 def outlying(rates: Sequence[float]) -> list[int]:
@@ -161,11 +184,12 @@ def drift(runs: Sequence[Sequence[float]]) -> float | None:
     half = len(runs[0]) // 2
     if half < 2:
         return None
-    means = [statistics.fmean(map(math.log, seconds)) for seconds in zip(*runs, strict=True)]
+    means = [math.fsum(map(math.log, seconds)) / len(runs) for seconds in zip(*runs, strict=True)]
     ratios = [later - first for first, later in zip(means[:half], means[len(means) - half :], strict=True)]
-    change, error = statistics.fmean(ratios), statistics.stdev(ratios) / math.sqrt(half)
+    change = statistics.fmean(ratios)
     if abs(_expm1(change)) < DRIFT:
         return None
+    error = standard_deviation(ratios) / math.sqrt(half)
     p = 2 * float(special.stdtr(half - 1, -abs(change) / error)) if error > 0 else 0.0
     return _expm1(change) if p < DRIFT_P else None
 
@@ -190,8 +214,9 @@ def has_paired_halves(record: Record) -> bool:
     if record.steps is None:
         return False
     steps, half = record.steps, (len(record.steps.seconds) - record.timed_from) // 2
-    counts = list(zip(steps.effective_tokens, steps.padded_tokens, steps.label_tokens, strict=True))
-    return half > 0 and counts[record.timed_from :][:half] == counts[-half:]
+    counts = (steps.effective_tokens, steps.padded_tokens, steps.label_tokens)
+    first = slice(record.timed_from, record.timed_from + half)
+    return half > 0 and all(count[first] == count[-half:] for count in counts)
 
 
 def drift_in_words(change: float) -> str:
@@ -202,6 +227,11 @@ def drift_in_words(change: float) -> str:
     return f"{what}: steps took {change:+.0%} in the second half of the timed ones; {advice}"
 
 
+def _margin(rounds: int, deviation: float, quantile: float) -> float:
+    return _t(rounds - 1, quantile) * deviation / math.sqrt(rounds)
+
+
+@functools.lru_cache(maxsize=1024)
 def _t(freedom: int, quantile: float) -> float:
     return float(special.stdtrit(freedom, quantile))
 

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tunebench.digest import digest_of
 from tunebench.frameworks import FRAMEWORKS
-from tunebench.record import Record, digest_of
+from tunebench.record import Record
 from tunebench.report.cells import Cell
 from tunebench.report.html.words import Words
 from tunebench.report.identity import METHODS, as_key, attempt_of, work_of
@@ -261,7 +262,7 @@ def _add_cells(joined: list[Joined], near: Near, content: Content, words: Words)
                     for index, record in zip(runs, cell.records, strict=True)
                 ],
                 "timed": bool(cell.rate),
-                "taken": max((r.disturbance[0] for r in cell.records if r.disturbance), default=None),
+                "taken": max(cell.shares_taken, default=None),
                 "padding": padding_share(cell.records),
                 "memory": [words.translated(column.text(memory)) for column in MEMORY_COLUMNS[-4:]],
                 "reasons": list(dict.fromkeys(f"{r.status}: {r.reason}" for r in cell.records if r.status != "ok")),
