@@ -119,6 +119,21 @@ def build_all(framework: str, scripts: dict[str, Script], world: World, cases: C
     os._exit(0)  # as run.py's `_leave` does: destroying gloo's groups can deadlock
 
 
+class Once:
+    """Keeps what was found for flags, since many runs have the same model."""
+
+    def __init__(self, scripts: dict[str, Script]) -> None:
+        self.scripts = scripts
+        self.known: dict[str, Any] = {}
+
+    def once(self, facts_of: Callable[[Script, Flags], Any], method: str, flags: Flags) -> Any:
+        """What `facts_of` returns for these flags, asked once."""
+        key = facts_of.__name__ + key_of(method, flags)
+        if key not in self.known:
+            self.known[key] = facts_of(self.scripts[method], flags)
+        return self.known[key]
+
+
 def key_of(method: str, flags: Flags) -> str:
     """The same text for the same model and shapes."""
     return json.dumps([method, {k: v for k, v in flags.model_dump().items() if k not in WITHOUT_EFFECT}])
@@ -164,11 +179,12 @@ def tiny_checkpoint(flags: Flags) -> Checkpoint:
     return find_checkpoint(TINY[PRESETS[flags.model].config["model_type"]], "random", 0)
 
 
-class Torch:
+class Torch(Once):
     """One process that builds what the last rank of a run would."""
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
-        self.scripts, self.world = scripts, world
+        super().__init__(scripts)
+        self.world = world
         import torch
         import transformers
 
@@ -196,10 +212,15 @@ class Torch:
             return self.shard(script, flags)
         if self.world.size > 1:
             return self.step(script, method, flags, layers=1)
+        # What runs in the passes, of which `step` has a pair of layers, adds no parameter.
+        plain = flags.model_copy(update={"attention": "eager", "recompute": False, "micro_bsz": 1})
+        return self.step(script, method, flags, layers=2) | self.once(self.whole, method, plain)
+
+    def whole(self, script: Script, flags: Flags) -> Facts:
+        """Counts of the model in all layers."""
         group = self.join(script, flags)
         with hollow_checkpoint(flags) as checkpoint:
-            model = script["build_model"](flags, checkpoint, group)
-        return self.step(script, method, flags, layers=2) | self.counts(script, model, group)
+            return self.counts(script, script["build_model"](flags, checkpoint, group), group)
 
     def join(self, script: Script, flags: Flags) -> Any:
         """Replaces parallel.join where the process group exists already."""
@@ -287,12 +308,12 @@ class Torch:
         return facts
 
 
-class Paddle:
+class Paddle(Once):
     """A whole model, or one rank's slices of it."""
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
-        self.scripts, self.world, self.group = scripts, world, None
-        self.known: dict[str, Any] = {}  # what `once` has returned
+        super().__init__(scripts)
+        self.world, self.group = world, None
         export_place(world, "paddle")
 
     def share(self, flags: Flags) -> Flags:
@@ -312,15 +333,12 @@ class Paddle:
         # The forward pass is in float32, whatever --dtype says: CPUs have no kernels for other dtypes.
         tiny = flags.model_copy(update={"model": TINY[PRESETS[flags.model].config["model_type"]]})
         fp32 = flags.model_copy(update={"dtype": "fp32", "amp": None})
-        facts = self.shapes(script, flags) | {"tiny": self.once(self.tiny, method, tiny)}
+        # The kernel of attention, which `tiny` and `forward` have, and the batch add no parameter.
+        plain = flags.model_copy(update={"attention": "eager", "micro_bsz": 1})
+        facts = self.once(self.shapes, method, plain) | {
+            "tiny": self.once(self.tiny, method, tiny.model_copy(update={"micro_bsz": 1}))
+        }
         return facts | (self.once(self.forward, method, fp32) if flags.mp == 1 else {})
-
-    def once(self, facts_of: Callable[[Script, Flags], Any], method: str, flags: Flags) -> Any:
-        """What `facts_of` returns for these flags, asked once."""
-        key = facts_of.__name__ + key_of(method, flags)
-        if key not in self.known:
-            self.known[key] = facts_of(self.scripts[method], flags)
-        return self.known[key]
 
     def lazily(self, script: Script, flags: Flags, checkpoint: Checkpoint) -> Any:
         """The script's model without weights."""

@@ -8,7 +8,6 @@ import json
 from typing import NamedTuple
 
 import pytest
-from conftest import run_program
 from helpers import MODEL, close, probe
 
 from tunebench.forecast.report import Answer
@@ -43,12 +42,12 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture
-def count(work, tmp_path):
+def count(work, forked, tmp_path):
     """`probe` with the flags of this file. What it counts is compared with the script's forecast of the same run."""
 
     def counted(framework, method, *flags):
         ranks, record = probe(framework, method, tmp_path, *work, *flags)
-        assert_forecast(framework, method, ranks, tmp_path / "answer.json", *work, *flags)
+        assert_forecast(forked, framework, method, ranks, tmp_path / "answer.json", *work, *flags)
         return ranks, record
 
     return counted
@@ -73,9 +72,10 @@ def alone(work, tmp_path_factory):
     return whole
 
 
-def assert_forecast(framework, method, ranks, out, *flags):
+def assert_forecast(forked, framework, method, ranks, out, *flags):
     """--plan forecasts what lasts between two steps within 2%, on the process that holds most."""
-    run_program(f"{framework}/finetune_{method}.py", *flags, "--plan", "--gpu=a100-80g", "--out", out, check=True)
+    code, printed = forked.run(framework, method, *flags, "--plan", "--gpu=a100-80g", "--out", out)
+    assert code == 0, printed
     held = Answer.model_validate_json(out.read_text()).memory.held
     kinds = {"weights": ("trainable", "frozen"), "master_weights": ("master",), "moments": ("states",)}
     for kind, counted in kinds.items():
