@@ -208,12 +208,12 @@ class Torch(Once):
     def build(self, method: str, flags: Flags) -> Facts:
         """Facts of what the flags build: the whole model in one process, or the last rank's part of several."""
         script = self.scripts[method]
+        # What runs in the passes adds no parameter.
+        plain = flags.model_copy(update={"attention": "eager", "recompute": False, "micro_bsz": 1})
         if flags.zero:
-            return self.shard(script, flags)
+            return self.shard(script, flags) | self.once(self.layer, method, plain)
         if self.world.size > 1:
             return self.step(script, method, flags, layers=1)
-        # What runs in the passes, of which `step` has a pair of layers, adds no parameter.
-        plain = flags.model_copy(update={"attention": "eager", "recompute": False, "micro_bsz": 1})
         return self.step(script, method, flags, layers=2) | self.once(self.whole, method, plain)
 
     def whole(self, script: Script, flags: Flags) -> Facts:
@@ -281,10 +281,7 @@ class Torch(Once):
         )
 
     def shard(self, script: Script, flags: Flags) -> Facts:
-        """What DeepSpeed makes of the flags: its configuration, the model that it loads, and its engine of a tiny one.
-
-        It holds each tensor whole for a moment: the vocabulary is cut too.
-        """
+        """What DeepSpeed makes of the flags: its configuration, and its engine of a tiny model."""
         parallel, group = script["parallel"], self.join(script, flags)
         deepspeed = parallel.import_deepspeed()
         deepspeed.init_distributed(dist_init_required=False)
@@ -295,9 +292,6 @@ class Torch(Once):
             "stage": config.zero_optimization_stage,
             "precision": [name for name, part in low.items() if part.enabled],
         }
-        with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
-            facts |= self.counts(script, script["build_model"](flags, checkpoint, group), group)
-            facts["whole"] = checkpoint.parameters
         model = script["build_model"](flags, tiny_checkpoint(flags), group)
         trainable = [p for p in model.parameters() if p.requires_grad]
         try:
@@ -306,6 +300,15 @@ class Torch(Once):
         except ValueError as refusal:
             facts["refused"] = str(refusal)
         return facts
+
+    def layer(self, script: Script, flags: Flags) -> Facts:
+        """Counts of one layer as DeepSpeed loads it, after `shard`.
+
+        Each tensor is whole for a moment: the vocabulary is cut too.
+        """
+        group = self.join(script, flags)
+        with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
+            return self.counts(script, script["build_model"](flags, checkpoint, group), group)
 
 
 class Paddle(Once):
