@@ -140,30 +140,28 @@ class ForkedRuns:
         self.servers: dict[tuple[str, ...], subprocess.Popen] = {}
         self.number = 0
 
-    def run(
-        self, framework: str, method: str, *flags: object, code: str = "", program: Path | None = None
-    ) -> tuple[int, str]:
+    def run(self, framework: str, method: str, *flags: object, code: str = "", **probe: str) -> tuple[int, str]:
         """Runs a script, with all its processes, after `code`. Returns the first exit code that is not 0, and what the
-        processes printed. `program` runs the script that TUNEBENCH_PROBE names.
+        processes printed. `probe` is for a program of tests/ that runs the script: PROGRAM=its name, and variables.
         """
         self.number += 1
         log = self.folder / f"{framework}-{self.number}"
         script = f"{framework}/finetune_{method}.py"
-        known = own_environment() | ({"TUNEBENCH_PROBE": script} if program else {})
+        program, known = ROOT / script, own_environment() | probe
+        if probe:
+            program, known["TUNEBENCH_PROBE"] = ROOT / "tests" / probe["PROGRAM"], script
         arguments = list(map(str, flags))
         parsed = parse_flags(method, arguments, framework=framework)
         size = 1 if parsed.plan else parsed.world_size
         packages = (framework, "deepspeed") if framework == "torch" and parsed.zero and size > 1 else (framework,)
-        asked = {"script": str(program or ROOT / script), "flags": arguments, "code": code, "log": str(log)}
+        asked = {"script": str(program), "flags": arguments, "code": code, "log": str(log)}
         codes = self._ask(packages, asked | {"ranks": [known | place for place in places(framework, size)]})
         printed = "\n".join(file.read_text(errors="replace") for file in sorted(self.folder.glob(f"{log.name}-*")))
         return next((code for code in codes if code), 0), printed
 
-    def train(
-        self, framework: str, method: str, out: Path, *flags: object, code: str = "", program: Path | None = None
-    ) -> Record:
+    def train(self, framework: str, method: str, out: Path, *flags: object, code: str = "", **probe: str) -> Record:
         """Runs a script to its end, as `run` does, and reads its record. Without `code` it must end well."""
-        exit_code, printed = self.run(framework, method, *flags, "--out", out, code=code, program=program)
+        exit_code, printed = self.run(framework, method, *flags, "--out", out, code=code, **probe)
         if exit_code and not code:
             raise AssertionError(f"{framework} {method} {flags} ended with {exit_code}:\n{printed}")
         return read_record(out)

@@ -53,7 +53,7 @@ def test_chatglm2_and_back(monkeypatch, tmp_path):
 def test_weights_are_whole_where_paddle_copies_them_as_to_a_gpu(alone, forked, short, tmp_path, family, method, setup):
     """A strided weight would read other bytes: Paddle copies bytes and strides into an empty tensor."""
     flags = [f"--model={family}-tiny", *short, *setup]
-    record = forked.train("paddle", method, tmp_path / "r.json", *flags, program=ROOT / "tests" / "built_lazily.py")
+    record = forked.train("paddle", method, tmp_path / "r.json", *flags, PROGRAM="built_lazily.py")
     assert_one_curve(record, alone("paddle", family, method))
 
 

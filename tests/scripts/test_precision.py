@@ -50,10 +50,10 @@ def test_torch_trains_in_low_precision_on_a_cpu(alone, forked, short, tmp_path, 
 
 
 @pytest.mark.parametrize(("setup", "ranks"), [([], 1), (["--zero=2", "--nproc=2"], 2)])
-def test_master_weights_are_float32(tmp_path, setup, ranks):
+def test_master_weights_are_float32(forked, tmp_path, setup, ranks):
     """Bytes per weight with O2: weight 2, gradient 2, and over the ranks master weight 4, moments 8."""
     flags = [f"--model={MODEL}", "--bsz=2", "--steps=2", "--warmup-steps=1", "--dtype=bf16", "--amp=O2"]
-    held, record = probe("torch", "full", tmp_path, *flags, *setup)
+    held, record = probe(forked, "torch", "full", tmp_path, *flags, *setup)
     weights = record.model.parameters
     for rank in held:
         assert rank["trainable"] == close(2 * weights)

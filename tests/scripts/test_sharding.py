@@ -46,7 +46,7 @@ def count(work, forked, tmp_path):
     """`probe` with the flags of this file. What it counts is compared with the script's forecast of the same run."""
 
     def counted(framework, method, *flags):
-        ranks, record = probe(framework, method, tmp_path, *work, *flags)
+        ranks, record = probe(forked, framework, method, tmp_path, *work, *flags)
         assert_forecast(forked, framework, method, ranks, tmp_path / "answer.json", *work, *flags)
         return ranks, record
 
@@ -54,13 +54,13 @@ def count(work, forked, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def alone(work, tmp_path_factory):
+def alone(work, forked, tmp_path_factory):
     """Bytes that one process holds, by framework. They must match the model's size, which tests the counting."""
     made = {}
 
     def whole(framework):
         if framework not in made:
-            (held,), record = probe(framework, "full", tmp_path_factory.mktemp(framework), *work)
+            (held,), record = probe(forked, framework, "full", tmp_path_factory.mktemp(framework), *work)
             weights = record.model.parameters * FLOAT
             assert held["trainable"] == held["gradients"] == weights
             assert held["states"] == 2 * weights
