@@ -8,9 +8,10 @@ set -euo pipefail
 unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE PYTHONDONTWRITEBYTECODE
 cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
-# Two files of tests at a time, and their programs with a thread each.
+# Three files of tests at a time on two cores, since many tests wait for a time-out, a signal or another process. Their
+# programs have a thread each. Files start in the order of tests/conftest.py.
 export OMP_NUM_THREADS=1
-arguments=(--numprocesses=2 --dist=loadfile "$@")
+arguments=(--numprocesses=3 --dist=loadfile --no-loadscope-reorder "$@")
 
 bash setup.sh
 bash tests/browser.sh

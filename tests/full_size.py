@@ -119,6 +119,21 @@ def build_all(framework: str, scripts: dict[str, Script], world: World, cases: C
     os._exit(0)  # as run.py's `_leave` does: destroying gloo's groups can deadlock
 
 
+class Once:
+    """Keeps what was found for flags, since many runs have the same model."""
+
+    def __init__(self, scripts: dict[str, Script]) -> None:
+        self.scripts = scripts
+        self.known: dict[str, Any] = {}
+
+    def once(self, facts_of: Callable[[Script, Flags], Any], method: str, flags: Flags) -> Any:
+        """What `facts_of` returns for these flags, asked once."""
+        key = facts_of.__name__ + key_of(method, flags)
+        if key not in self.known:
+            self.known[key] = facts_of(self.scripts[method], flags)
+        return self.known[key]
+
+
 def key_of(method: str, flags: Flags) -> str:
     """The same text for the same model and shapes."""
     return json.dumps([method, {k: v for k, v in flags.model_dump().items() if k not in WITHOUT_EFFECT}])
@@ -164,11 +179,12 @@ def tiny_checkpoint(flags: Flags) -> Checkpoint:
     return find_checkpoint(TINY[PRESETS[flags.model].config["model_type"]], "random", 0)
 
 
-class Torch:
+class Torch(Once):
     """One process that builds what the last rank of a run would."""
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
-        self.scripts, self.world = scripts, world
+        super().__init__(scripts)
+        self.world = world
         import torch
         import transformers
 
@@ -192,14 +208,19 @@ class Torch:
     def build(self, method: str, flags: Flags) -> Facts:
         """Facts of what the flags build: the whole model in one process, or the last rank's part of several."""
         script = self.scripts[method]
+        # What runs in the passes adds no parameter.
+        plain = flags.model_copy(update={"attention": "eager", "recompute": False, "micro_bsz": 1})
         if flags.zero:
-            return self.shard(script, flags)
+            return self.shard(script, flags) | self.once(self.layer, method, plain)
         if self.world.size > 1:
             return self.step(script, method, flags, layers=1)
+        return self.step(script, method, flags, layers=2) | self.once(self.whole, method, plain)
+
+    def whole(self, script: Script, flags: Flags) -> Facts:
+        """Counts of the model in all layers."""
         group = self.join(script, flags)
         with hollow_checkpoint(flags) as checkpoint:
-            model = script["build_model"](flags, checkpoint, group)
-        return self.step(script, method, flags, layers=2) | self.counts(script, model, group)
+            return self.counts(script, script["build_model"](flags, checkpoint, group), group)
 
     def join(self, script: Script, flags: Flags) -> Any:
         """Replaces parallel.join where the process group exists already."""
@@ -260,10 +281,7 @@ class Torch:
         )
 
     def shard(self, script: Script, flags: Flags) -> Facts:
-        """What DeepSpeed makes of the flags: its configuration, the model that it loads, and its engine of a tiny one.
-
-        It holds each tensor whole for a moment: the vocabulary is cut too.
-        """
+        """What DeepSpeed makes of the flags: its configuration, and its engine of a tiny model."""
         parallel, group = script["parallel"], self.join(script, flags)
         deepspeed = parallel.import_deepspeed()
         deepspeed.init_distributed(dist_init_required=False)
@@ -274,9 +292,6 @@ class Torch:
             "stage": config.zero_optimization_stage,
             "precision": [name for name, part in low.items() if part.enabled],
         }
-        with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
-            facts |= self.counts(script, script["build_model"](flags, checkpoint, group), group)
-            facts["whole"] = checkpoint.parameters
         model = script["build_model"](flags, tiny_checkpoint(flags), group)
         trainable = [p for p in model.parameters() if p.requires_grad]
         try:
@@ -286,13 +301,22 @@ class Torch:
             facts["refused"] = str(refusal)
         return facts
 
+    def layer(self, script: Script, flags: Flags) -> Facts:
+        """Counts of one layer as DeepSpeed loads it, after `shard`.
 
-class Paddle:
+        Each tensor is whole for a moment: the vocabulary is cut too.
+        """
+        group = self.join(script, flags)
+        with hollow_checkpoint(flags, layers=1, vocabulary=8192) as checkpoint:
+            return self.counts(script, script["build_model"](flags, checkpoint, group), group)
+
+
+class Paddle(Once):
     """A whole model, or one rank's slices of it."""
 
     def __init__(self, scripts: dict[str, Script], world: World) -> None:
-        self.scripts, self.world, self.group = scripts, world, None
-        self.known: dict[str, Any] = {}  # what `once` has returned
+        super().__init__(scripts)
+        self.world, self.group = world, None
         export_place(world, "paddle")
 
     def share(self, flags: Flags) -> Flags:
@@ -312,15 +336,12 @@ class Paddle:
         # The forward pass is in float32, whatever --dtype says: CPUs have no kernels for other dtypes.
         tiny = flags.model_copy(update={"model": TINY[PRESETS[flags.model].config["model_type"]]})
         fp32 = flags.model_copy(update={"dtype": "fp32", "amp": None})
-        facts = self.shapes(script, flags) | {"tiny": self.once(self.tiny, method, tiny)}
+        # The kernel of attention, which `tiny` and `forward` have, and the batch add no parameter.
+        plain = flags.model_copy(update={"attention": "eager", "micro_bsz": 1})
+        facts = self.once(self.shapes, method, plain) | {
+            "tiny": self.once(self.tiny, method, tiny.model_copy(update={"micro_bsz": 1}))
+        }
         return facts | (self.once(self.forward, method, fp32) if flags.mp == 1 else {})
-
-    def once(self, facts_of: Callable[[Script, Flags], Any], method: str, flags: Flags) -> Any:
-        """What `facts_of` returns for these flags, asked once."""
-        key = facts_of.__name__ + key_of(method, flags)
-        if key not in self.known:
-            self.known[key] = facts_of(self.scripts[method], flags)
-        return self.known[key]
 
     def lazily(self, script: Script, flags: Flags, checkpoint: Checkpoint) -> Any:
         """The script's model without weights."""

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_program
+from conftest import ROOT, ForkedRuns
 
 from tunebench.flags import parse_flags
-from tunebench.record import Record, read_record
+from tunebench.record import Record
 from tunebench.run.run import describe_run
 
 MODEL = "llama-tiny"  # the model whose bytes are counted
@@ -36,11 +36,10 @@ flags = { steps = 20, recompute = true }
 """
 
 
-def probe(framework: str, method: str, folder: Path, *flags: object) -> tuple[list[dict], Record]:
+def probe(forked: ForkedRuns, framework: str, method: str, folder: Path, *flags: object) -> tuple[list[dict], Record]:
     """Runs a script and returns the bytes that each rank held, by kind, and the run's record."""
-    where = {"TUNEBENCH_PROBE": f"{framework}/finetune_{method}.py", "TUNEBENCH_BYTES": str(folder)}
-    run_program("tests/bytes_held.py", *flags, "--out", folder / "record", check=True, env=where)
-    record = read_record(folder / "record")
+    where = {"PROGRAM": "bytes_held.py", "TUNEBENCH_BYTES": str(folder)}
+    record = forked.train(framework, method, folder / "record", *flags, **where)
     ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(record.devices)]
     for held in ranks:
         assert held["passes"][-1] == held["gradients"]

@@ -91,6 +91,7 @@ def test_a_burner_leaves_no_speedup(burner, tmp_path):
     assert row.refusal.startswith("disturbed: ")
 
 
+@pytest.mark.frameworks
 def test_a_burner_that_cannot_be_seen_counts_too(burner, tmp_path):
     """In a PID namespace, as in a container, a run sees no other process but still the kernel's counters."""
     if os.geteuid():
@@ -101,6 +102,7 @@ def test_a_burner_that_cannot_be_seen_counts_too(burner, tmp_path):
     assert record.disturbance[0] > 0.2
 
 
+@pytest.mark.frameworks
 def test_a_burner_before_the_timed_steps_does_not_count(burner, tmp_path):
     process = burner(BURN)
     command = [sys.executable, "-u", ROOT / HERE / "finetune_lora.py", *FLAGS, f"--out={tmp_path / 'r.json'}"]
@@ -112,6 +114,7 @@ def test_a_burner_before_the_timed_steps_does_not_count(burner, tmp_path):
     assert taken(read_record(tmp_path / "r.json")) < 0.01
 
 
+@pytest.mark.frameworks
 def test_writing_to_a_disk_counts(burner, tmp_path):
     burner(WRITE, tmp_path / "written")
     record, _ = train(tmp_path / "r.json", "lora")

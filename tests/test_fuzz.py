@@ -280,6 +280,7 @@ def show(records) -> None:
             json.loads(printed, parse_constant=lambda word: pytest.fail(f"{word} in JSON"))
 
 
+@pytest.mark.frameworks
 def test_every_place_of_a_record(measured):
     """Each field set to each odd value, as if a run had written that."""
     others = [parse_record(json.dumps(content).encode()) for content in measured[1:]]

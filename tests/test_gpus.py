@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pynvml
 import pytest
-from conftest import HERE, refusal, run_altered, train_altered
+from conftest import HERE, refusal, run_altered
 
 from tunebench import hardware
 from tunebench.errors import BadInput
@@ -186,7 +186,7 @@ def test_a_process_is_bound_to_the_cores_nearest_to_its_gpu(gpus, monkeypatch):
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_run_stays_on_the_cores_nearest_to_its_gpu(tmp_path, framework):
+def test_a_run_stays_on_the_cores_nearest_to_its_gpu(forked, tmp_path, framework):
     """The GPU is pretended, and what a run sees of its own cores is the system's."""
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("this machine has one core")
@@ -205,10 +205,10 @@ r.bind_to_gpu = bind
 leave, r._leave = r._leave, lambda run, code: (print("cores:", os.sched_getaffinity(0)), leave(run, code))
 """
     flags = ["--model=llama-tiny", "--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"]
-    done = run_altered(code, framework, "full", *flags, f"--out={tmp_path / 'r.json'}")
-    assert done.returncode == 0, done.stderr
-    assert f"cores: {{{last}}}" in done.stdout
-    assert "cores nearest to the GPU: 1" in done.stdout
+    exit_code, printed = forked.run(framework, "full", *flags, f"--out={tmp_path / 'r.json'}", code=code)
+    assert exit_code == 0, printed
+    assert f"cores: {{{last}}}" in printed
+    assert "cores nearest to the GPU: 1" in printed
     assert read_record(tmp_path / "r.json").hardware.cores == len(os.sched_getaffinity(0))
 
 
@@ -259,11 +259,11 @@ def test_the_build_that_is_installed_here():
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_framework_that_finds_no_gpu_does_not_train_on_the_cpu(tmp_path, framework):
+def test_a_framework_that_finds_no_gpu_does_not_train_on_the_cpu(forked, tmp_path, framework):
     """The framework's build is for CUDA and finds no driver."""
     code = f"{A100}; import tunebench.frameworks as f; f.Framework.cuda_of_build = lambda self: '12.6'"
     flags = ["--model=llama-tiny", "--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"]
-    record = train_altered(code, framework, "full", tmp_path / "r.json", *flags)
+    record = forked.train(framework, "full", tmp_path / "r.json", *flags, code=code)
     assert record.status == "failed"
     assert record.reason.startswith(f"{framework} finds none of the 1 GPU(s) here (NVIDIA A100); use a build of ")
     assert record.reason.endswith("or hide the GPUs: CUDA_VISIBLE_DEVICES=")

@@ -132,6 +132,7 @@ def test_grouped_batches_hold_each_sample_once_an_epoch_and_depend_on_the_seed_a
     assert np.corrcoef(batches.mean(axis=1), np.arange(len(batches)))[0, 1] < 0.2, "batches are in no order of length"
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("data", ["synthetic-en", "synthetic-zh"])
 def test_shares_of_real_tokens_on_the_embedded_data(data):
     """Also takes the time to tokenize and plan the 10,000 samples."""

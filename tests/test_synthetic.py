@@ -20,6 +20,9 @@ from hypothesis import strategies as st
 
 from tunebench.errors import BadInput
 
+# test_scripts.py shows that the tokens are the same in both environments.
+pytestmark = pytest.mark.frameworks
+
 SAMPLES = 10_000
 QUANTILES = [0, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1]
 REAL = {  # tokens of real instruction data at these quantiles: prompt, response with EOS, total; mean total

@@ -111,10 +111,11 @@ def test_fewer_bytes_are_taken_from_what_there_is():
     assert with_more(memory, -200).peak == 0
 
 
-def test_a_plan_is_calibrated(records, written, short, tmp_path):
+def test_a_plan_is_calibrated(forked, records, written, short, tmp_path):
     out, record = tmp_path / "answer" / "a.json", records["full"]
     flags = ["--model=llama-tiny", *short, f"--calibrate={written()}", "--plan"]
-    done = run_program(f"{HERE}/finetune_full.py", *flags, "--out", out, check=True)
+    exit_code, printed = forked.run(HERE, "full", *flags, "--out", out)
+    assert exit_code == 0, printed
     found, content = Answer.model_validate_json(out.read_text()), json.loads(out.read_text())
     assert found.effective_tokens_per_second == pytest.approx(record.effective_tokens_per_second)
     assert found.memory.peak == record.peak_memory_bytes[0]
@@ -122,8 +123,8 @@ def test_a_plan_is_calibrated(records, written, short, tmp_path):
     assert found.room.usable == found.room.total == record.hardware.memory_bytes
     assert content["calibration"]["records"] == 1
     assert content["gpu"] == f"{record.hardware.cpu} ({record.hardware.cores} cores)"
-    assert found.calibration.in_words in done.stdout
-    assert "calibrated by 1 record(s) of" in done.stdout
+    assert found.calibration.in_words in printed
+    assert "calibrated by 1 record(s) of" in printed
 
 
 def test_a_sweep_is_calibrated(records, written, tmp_path):

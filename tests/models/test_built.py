@@ -1,10 +1,11 @@
 """Each side reads back what its framework built. A framework that computes something else fails the run."""
 
 import pytest
-from conftest import FRAMEWORKS, assert_one_curve, assert_one_model, train, train_altered
+from conftest import FRAMEWORKS, assert_one_curve, assert_one_model, run_program
 
 from tunebench.models.presets import PRESETS, Preset
 from tunebench.models.random_weights import write_random
+from tunebench.record import read_record
 
 pytestmark = pytest.mark.frameworks
 FEW = ["--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"]
@@ -44,8 +45,8 @@ m.BloomGelu.forward = lambda self, x: paddle.nn.functional.silu(x)
 
 
 @pytest.mark.parametrize(("framework", "family", "fault", "said"), FAULTS, ids=lambda part: part[:20].strip())
-def test_a_model_that_is_not_the_config_s_never_takes_a_step(tmp_path, framework, family, fault, said):
-    record = train_altered(fault, framework, "full", tmp_path / "r.json", f"--model={family}-tiny", *FEW)
+def test_a_model_that_is_not_the_config_s_never_takes_a_step(forked, tmp_path, framework, family, fault, said):
+    record = forked.train(framework, "full", tmp_path / "r.json", f"--model={family}-tiny", *FEW, code=fault)
     assert record.status == "failed"
     assert f"the model that {framework} built is not that of the config: {said} of the config" in record.reason
     assert not record.steps.loss
@@ -61,24 +62,25 @@ def test_the_record_says_what_was_built(alone, framework):
     assert (len(glm.rotary), glm.key_value_heads, glm.heads, glm.head_size) == (8, 2, 8, 32)
 
 
-def test_a_head_size_of_its_own_is_unsupported_in_paddle(tmp_path):
+def test_a_head_size_of_its_own_is_unsupported_in_paddle(forked, tmp_path):
     config = PRESETS["llama-tiny"].config | {"head_dim": 16, "num_hidden_layers": 2}
     write_random(tmp_path, Preset(config, "float32"), 0)
-    torch = train("torch", "full", tmp_path / "torch.json", f"--model={tmp_path}", *FEW)
+    torch = forked.train("torch", "full", tmp_path / "torch.json", f"--model={tmp_path}", *FEW)
     assert torch.model.built.head_size == 16
-    paddle = train_altered("", "paddle", "full", tmp_path / "paddle.json", f"--model={tmp_path}", *FEW)
+    run_program("paddle/finetune_full.py", f"--model={tmp_path}", *FEW, "--out", tmp_path / "paddle.json")
+    paddle = read_record(tmp_path / "paddle.json")
     assert paddle.status == "unsupported"
     assert "head_dim is 16 here, not 32" in paddle.reason
 
 
-def test_a_rotary_base_that_stands_in_rope_parameters_alone(tmp_path):
+def test_a_rotary_base_that_stands_in_rope_parameters_alone(forked, tmp_path):
     """As transformers 5 writes it; linear scaling too, and a padding token that the text has."""
     base = {name: value for name, value in PRESETS["llama-tiny"].config.items() if name != "rope_theta"}
     rotary = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
     config = base | {"num_hidden_layers": 2, "rope_parameters": rotary, "pad_token_id": 300}
     write_random(tmp_path, Preset(config, "float32"), 0)
     torch, paddle = (
-        train(framework, "full", tmp_path / f"{framework}.json", f"--model={tmp_path}", *FEW)
+        forked.train(framework, "full", tmp_path / f"{framework}.json", f"--model={tmp_path}", *FEW)
         for framework in FRAMEWORKS
     )
     assert torch.model.built.rotary[1] == pytest.approx(5e5 ** (-1 / 16) / 2, rel=1e-6)

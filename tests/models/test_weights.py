@@ -5,13 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import FRAMEWORKS, ROOT, assert_one_curve, assert_one_model, run_program, train
+from conftest import FRAMEWORKS, ROOT, assert_one_curve, assert_one_model
 from safetensors.numpy import load_file
 
 from tunebench.models.checkpoint import find_checkpoint, open_checkpoint
 from tunebench.models.presets import PRESETS
 from tunebench.models.random_weights import write_random
-from tunebench.record import read_record
 
 
 def test_chatglm2_and_back(monkeypatch, tmp_path):
@@ -51,11 +50,11 @@ def test_chatglm2_and_back(monkeypatch, tmp_path):
     ],
     ids=lambda part: "".join(part),
 )
-def test_weights_are_whole_where_paddle_copies_them_as_to_a_gpu(alone, short, tmp_path, family, method, setup):
+def test_weights_are_whole_where_paddle_copies_them_as_to_a_gpu(alone, forked, short, tmp_path, family, method, setup):
     """A strided weight would read other bytes: Paddle copies bytes and strides into an empty tensor."""
-    flags = [f"--model={family}-tiny", *short, *setup, "--out", tmp_path / "r.json"]
-    run_program("tests/built_lazily.py", *flags, check=True, env={"TUNEBENCH_PROBE": f"paddle/finetune_{method}.py"})
-    assert_one_curve(read_record(tmp_path / "r.json"), alone("paddle", family, method))
+    flags = [f"--model={family}-tiny", *short, *setup]
+    record = forked.train("paddle", method, tmp_path / "r.json", *flags, PROGRAM="built_lazily.py")
+    assert_one_curve(record, alone("paddle", family, method))
 
 
 SAVE = """
@@ -67,13 +66,15 @@ AutoModelForCausalLM.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2], m
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("family", ["llama-3.2-1b", "chatglm2"])
-def test_a_checkpoint_that_transformers_saved_in_shards(tmp_path, short, family):
+def test_a_checkpoint_that_transformers_saved_in_shards(forked, tmp_path, short, family):
     random = find_checkpoint(f"{family}-tiny", "random", 0)
     python, saved = ROOT / ".venv/torch/bin/python", tmp_path / "saved"
     subprocess.run([python, "-P", "-c", SAVE, random.folder, saved], check=True, capture_output=True, timeout=300)
     assert len(list(saved.glob("*.safetensors"))) > 2
     torch, paddle = (
-        train(framework, "full", tmp_path / f"{framework}.json", "--weights=pretrained", f"--model={saved}", *short)
+        forked.train(
+            framework, "full", tmp_path / f"{framework}.json", "--weights=pretrained", f"--model={saved}", *short
+        )
         for framework in FRAMEWORKS
     )
     assert torch.model.parameters == random.parameters

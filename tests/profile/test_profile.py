@@ -89,8 +89,8 @@ def check_layout(trace):
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_a_profile_tells_what_the_steps_did_and_changes_no_figure(alone, profiled, framework):
-    plain = alone(framework, "llama", "full")
+def test_a_profile_tells_what_the_steps_did_and_changes_no_figure(profiled, short, tmp_path, framework):
+    plain = train(framework, "full", tmp_path / "plain.json", "--model=llama-tiny", *short)
     record, traces = profiled(framework, "full")
     check_profile(record, traces)
     assert (record.plan, record.setup, record.model) == (plain.plan, plain.setup, plain.model)

@@ -13,6 +13,7 @@ from conftest import ROOT, refusal, run_program
 
 from tunebench.record import parse_record
 
+pytestmark = pytest.mark.frameworks
 RECORDS = [parse_record(line) for line in (ROOT / "tests" / "data" / "quick.jsonl").read_bytes().splitlines()[:2]]
 
 

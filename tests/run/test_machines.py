@@ -141,6 +141,7 @@ def test_no_numbers_of_threads_are_refused(program, given):
     assert f"OMP_NUM_THREADS={given} is no number of threads; unset it, or give one of 1 to 4096" in line
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize("python", [BARE, sys.executable])
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams(data, python, closed):
@@ -150,6 +151,7 @@ def test_closed_streams(data, python, closed):
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.frameworks
 @pytest.mark.parametrize(
     "env",
     [

@@ -4,7 +4,7 @@ import itertools
 import os
 
 import pytest
-from conftest import FRAMEWORKS, assert_one_curve, assert_one_model, run_program, train
+from conftest import FRAMEWORKS, assert_one_curve, assert_one_model, run_program
 
 from tunebench.bootstrap import THREADS_LEFT_TO_US
 from tunebench.record import read_record
@@ -45,9 +45,9 @@ SETUPS = [
     SETUPS,
     ids=lambda part: "".join(part),
 )
-def test_several_processes_do_the_arithmetic_of_one(alone, short, tmp_path, framework, family, method, setup):
+def test_several_processes_do_the_arithmetic_of_one(alone, forked, short, tmp_path, framework, family, method, setup):
     one = alone(framework, family, method)
-    many = train(framework, method, tmp_path / "r.json", f"--model={family}-tiny", *short, *setup)
+    many = forked.train(framework, method, tmp_path / "r.json", f"--model={family}-tiny", *short, *setup)
     assert many.devices * many.setup.accumulation > 1
     assert len(many.peak_memory_bytes) == many.devices
     assert_one_model(many, one)
@@ -71,15 +71,15 @@ def test_both_frameworks_do_the_same(alone, family, method):
 
 
 @pytest.mark.frameworks
-def test_what_a_framework_does_not_offer_is_unsupported(short, tmp_path):
+def test_what_a_framework_does_not_offer_is_unsupported(forked, short, tmp_path):
     flags = ["--model=chatglm2-tiny", "--mp=2", *short, f"--out={tmp_path / 'r.json'}"]
     assert run_program("torch/finetune_lora.py", *flags).returncode == 1
     record = read_record(tmp_path / "r.json")
     assert record.status == "unsupported"
     assert "peft" in record.reason
     # Its LoRA also adapts layers split along their inputs. A is a slice there: this tests its start values.
-    one = train("paddle", "lora", tmp_path / "1.json", "--model=chatglm2-tiny", *short)
-    two = train("paddle", "lora", tmp_path / "2.json", "--model=chatglm2-tiny", "--mp=2", *short)
+    one = forked.train("paddle", "lora", tmp_path / "1.json", "--model=chatglm2-tiny", *short)
+    two = forked.train("paddle", "lora", tmp_path / "2.json", "--model=chatglm2-tiny", "--mp=2", *short)
     assert two.steps.loss == pytest.approx(one.steps.loss, rel=1e-4)
 
 

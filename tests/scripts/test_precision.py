@@ -1,7 +1,7 @@
 """Low precision: what is computed in it and what is not. A run in another precision than asked for fails."""
 
 import pytest
-from conftest import run_program, train, train_altered
+from conftest import run_program
 from helpers import MODEL, close, probe
 
 from tunebench.record import read_record
@@ -38,10 +38,10 @@ def assert_close(record, exact):
     ],
     ids=lambda part: "".join(part),
 )
-def test_torch_trains_in_low_precision_on_a_cpu(alone, short, tmp_path, family, method, dtype, amp, setup):
+def test_torch_trains_in_low_precision_on_a_cpu(alone, forked, short, tmp_path, family, method, dtype, amp, setup):
     exact = alone("torch", family, method)
     flags = [f"--model={family}-tiny", *short, f"--dtype={dtype}", f"--amp={amp}"]
-    record = train("torch", method, tmp_path / "r.json", *flags, *setup)
+    record = forked.train("torch", method, tmp_path / "r.json", *flags, *setup)
     assert record.kernels.matmuls == [NAMES[dtype]]
     assert record.kernels.weights == [NAMES[dtype] if amp == "O2" else "float32"]
     assert record.skipped_steps == 0
@@ -50,10 +50,10 @@ def test_torch_trains_in_low_precision_on_a_cpu(alone, short, tmp_path, family, 
 
 
 @pytest.mark.parametrize(("setup", "ranks"), [([], 1), (["--zero=2", "--nproc=2"], 2)])
-def test_master_weights_are_float32(tmp_path, setup, ranks):
+def test_master_weights_are_float32(forked, tmp_path, setup, ranks):
     """Bytes per weight with O2: weight 2, gradient 2, and over the ranks master weight 4, moments 8."""
     flags = [f"--model={MODEL}", "--bsz=2", "--steps=2", "--warmup-steps=1", "--dtype=bf16", "--amp=O2"]
-    held, record = probe("torch", "full", tmp_path, *flags, *setup)
+    held, record = probe(forked, "torch", "full", tmp_path, *flags, *setup)
     weights = record.model.parameters
     for rank in held:
         assert rank["trainable"] == close(2 * weights)
@@ -67,15 +67,15 @@ FEW = ["--model=llama-tiny", "--bsz=4", "--steps=3", "--warmup-steps=1"]
 
 
 @pytest.fixture(scope="module")
-def still(tmp_path_factory):
+def still(forked, tmp_path_factory):
     """Every step of the run overflows and trains nothing."""
-    return train("torch", "full", tmp_path_factory.mktemp("still") / "r.json", *FEW, "--lr=1e-30")
+    return forked.train("torch", "full", tmp_path_factory.mktemp("still") / "r.json", *FEW, "--lr=1e-30")
 
 
 @pytest.mark.parametrize("setup", [["--zero=1"], ["--nproc=2"]], ids=" ".join)
-def test_fp16_skips_the_steps_that_overflow(still, tmp_path, setup):
+def test_fp16_skips_the_steps_that_overflow(forked, still, tmp_path, setup):
     """The loss, scaled by 2**16 and doubled for the mean of two replicas, overflows float16 once."""
-    record = train("torch", "full", tmp_path / "r.json", *FEW, "--dtype=fp16", "--amp=O1", *setup)
+    record = forked.train("torch", "full", tmp_path / "r.json", *FEW, "--dtype=fp16", "--amp=O1", *setup)
     assert record.steps.grad_norm[0] is None
     assert record.skipped_steps == 1
     assert record.steps.loss[:2] == pytest.approx(still.steps.loss[:2], rel=1e-4), "a skipped step trains nothing"
@@ -92,11 +92,11 @@ def test_what_paddle_cannot_do_on_a_cpu_is_unsupported(short, tmp_path):
 
 
 @pytest.mark.parametrize(("family", "method"), [("llama", "full"), ("llama", "lora"), ("bloom", "lora")])
-def test_paddle_gets_as_far_as_a_cpu_lets_it(short, tmp_path, family, method):
+def test_paddle_gets_as_far_as_a_cpu_lets_it(forked, short, tmp_path, family, method):
     """With O2 a CPU builds model, adapters and optimizer. The first layer has no kernel there."""
     offered = "import tunebench.run.start as start; start.not_offered = lambda *_: None"
     flags = [f"--model={family}-tiny", *short, "--dtype=bf16", "--amp=O2"]
-    record = train_altered(offered, "paddle", method, tmp_path / "r.json", *flags)
+    record = forked.train("paddle", method, tmp_path / "r.json", *flags, code=offered)
     assert record.status == "failed"
     kernel = "layer_norm" if family == "bloom" else "matmul"
     assert f"bfloat16) of kernel `{kernel}` is not registered" in record.reason
@@ -111,9 +111,9 @@ def test_paddle_gets_as_far_as_a_cpu_lets_it(short, tmp_path, family, method):
         ("torch", "import precision; precision.autocast_forward = lambda *_: None", "matrix products"),
     ],
 )
-def test_a_precision_that_is_ignored_is_no_result(short, tmp_path, framework, code, what):
+def test_a_precision_that_is_ignored_is_no_result(forked, short, tmp_path, framework, code, what):
     flags = ["--model=llama-tiny", *short, "--dtype=bf16", "--amp=O1"]
-    record = train_altered(code, framework, "full", tmp_path / "r.json", *flags)
+    record = forked.train(framework, "full", tmp_path / "r.json", *flags, code=code)
     assert record.status == "failed"
     assert record.reason == f"RuntimeError: --dtype bf16: {what} are in float32, not in bfloat16"
     assert record.kernels.matmuls == ["float32"]

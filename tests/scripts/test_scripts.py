@@ -120,11 +120,24 @@ def test_a_record_has_the_predicted_peak(records):
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize(("method", "flags"), [("lora", []), ("full", ["--zero=3"]), ("full", ["--mp=2"])], ids=str)
+def test_a_forked_run_is_the_run_of_a_user(forked, tmp_path, framework, method, flags):
+    """Many tests take their runs from tests/fork_server.py. All but times and memory is as of a run that is started."""
+    files = [tmp_path / name / "r.json" for name in ("started", "forked")]
+    started = train(framework, method, files[0], *SHORT, *flags)
+    fork = forked.train(framework, method, files[1], *SHORT, *flags)
+    assert fork.steps.model_dump(exclude={"seconds"}) == started.steps.model_dump(exclude={"seconds"})
+    for name in ("model", "setup", "plan", "kernels", "versions", "git", "hardware", "timed_from"):
+        assert getattr(fork, name) == getattr(started, name), name
+    assert (fork.devices, len(fork.peak_memory_bytes)) == (started.devices, len(started.peak_memory_bytes))
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize(("family", "method"), [("llama", "lora"), ("bloom", "full")])
-def test_accumulation_and_recompute_change_nothing(records, short, tmp_path, framework, family, method):
+def test_accumulation_and_recompute_change_nothing(forked, records, short, tmp_path, framework, family, method):
     whole = records[family, method, framework].steps
     flags = [f"--model={family}-tiny", *short, "--steps=3", "--micro-bsz=4", "--recompute"]
-    record = train(framework, method, tmp_path / "r.json", *flags)
+    record = forked.train(framework, method, tmp_path / "r.json", *flags)
     assert (record.setup.accumulation, record.setup.recompute) == (2, True)
     assert record.steps.loss == pytest.approx(whole.loss[:3], rel=1e-5)
     assert record.steps.grad_norm == pytest.approx(whole.grad_norm[:3], rel=1e-5)
@@ -160,7 +173,7 @@ def test_recompute_saves_memory_and_nothing_else(tmp_path, family, method):
     assert_one_curve(torch, paddle)
 
 
-def test_a_checkpoint_folder_in_shards_with_its_own_tokenizer(tmp_path):
+def test_a_checkpoint_folder_in_shards_with_its_own_tokenizer(forked, tmp_path):
     """--weights pretrained on both sides: shards, half precision on the disk, the checkpoint's own tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -175,31 +188,30 @@ def test_a_checkpoint_folder_in_shards_with_its_own_tokenizer(tmp_path):
     tokenizer.train_from_iterator(["a few words to learn from"], trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     flags = [f"--model={tmp_path}", "--bsz=2", "--samples=8", "--steps=3", "--warmup-steps=1"]
-    torch, paddle = (train(framework, "full", tmp_path / f"{framework}.json", *flags) for framework in FRAMEWORKS)
+    torch, paddle = (
+        forked.train(framework, "full", tmp_path / f"{framework}.json", *flags) for framework in FRAMEWORKS
+    )
     assert_one_model(torch, paddle)
     assert torch.model.name == tmp_path.name
     assert torch.plan == paddle.plan
     assert_one_curve(torch, paddle)
 
 
-def test_both_environments_prepare_the_same_plan(tmp_path):
-    digests = []
-    for framework in FRAMEWORKS:
+def test_both_environments_prepare_the_same_plans(tmp_path):
+    """Each trains the embedded tokenizer anew. A plan's digest covers all tokens."""
+    digests = {}
+    for framework, data in itertools.product(FRAMEWORKS, ("synthetic-en", "synthetic-zh")):
+        python, flags = ROOT / f".venv/{framework}/bin/python", ["--model=llama-tiny", "--samples=300"]
         done = subprocess.run(
-            [
-                ROOT / f".venv/{framework}/bin/python",
-                ROOT / "data/prepare.py",
-                "--model=llama-tiny",
-                "--data=synthetic-zh",
-                "--samples=300",
-            ],
+            [python, ROOT / "data/prepare.py", *flags, f"--data={data}"],
             capture_output=True,
             text=True,
             check=True,
             env=os.environ | {"TUNEBENCH_CACHE": str(tmp_path / framework)},
         )
-        digests.append(done.stdout.rsplit("plan ", 1)[1].split(":")[0])
-    assert digests[0] == digests[1]
+        digests.setdefault(framework, []).append(done.stdout.rsplit("plan ", 1)[1].split(":")[0])
+    assert digests["torch"] == digests["paddle"]
+    assert len(set(digests["torch"])) == 2
 
 
 def slower(record: Record, factor: float, mp: int = 1, zero: int = 0) -> Record:
@@ -673,15 +685,15 @@ class TestTables:
 
 class TestEnds:
     @pytest.mark.parametrize("framework", FRAMEWORKS)
-    def test_a_loss_that_is_no_number(self, tmp_path, framework):
+    def test_a_loss_that_is_no_number(self, forked, tmp_path, framework):
         out = tmp_path / "r.json"
         flags = [f"--out={out}", *SHORT[:-3], "--steps=6", "--lr=1e20"]
-        done = run_program(f"{framework}/finetune_full.py", *flags)
+        exit_code, printed = forked.run(framework, "full", *flags)
         record = read_record(out)
-        assert done.returncode == 1
+        assert exit_code == 1
         assert record.status == "failed"
         assert f"of step {len(record.steps.loss) + 1} is not a finite number" in record.reason
-        assert "Traceback" not in done.stderr
+        assert "Traceback" not in printed
         assert 1 <= len(record.steps.loss) < 6
 
     def test_timeout_ends_a_run_and_says_so(self, tmp_path):

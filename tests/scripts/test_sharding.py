@@ -8,7 +8,6 @@ import json
 from typing import NamedTuple
 
 import pytest
-from conftest import run_program
 from helpers import MODEL, close, probe
 
 from tunebench.forecast.report import Answer
@@ -43,25 +42,25 @@ def work(tmp_path_factory):
 
 
 @pytest.fixture
-def count(work, tmp_path):
+def count(work, forked, tmp_path):
     """`probe` with the flags of this file. What it counts is compared with the script's forecast of the same run."""
 
     def counted(framework, method, *flags):
-        ranks, record = probe(framework, method, tmp_path, *work, *flags)
-        assert_forecast(framework, method, ranks, tmp_path / "answer.json", *work, *flags)
+        ranks, record = probe(forked, framework, method, tmp_path, *work, *flags)
+        assert_forecast(forked, framework, method, ranks, tmp_path / "answer.json", *work, *flags)
         return ranks, record
 
     return counted
 
 
 @pytest.fixture(scope="module")
-def alone(work, tmp_path_factory):
+def alone(work, forked, tmp_path_factory):
     """Bytes that one process holds, by framework. They must match the model's size, which tests the counting."""
     made = {}
 
     def whole(framework):
         if framework not in made:
-            (held,), record = probe(framework, "full", tmp_path_factory.mktemp(framework), *work)
+            (held,), record = probe(forked, framework, "full", tmp_path_factory.mktemp(framework), *work)
             weights = record.model.parameters * FLOAT
             assert held["trainable"] == held["gradients"] == weights
             assert held["states"] == 2 * weights
@@ -73,9 +72,10 @@ def alone(work, tmp_path_factory):
     return whole
 
 
-def assert_forecast(framework, method, ranks, out, *flags):
+def assert_forecast(forked, framework, method, ranks, out, *flags):
     """--plan forecasts what lasts and a step's gradients within 2%, on the process that holds most."""
-    run_program(f"{framework}/finetune_{method}.py", *flags, "--plan", "--gpu=a100-80g", "--out", out, check=True)
+    code, printed = forked.run(framework, method, *flags, "--plan", "--gpu=a100-80g", "--out", out)
+    assert code == 0, printed
     memory = Answer.model_validate_json(out.read_text()).memory
     assert memory.accumulated == pytest.approx(max(rank["passes"][-1] for rank in ranks), rel=0.02)
     kinds = {"weights": ("trainable", "frozen"), "master_weights": ("master",), "moments": ("states",)}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import HERE, train
+from conftest import HERE
 
 from tunebench.errors import BadInput
 from tunebench.flags import TUNED, in_words, parse_flags
@@ -43,9 +43,9 @@ def same_curves(fast, plain):
         ("paddle", "llama", "full", ["--lean", "--recompute"]),
     ],
 )
-def test_same_curves(alone, short, tmp_path, framework, family, method, flags):
+def test_same_curves(alone, forked, short, tmp_path, framework, family, method, flags):
     plain = alone(framework, family, method)
-    fast = train(framework, method, tmp_path / "r.json", f"--model={family}-tiny", *short, *flags)
+    fast = forked.train(framework, method, tmp_path / "r.json", f"--model={family}-tiny", *short, *flags)
     same_curves(fast, plain)
     assert fast.setup.compile == (framework == "torch" and "--tuned" in flags)
     if fast.setup.padding_free:
@@ -64,22 +64,22 @@ def test_same_curves(alone, short, tmp_path, framework, family, method, flags):
         ("full", ["--zero=2", "--micro-bsz=2"]),
     ],
 )
-def test_same_curves_on_two_processes(alone, short, tmp_path, framework, method, split):
-    fast = train(framework, method, tmp_path / "r.json", "--model=llama-tiny", *short, *IN_ORDER, *split)
+def test_same_curves_on_two_processes(alone, forked, short, tmp_path, framework, method, split):
+    fast = forked.train(framework, method, tmp_path / "r.json", "--model=llama-tiny", *short, *IN_ORDER, *split)
     same_curves(fast, alone(framework, "llama", method))
     assert fast.setup.compile == (framework == "torch")
 
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", ["torch", "paddle"])
-def test_packed_rows_train_as_their_samples_padded(short, tmp_path, framework):
+def test_packed_rows_train_as_their_samples_padded(forked, short, tmp_path, framework):
     """A step has all eight samples in both runs; packed, they fill two rows."""
     samples = json.loads(Path(short[0].removeprefix("--data=")).read_text(encoding="utf-8"))[:8]
     (tmp_path / "eight.json").write_text(json.dumps(samples))
     flags = ["--model=llama-tiny", f"--data={tmp_path / 'eight.json'}", "--steps=4", "--warmup-steps=1"]
-    padded = train(framework, "full", tmp_path / "padded.json", *flags, "--bsz=8")
+    padded = forked.train(framework, "full", tmp_path / "padded.json", *flags, "--bsz=8")
     capacity = -(-padded.steps.effective_tokens[0] // 2) + 4
-    packed = train(framework, "full", tmp_path / "packed.json", *flags, "--bsz=2", f"--packing={capacity}")
+    packed = forked.train(framework, "full", tmp_path / "packed.json", *flags, "--bsz=2", f"--packing={capacity}")
     assert packed.setup.packing == capacity
     same_curves(packed, padded)
 

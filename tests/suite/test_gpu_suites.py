@@ -10,7 +10,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import FRAMEWORKS, ROOT
+from conftest import FRAMEWORKS, LIMIT, ROOT
 
 from tunebench.errors import BadInput
 from tunebench.flags import place
@@ -135,6 +135,7 @@ def built(tmp_path_factory):
 
     def results(framework):
         if framework not in made:
+            made[framework] = {}  # what fails is not tried again for each run
             cases, names = {}, {}  # two suites may have the same run
             for suite in BUILT:
                 try:
@@ -147,7 +148,7 @@ def built(tmp_path_factory):
             (folder / "cases").write_text(json.dumps({number: case for case, number in cases.items()}))
             python = ROOT / ".venv" / framework / "bin" / "python"
             command = [python, "-P", ROOT / "tests" / "full_size.py", framework, folder / "cases", folder / framework]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/", check=False)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT, cwd="/", check=False)
             assert done.returncode == 0, done.stderr
             found = json.loads((folder / framework).read_text())
             made[framework] = {name: found[number] for name, number in names.items()}
