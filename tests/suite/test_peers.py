@@ -113,10 +113,11 @@ def test_each_peer_on_the_plan_has_the_losses_of_the_script(name, method, of_scr
     # Adapters change nothing before the first update. Then the losses differ by their random start.
     assert record.steps.loss[0] == pytest.approx(ours.steps.loss[0], rel=1e-6)
     assert record.steps.loss == pytest.approx(ours.steps.loss, rel=1e-5 if method == "full" else 1e-3)
-    if any(record.steps.grad_norm):
-        # The norm of adapters' gradients is proportional to alpha ÷ rank and to their random start.
-        expected = pytest.approx(ours.steps.grad_norm[0], rel=1e-3 if method == "full" else 0.3)
-        assert record.steps.grad_norm[0] == expected
+    if any(record.steps.grad_norm) and method == "full":
+        assert record.steps.grad_norm[0] == pytest.approx(ours.steps.grad_norm[0], rel=1e-3)
+    elif any(record.steps.grad_norm):
+        # It is proportional to alpha ÷ rank, which is 4, and to the random start: 0.9 to 1.7 × ours in nine tries.
+        assert 0.4 < record.steps.grad_norm[0] / ours.steps.grad_norm[0] < 2.5
 
 
 def test_a_peer_that_overruns_its_time_is_ended(mini):
