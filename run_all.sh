@@ -39,9 +39,9 @@ unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
 export PYTHONUTF8=1
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 
-setup=() suite=() environments=(torch paddle) before=''
+setup=() suite=() environments=(torch paddle) peers=("$root"/peers/envs/*) before=''
 for argument in "$@"; do
-  case "$before $argument" in *' --suite=peers'|'--suite peers') environments=(torch paddle peers torchtune llamafactory) ;; esac
+  case "$before $argument" in *' --suite=peers'|'--suite peers') environments=(torch paddle "${peers[@]##*/}") ;; esac
   case $before in --torch) export TUNEBENCH_TORCH=$argument ;; --paddle) export TUNEBENCH_PADDLE=$argument ;; esac
   own=''; case $before in --torch|--paddle) own=1 ;; esac
   before=${own:+=}$argument

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Makes environments in .venv/. Does nothing where they are complete and current.
 #
-#   bash setup.sh [torch] [paddle] [peers] [torchtune] [llamafactory] [--cpu]     torch and paddle when none is named
+#   bash setup.sh [ENVIRONMENT ...] [--cpu]     torch and paddle when none is named
 #
+# ENVIRONMENT              torch or paddle, or a folder of peers/envs/: that of other trainers (docs/peers.md)
 # --cpu                    CPU builds on any machine
 # PYTHON=/path/to/python   the Python 3.11 or 3.12 to build with (default: one of the machine, else uv fetches 3.11)
 # TUNEBENCH_CUDA=12|13     CUDA's major version (default: by the NVIDIA driver: 13 from 580 on, 12 from 525 on)
@@ -52,12 +53,14 @@ run_told() {
   return $code
 }
 
-names=() cpu=0
+names=() cpu=0 known=(torch paddle)
+for folder in peers/envs/*; do known+=("${folder##*/}"); done
 for argument in "$@"; do
   case $argument in
-    torch|paddle|peers|torchtune|llamafactory) [[ " ${names[*]-} " == *" $argument "* ]] || names+=("$argument") ;;
     --cpu) cpu=1 ;;
-    *) refuse "unknown argument '$argument'; use: bash setup.sh [torch] [paddle] [peers] [torchtune] [llamafactory] [--cpu]" ;;
+    *)
+      [[ " ${known[*]} " == *" $argument "* ]] || refuse "unknown argument '$argument'; use: bash setup.sh$(printf ' [%s]' "${known[@]}" --cpu)"
+      [[ " ${names[*]-} " == *" $argument "* ]] || names+=("$argument") ;;
   esac
 done
 [ ${#names[@]} -gt 0 ] || names=(torch paddle)
@@ -170,18 +173,20 @@ check_room() {
 }
 
 build() {
-  local name=$1 folder=.venv/$1 source=$1 started=$SECONDS wanted gigabytes=2 index=() editable=(--editable '.[page,test]') kind quiet=()
-  case $name in peers|torchtune|llamafactory) source=peers/envs/$name; editable=() ;; esac
+  local name=$1 folder=.venv/$1 source=$1 started=$SECONDS wanted gigabytes=2 index=() editable=(--editable '.[page,test]') kind quiet=() framework=torch
+  case $name in torch|paddle) ;; *) source=peers/envs/$name; editable=() ;; esac
+  if grep -q '^paddlepaddle==' "$source/requirements.txt"; then framework=paddle; fi
   local own=TUNEBENCH_$(printf '%s' "$name" | tr a-z A-Z)
   if [ -n "${!own:-}" ]; then say "$name runs in $own=${!own}"; return; fi
   stamp() { "$folder/bin/python" -S -c 'import runpy, sys; print(runpy.run_path("tunebench/bootstrap.py")["stamp"](sys.argv[1]))' "$source"; }
   if [ -x "$folder/bin/python" ] && [ -e "$folder/complete" ] && [ "$(head -n 1 "$folder/complete")" = "$(stamp)" ]; then
     kind=$(sed -n 2p "$folder/complete")
     say "$folder is complete ($kind)"
-    check_kind "$folder" "$kind"
+    [ "$source" != "$name" ] || check_kind "$folder" "$kind"  # peers train on the CPU
     return
   fi
   wanted=$(choose_build)
+  [ $framework != paddle ] || [ "$source" = "$name" ] || wanted=cpu  # Paddle's builds for GPUs are not on PyPI
   [ -n "${uv:-}" ] || find_uv
   [ -n "${python:-}" ] || find_python
   if [ -e "$folder" ]; then
@@ -196,15 +201,15 @@ build() {
     cpu) torch=+cpu ;;
     cuda12) torch=+cu126 gigabytes=8 paddle=paddlepaddle-gpu index=(--index https://www.paddlepaddle.org.cn/packages/stable/cu126/) ;;
     cuda13) gigabytes=8 paddle=paddlepaddle-gpu index=(--index https://www.paddlepaddle.org.cn/packages/stable/cu130/) ;;
-    default) [ "$name" = paddle ] || gigabytes=6 ;;
+    default) [ $framework = paddle ] || gigabytes=6 ;;
   esac
-  if [ "$name" != paddle ]; then index=(${torch:+--index "https://download.pytorch.org/whl/${torch#+}"}); fi
+  if [ $framework != paddle ]; then index=(${torch:+--index "https://download.pytorch.org/whl/${torch#+}"}); fi
   check_room $gigabytes
   [ -t 2 ] || quiet=(--quiet)
   say "making $folder with $("$python" --version), packages as pinned in $source ($wanted${index[1]+ from ${index[1]}}, at most $gigabytes GB)"
   "$uv" venv --quiet --no-project --python "$python" "$folder" || refuse "uv could not make $folder (its message is above)"
   sed "s/^torch==.*/&$torch/; s/^paddlepaddle==/$paddle==/" "$source/requirements.txt" >"$folder/requirements.txt"
-  if [ "$torch" = +cu126 ] && [ "$name" != paddle ]; then  # constraints.txt has CUDA 13's packages
+  if [ "$torch" = +cu126 ] && [ $framework != paddle ]; then  # constraints.txt has CUDA 13's packages
     sed '/^nvidia-ml-py==/!{ /^cuda-/d; /^nvidia-/d; }' "$source/constraints.txt" | cat - torch/cuda12.txt
   else
     cat "$source/constraints.txt"

@@ -8,7 +8,7 @@ import peft
 import tokenizers
 import torch
 import transformers
-from common import MAX_GRAD_NORM, WEIGHT_DECAY, Job, Meter
+from common import BETAS, EPSILON, MAX_GRAD_NORM, WEIGHT_DECAY, Job, Meter
 
 datasets.disable_progress_bars()
 
@@ -93,10 +93,16 @@ def arguments(job: Job, folder: Any) -> dict[str, Any]:
         "max_steps": job.steps,
         "learning_rate": job.lr,
         "lr_scheduler_type": "constant",
+        "adam_beta1": BETAS[0],
+        "adam_beta2": BETAS[1],
+        "adam_epsilon": EPSILON,
         "weight_decay": WEIGHT_DECAY,
         "max_grad_norm": MAX_GRAD_NORM,
         "seed": job.seed,
         "use_cpu": True,
+        # Some trainers would mix precisions, also on CPUs.
+        "bf16": False,
+        "fp16": False,
         "save_strategy": "no",
         "report_to": "none",
     }

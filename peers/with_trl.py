@@ -31,8 +31,7 @@ def main(job: common.Job) -> None:
             max_length=job.row_tokens if packed else None,
             padding_free=not packed,
             train_sampling_strategy="sequential" if job.in_order else "random",
-            bf16=False,  # TRL's default is True, also on CPUs
-            gradient_checkpointing=False,  # and so it is here
+            gradient_checkpointing=False,  # TRL's default is True
             **hf.arguments(job, folder),
         )
         trainer = trl.SFTTrainer(

@@ -1,13 +1,17 @@
-"""Peers for real: PaddleNLP's Trainer beside the script, as a suite runs them."""
+"""Peers for real: PaddleNLP's Trainer beside the script, as a suite runs them; every peer on the script's batches.
+
+A peer whose environment is not complete is skipped. run_tests.sh makes torch and paddle alone.
+"""
 
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, refusal, run_program
+from conftest import ROOT, refusal, run_program, train
 from helpers import finish_suite, refusal_of_suite, start_suite
 
-from tunebench.peers import PEERS
+from tunebench.errors import BadInput
+from tunebench.peers import PEERS, check_environment
 from tunebench.record import read_record
 from tunebench.report.page import combined
 
@@ -30,6 +34,14 @@ framework = "paddle"
 [[contestant]]
 peer = "paddlenlp-trainer"
 """
+
+
+# A layer, since the tests take one thread of a busy machine.
+JOB = (
+    *("--model=llama-tiny", "--layers=1", "--samples=12", "--bsz=4", "--steps=3", "--warmup-steps=1"),
+    "--no-paired-halves",
+)
+ON_THE_PLAN = [name for name, peer in PEERS.items() if not peer.packed and name != "hf-trainer-grouped"]
 
 
 @pytest.fixture
@@ -55,6 +67,57 @@ def test_a_peer_gets_the_batches_of_the_script_and_the_same_losses(mini):
     alone = combined([peer])
     assert alone.startswith("### Paddle, llama-tiny, Finetune: beside other trainers")
     assert "Noise: not measured" not in alone
+
+
+@pytest.fixture(scope="module")
+def of_script(tmp_path_factory):
+    """Gives the record of a framework's script on `JOB`, by framework and method. Each runs once."""
+    folder, records = tmp_path_factory.mktemp("scripts"), {}
+
+    def get(framework, method):
+        if (framework, method) not in records:
+            out = folder / f"{framework}-{method}.json"
+            records[framework, method] = train(framework, method, out, *JOB, env={"OMP_NUM_THREADS": "1"})
+        return records[framework, method]
+
+    return get
+
+
+# The suite above runs PaddleNLP's Trainer with all parameters.
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        (name, method)
+        for method in ("full", "lora")
+        for name in ON_THE_PLAN
+        if (name, method) != ("paddlenlp-trainer", "full")
+    ],
+)
+def test_each_peer_on_the_plan_has_the_losses_of_the_script(name, method, of_script, tmp_path):
+    peer = PEERS[name]
+    try:
+        check_environment(peer.environment)
+    except BadInput as missing:
+        pytest.skip(str(missing))
+    out = tmp_path / "peer.json"
+    arguments = f"--peer={name}", f"--method={method}", *JOB, f"--out={out}"
+    run_program("peers/run_peer.py", *arguments, check=True, env={"OMP_NUM_THREADS": "1"})
+    ours, record = of_script(peer.framework, method), read_record(out)
+    assert (record.plan, record.model.trainable_parameters) == (ours.plan, ours.model.trainable_parameters)
+    for each in ("effective_tokens", "label_tokens", "squared_lengths"):
+        assert getattr(record.steps, each) == getattr(ours.steps, each)
+    unit = 8 if name == "llamafactory" else 1
+    widths = [-(-padded // 4 // unit) * unit for padded in ours.steps.padded_tokens]
+    padded = [4 * width for width in widths]
+    assert record.steps.padded_tokens == (ours.steps.effective_tokens if peer.padding_free else padded)
+    # Adapters change nothing before the first update. Then the losses differ by their random start.
+    assert record.steps.loss[0] == pytest.approx(ours.steps.loss[0], rel=1e-6)
+    assert record.steps.loss == pytest.approx(ours.steps.loss, rel=1e-5 if method == "full" else 1e-3)
+    if any(record.steps.grad_norm) and method == "full":
+        assert record.steps.grad_norm[0] == pytest.approx(ours.steps.grad_norm[0], rel=1e-3)
+    elif any(record.steps.grad_norm):
+        # It is proportional to alpha ÷ rank, which is 4, and to the random start: 0.9 to 1.7 × ours in nine tries.
+        assert 0.4 < record.steps.grad_norm[0] / ours.steps.grad_norm[0] < 2.5
 
 
 def test_a_peer_that_overruns_its_time_is_ended(mini):
