@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import HERE, ROOT, train_altered
 
@@ -62,6 +63,15 @@ def burner():
     for process in started:
         process.kill()
         process.wait()
+
+
+def wait_for_cpu_time(process: subprocess.Popen, seconds: float) -> None:
+    """Waits until a process and its ended children have used so much more CPU time, however busy the machine is."""
+    watched = psutil.Process(process.pid)
+    first, deadline = sum(watched.cpu_times()), time.monotonic() + 60
+    while sum(watched.cpu_times()) < first + seconds:
+        assert time.monotonic() < deadline, f"no {seconds} s of CPU time within a minute"
+        time.sleep(0.05)
 
 
 def taken(record: Record) -> float:
@@ -124,7 +134,7 @@ def test_writing_to_a_disk_counts(burner, tmp_path):
 def test_what_the_run_does_itself_does_not_count(burner):
     root = os.getpid()
     other, first = burner(BURN), conditions.read([root])
-    time.sleep(1.5)
+    wait_for_cpu_time(other, 0.4)
     found = conditions.between(first, conditions.read([root]))  # the burner is a child of this process
     assert found.own_core_seconds > 0.25
     assert all(taker.name != NAME for taker in found.takers)
@@ -135,11 +145,11 @@ def test_what_the_run_does_itself_does_not_count(burner):
 
 def test_what_starts_and_ends_between_two_readings_counts_by_its_parent(burner):
     count = "i=0; while [ $i -lt 9999 ]; do i=$((i+1)); done"
-    burner(f"{NAMED}import subprocess\nwhile True: subprocess.run(['sh', '-c', '{count}'])")
+    other = burner(f"{NAMED}import subprocess\nwhile True: subprocess.run(['sh', '-c', '{count}'])")
     time.sleep(0.3)
-    root = subprocess.Popen(["sleep", "9"])  # a run that does nothing
+    root = subprocess.Popen(["sleep", "99"])  # a run that does nothing
     first = conditions.read([root.pid])
-    time.sleep(1.5)
+    wait_for_cpu_time(other, 0.6)
     found = conditions.between(first, conditions.read([root.pid]))
     root.kill()
     root.wait()
