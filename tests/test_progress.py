@@ -28,13 +28,16 @@ def lines(text, description):
 
 def test_a_line_has_the_share_and_the_time_left(capsys, monkeypatch):
     monkeypatch.setattr(progress, "LINE", 0.3)
+    started = time.monotonic()
     with told("counting", 100) as advance:
         for _ in range(50):
             time.sleep(0.02)
             advance(2)
+    seconds = time.monotonic() - started  # on a busy machine more than one
     shares = lines(capsys.readouterr().out, "counting")
-    assert 2 <= len(shares) <= 3, "one in 0.3 s, and none at the end"
+    assert 2 <= len(shares) <= seconds / 0.3, "at most one in 0.3 s"
     assert shares == sorted(shares)
+    assert shares[-1] < 100, "none at the end"
     assert 10 <= shares[0] <= 40
 
 
