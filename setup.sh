@@ -203,6 +203,7 @@ build() {
     cuda13) gigabytes=8 paddle=paddlepaddle-gpu index=(--index https://www.paddlepaddle.org.cn/packages/stable/cu130/) ;;
     default) [ $framework = paddle ] || gigabytes=6 ;;
   esac
+  [ "$name" != axolotl ] || gigabytes=$((gigabytes + 2))  # it pulls in 250 packages
   if [ $framework != paddle ]; then index=(${torch:+--index "https://download.pytorch.org/whl/${torch#+}"}); fi
   check_room $gigabytes
   [ -t 2 ] || quiet=(--quiet)

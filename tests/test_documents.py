@@ -142,6 +142,7 @@ RUN_ELSEWHERE = {
     "bash setup.sh": "test_setup.py",
     "bash setup.sh --cpu": "needs PyTorch's CPU index",
     "bash run_all.sh --suite peers": "downloads the trainers' environments; test_peers.py runs one of its peers",
+    "bash setup.sh peers": "downloads an environment; test_setup.py makes others",
     "rm -r .venv/torch": "test_setup.py builds an environment anew",
     ".venv/torch/bin/torchrun --standalone --nproc-per-node 2 torch/finetune_full.py": "test_launch.py",
     ".venv/paddle/bin/python -m paddle.distributed.launch --nproc_per_node 2 paddle/finetune_full.py": "test_launch.py",

@@ -40,6 +40,7 @@ PEERS: dict[str, Peer] = {
     "torchtune-packed": Peer("torch", "with_torchtune.py", "torchtune", packed=True, padding_free=True),
     "llamafactory": Peer("torch", "with_llamafactory.py", "llamafactory"),
     "ms-swift": Peer("torch", "with_ms_swift.py", "swift"),
+    "axolotl": Peer("torch", "with_axolotl.py", "axolotl"),
     "paddlenlp-trainer": Peer("paddle", "with_paddlenlp.py", "paddle"),
     "paddlenlp-zero-padding": Peer("paddle", "with_paddlenlp.py", "paddle", packed=True, padding_free=True),
     "paddleformers-trainer": Peer("paddle", "with_paddleformers.py", "paddleformers"),
