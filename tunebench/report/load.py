@@ -21,7 +21,7 @@ KEPT_APART = ("measured", "published", REHEARSALS)
 VERSUS = "versus-"
 # From MANY files on, helpers on further cores compute the digests, which take about as long as all else. One in OWN is
 # left to this process, so that it is done when one helper is.
-MANY, OWN, HELPERS = 500, 5, 3
+MANY, OWN, HELPERS = 500, 10, 3
 
 
 def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
