@@ -54,7 +54,7 @@ run_told() {
 }
 
 names=() cpu=0 known=(torch paddle)
-for folder in peers/envs/*; do known+=("${folder##*/}"); done
+for folder in peers/envs/*/; do [ ! -d "$folder" ] || known+=("$(basename "$folder")"); done
 for argument in "$@"; do
   case $argument in
     --cpu) cpu=1 ;;
@@ -174,8 +174,10 @@ check_room() {
 
 build() {
   local name=$1 folder=.venv/$1 source=$1 started=$SECONDS wanted gigabytes=2 index=() editable=(--editable '.[page,test]') kind quiet=() framework=torch
-  case $name in torch|paddle) ;; *) source=peers/envs/$name; editable=() ;; esac
-  if grep -q '^paddlepaddle==' "$source/requirements.txt"; then framework=paddle; fi
+  case $name in
+    torch|paddle) framework=$name ;;
+    *) source=peers/envs/$name editable=(); ! grep -q '^paddlepaddle==' "$source/requirements.txt" || framework=paddle ;;
+  esac
   local own=TUNEBENCH_$(printf '%s' "$name" | tr a-z A-Z)
   if [ -n "${!own:-}" ]; then say "$name runs in $own=${!own}"; return; fi
   stamp() { "$folder/bin/python" -S -c 'import runpy, sys; print(runpy.run_path("tunebench/bootstrap.py")["stamp"](sys.argv[1]))' "$source"; }
