@@ -79,7 +79,7 @@ def record(**changes) -> Record:
     return Record(**(known | unknown | {"status": "failed", "reason": "killed by SIGKILL (9)"} | changes))
 
 
-def wait_for(what, timeout: float = 60):
+def wait_for(what, timeout: float = 180):
     """Calls `what` until its result is true; returns it."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
