@@ -31,5 +31,5 @@ def compile_layers(flags: Flags, model: torch.nn.Module) -> None:
         recomputes, layer.gradient_checkpointing = layer.gradient_checkpointing, False
         layer.forward = torch.compile(layer.forward, dynamic=True)
         if recomputes:
-            # Around the compiled code: within it no attention could be left out.
+            # Around the compiled code, since torch compiles no checkpoint of which a part, attention, is not compiled.
             layer.forward = functools.partial(layer._gradient_checkpointing_func, layer.forward)
