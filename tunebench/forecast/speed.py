@@ -122,7 +122,8 @@ class Setup:
     - `modules`: those of a layer with LoRA; `adapters`: bytes that their adapters move per token in a forward pass.
     - `per_node`: GPUs of a node. `passes`: micro-batches of a step. `low`: two-byte products.
     - `states`: a key of OPTIMIZER_BYTES. `eager`: separate kernels of attention. `causal`: fused ones skip later keys.
-    - `by_label`: logits only where there is a label. `whole_logits`: --mp gathers them. `fused`: see FUSED.
+    - `by_label`: logits only where there is a label. `whole_logits`: tensor parallelism gathers them, as a published
+      script does. `fused`: see FUSED.
     """
 
     layers: int
@@ -173,7 +174,7 @@ def forecast_speed(
     framework: str, method: str, flags: Flags, checkpoint: Checkpoint, plan: Plan, gpu: Gpu, link: Link
 ) -> Speed:
     """The speed of a run. `method` is `full` or `lora`."""
-    setup = setup_of_run(framework, method, flags, checkpoint)
+    setup = setup_of_run(method, flags, checkpoint)
     constants, half = fitted()[framework]
     timed, whole = Tokens.of(plan, flags, flags.warmup_steps), Tokens.of(plan, flags)
     parts = step_parts(constants, setup, timed, gpu, link)
@@ -314,7 +315,7 @@ def host_seconds(c: Constants, s: Setup) -> float:
     return s.layers * operators * c.operator
 
 
-def setup_of_run(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -> Setup:
+def setup_of_run(method: str, flags: Flags, checkpoint: Checkpoint) -> Setup:
     """The setup of these flags."""
     sizes = sizes_of(json.dumps(checkpoint.config), flags.lora_r if method == "lora" else 0)
     return replace(
@@ -330,7 +331,6 @@ def setup_of_run(framework: str, method: str, flags: Flags, checkpoint: Checkpoi
         eager=flags.attention == "eager",
         causal=sizes.rotates,  # Bloom's bias keeps kernels from skipping later keys
         by_label=flags.head == "labels",
-        whole_logits=framework == "torch" and flags.mp > 1,
         fused=flags.compile,
     )
 

@@ -98,7 +98,7 @@ def sweep(framework: str, method: str, job: Job) -> Sweep:
         verdict = machine.judge(peak, setup).verdict
         verdicts[verdict] += 1
         if verdict == "fits":
-            sizes, gpu = setup_of_run(framework, method, setup, job.checkpoint), machine.each(setup.nproc)
+            sizes, gpu = setup_of_run(method, setup, job.checkpoint), machine.each(setup.nproc)
             seconds = step_seconds(constants, sizes, tokens, gpu, machine.link) * machine.time_factor
             fitting.append((setup.world_size, -tokens.effective / seconds, len(fitting), peak, setup))
     if not verdicts:
