@@ -39,9 +39,9 @@ unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
 export PYTHONUTF8=1
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 
-setup=() suite=() environments=(torch paddle) peers=("$root"/peers/envs/*) before=''
+setup=() suite=() environments=(torch paddle) only_look='' peers=("$root"/peers/envs/*) before=''
 for argument in "$@"; do
-  case "$before $argument" in *' --suite=peers'|'--suite peers') environments=(torch paddle "${peers[@]##*/}") ;; esac
+  case "$before $argument" in *' --suite=peers'|'--suite peers') environments=(torch paddle "${peers[@]##*/}") ;; *' --dry-run') only_look=1 ;; esac
   case $before in --torch) export TUNEBENCH_TORCH=$argument ;; --paddle) export TUNEBENCH_PADDLE=$argument ;; esac
   own=''; case $before in --torch|--paddle) own=1 ;; esac
   before=${own:+=}$argument
@@ -58,6 +58,7 @@ done
 
 case $before in --torch|--paddle) echo "run_all.sh: $before names no Python; give one: $before /path/to/python" >&2; exit 2 ;; esac
 
+[ -z "$only_look" ] || environments=(torch paddle)  # it starts no run
 # In the background, since bash heeds a signal only after a program in the foreground. It then ignores Ctrl-C itself.
 bash "$root/setup.sh" "${environments[@]}" ${setup[@]+"${setup[@]}"} &
 stop() { kill "$!" 2>/dev/null; echo "run_all.sh: $2 during set-up; the same command goes on" >&2; exit "$1"; }

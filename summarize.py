@@ -23,7 +23,7 @@ runpy.run_path(str(BOOTSTRAP))["enter_environment"]("torch", "paddle")
 
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import results_folder, write_atomically
-from tunebench.flags import Parser, percentage
+from tunebench.flags import Parser, path_from, percentage
 from tunebench.record import Record
 from tunebench.report.compare import render_comparison
 from tunebench.report.documents import documents
@@ -46,7 +46,12 @@ def write_page(file: pathlib.Path, records: list[Record], language: str, paths: 
         from tunebench.report.html.page import page_of  # only here: the import of altair takes a second
 
     if not records:
-        raise BadInput(f"--html: no records of runs in {', '.join(map(str, paths))}; make some with: bash run_all.sh")
+        raise BadInput(
+            f"--html: no records of runs in {', '.join(map(str, paths))}; make some with: bash run_all.sh, or name a "
+            "folder of results/measured"
+        )
+    if all(map(versus_of, records)):
+        raise BadInput("--html: a page has no runs of --versus; print their table by leaving --html out")
     text = page_of(records, language).encode()
     write_atomically(file, text)
     print(f"{file}: {len(records)} records, {len(text) / 1e6:.1f} MB")
@@ -80,7 +85,7 @@ def read_options(args: Sequence[str] | None) -> argparse.Namespace:
     """The options of the command line. Raises `BadInput` where some do not go together."""
     parser = Parser(prog="summarize.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("paths", nargs="*", type=pathlib.Path, help="record files or folders (default: results/)")
+    add("paths", nargs="*", type=path_from, help="record files or folders (default: results/)")
     add("--format", choices=["md", "csv", "json"], default="md", help="default: md")
     add("--parity", action="store_true", help="a column with the largest relative differences")
     add("--memory", action="store_true", help="the table of predicted and measured peaks of memory")
@@ -89,7 +94,7 @@ def read_options(args: Sequence[str] | None) -> argparse.Namespace:
     add("--strict", action="store_true", help="exit with 1 when a record is broken")
     add(
         "--pack",
-        type=pathlib.Path,
+        type=path_from,
         metavar="FOLDER",
         help="copy a suite's records to results/measured/DATE-MACHINE/, without what would identify a person",
     )
@@ -98,14 +103,13 @@ def read_options(args: Sequence[str] | None) -> argparse.Namespace:
         action="store_true",
         help="write docs/results.md, docs/flags.md and the READMEs' table and picture anew",
     )
-    add("--html", type=pathlib.Path, metavar="FILE", help="write one page there with all tables, charts and records")
+    add("--html", type=path_from, metavar="FILE", help="write one page there with all tables, charts and records")
     add("--lang", choices=LANGUAGES, help="the language of --html's page (default: en)")
     add("--watch", action="store_true", help="draw it anew when records change, until Ctrl-C")
-    add("--compare", nargs=2, type=pathlib.Path, metavar=("OLD", "NEW"), help="speedups of two folders, as advice")
+    add("--compare", nargs=2, type=path_from, metavar=("OLD", "NEW"), help="speedups of two folders, as advice")
     add(
         "--threshold",
         type=percentage,
-        default=THRESHOLD,
         metavar="SHARE",
         help="of runs of run_all.sh --versus: the least change that counts as a regression (default: 3%%)",
     )
@@ -123,6 +127,10 @@ def read_options(args: Sequence[str] | None) -> argparse.Namespace:
         raise BadInput("--watch draws what it prints anew; leave --pack and --docs out")
     if options.watch and options.compare:
         raise BadInput(f"--compare {ALONE['compare']}; leave --watch out")
+    if options.threshold and len(given - set(ADDED)) > 0:
+        raise BadInput("--threshold is for the table of run_all.sh --versus; leave it out")
+    if options.docs and options.paths:
+        raise BadInput(f"--docs reads results/measured; leave {options.paths[0]} out")
     if options.compare and options.paths:
         raise BadInput(f"--compare {ALONE['compare']}; leave {options.paths[0]} out")
     if options.pack and options.paths:
@@ -182,6 +190,9 @@ def tables(options: argparse.Namespace, records: list[Record], published: bool, 
     """The texts of the tables of runs. `published`: whether there are tables of published figures beside them."""
     if not records and options.format == "md" and (options.memory or options.profile or not published):
         return [f"no records in {', '.join(map(str, paths))} yet; make some with: bash run_all.sh"]
+    versus = [record for record in records if versus_of(record)]
+    if options.threshold and not versus:
+        raise BadInput("--threshold is for runs of run_all.sh --versus, and there are none; leave it out")
     if options.memory:
         return [render_memory(records, options.format)]
     if options.profile:
@@ -189,11 +200,10 @@ def tables(options: argparse.Namespace, records: list[Record], published: bool, 
     if not records and published:
         return []
     if options.format == "md":
-        return [combined(records, options.parity, options.threshold)]
-    versus = [record for record in records if versus_of(record)]
+        return [combined(records, options.parity, options.threshold or THRESHOLD)]
     parts = [] if versus and len(versus) == len(records) else [records]
     texts = [render(join(each), options.format, each, options.parity) for each in parts]
-    return texts + ([render_regressions(versus, options.format, options.threshold)] if versus else [])
+    return texts + ([render_regressions(versus, options.format, options.threshold or THRESHOLD)] if versus else [])
 
 
 def name_broken(faults: list[str]) -> None:

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import os
 import shutil
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -347,6 +349,14 @@ def test_a_file_may_have_the_longest_name(tmp_path):
         write_atomically(tmp_path / name, b"x")
         assert (tmp_path / name).read_bytes() == b"x"
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/null"), Path()):
+        with pytest.raises(BadInput, match="is no regular file"):
+            write_atomically(path, b"x")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"] and (tmp_path / "pipe").is_fifo()
 
 
 def prepared(*extra):

@@ -139,7 +139,7 @@ def own_python(environment: str):
 
 
 def _use_own(environment: str, program: str) -> None:
-    """Makes `tunebench` importable in the user's own interpreter, where it need not be installed.
+    """Makes this checkout's `tunebench` importable in the user's own interpreter, where it need not be installed.
 
     Ends the program with exit code 2 where the interpreter is too old or lacks packages.
     """
@@ -162,7 +162,9 @@ def _use_own(environment: str, program: str) -> None:
             old.append(f"{requirement} (it has {found})")
     if missing or old:
         refuse(f"{said} lacks {', '.join(missing + old)}; install them there, or unset the variable")
-    if not _importable("tunebench"):
+    code = importlib.util.find_spec("tunebench")
+    if code is None or not code.origin or Path(code.origin).resolve().parent != ROOT / "tunebench":
+        # None, or that of another checkout, whose code is not what this program is of.
         # A folder with nothing else: torch/ and paddle/ beside tunebench/ would pass for packages.
         folder = own_home() / "path"
         link = folder / "tunebench"
@@ -171,7 +173,7 @@ def _use_own(environment: str, program: str) -> None:
             part = folder / f".{os.getpid()}"
             part.symlink_to(ROOT / "tunebench")
             part.replace(link)
-        sys.path.append(str(folder))
+        sys.path.insert(0, str(folder))
     if not _importable(environment):
         refuse(f"{said} has no {environment} that can be imported; install it there, or unset the variable")
 

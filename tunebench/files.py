@@ -40,7 +40,12 @@ def free_bytes(folder: Path) -> int:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` whole or not at all: a reader never sees half a file. Raises `BadInput`."""
+    """Writes `content` to `path` whole or not at all: a reader never sees half a file. Raises `BadInput`.
+
+    It refuses a folder or a device, such as /dev/stdout: as root it would put a file in its place.
+    """
+    if not path.name or (path.exists() and not path.is_file()):
+        raise BadInput(f"{path} is no regular file, which would be replaced; name another file")
     name = os.fsencode(path.name)[:200].decode(errors="ignore")  # leaves room in 255 bytes for the suffix below
     part = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}")
     with cannot_write(path):

@@ -653,6 +653,13 @@ def percentage(text: str) -> float:
     return float(found[1]) / 100
 
 
+def path_from(text: str) -> Path:
+    """A path from a text that is not empty, as an unset variable of a shell would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty; name one")
+    return Path(text)
+
+
 def _check_out(path: Path) -> None:
     """Raises `BadInput` before the run where its record could not be written after it."""
     if path_of("out", str(path)).is_dir():
@@ -684,6 +691,8 @@ def check_folder(folder: Path, named_by: str) -> None:
 
 def path_of(flag: str, text: str) -> Path:
     """The path that `text` names, whether it exists or not. Raises `BadInput` where `text` cannot be a path."""
+    if not text:
+        raise BadInput(f"--{flag}: the path is empty; name one")
     try:
         path = Path(text).expanduser()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):

@@ -158,6 +158,7 @@ def on_two_machines(folder):
         (edited, "edited since it was written"),
         (on_two_machines, "2 kinds of machine: epyc-2-cores (pair/paddle-r1.json), epyc-64-cores (pair/torch-r1.json)"),
         (lambda folder: folder.mkdir(), "no records in it"),
+        (lambda folder: real().write(folder / "paddle-r1.json"), "no run of a suite in the folder of its pair"),
         (lambda folder: None, "pack one suite's folder"),
         (lambda folder: write(with_path(real(), started_at="my birthday"), folder), "is no time"),
     ],
@@ -172,7 +173,7 @@ def test_what_cannot_be_packed_is_refused_and_nothing_is_written(tmp_path, make,
 def test_a_packed_suite_is_not_overwritten(tmp_path):
     write(real(), tmp_path / "quick")
     pack(tmp_path / "quick", tmp_path / "measured", ())
-    with pytest.raises(BadInput, match="exists; remove it first"):
+    with pytest.raises(BadInput, match="exists, and a series that is kept stays as it is; rename "):
         pack(tmp_path / "quick", tmp_path / "measured", ())
 
 

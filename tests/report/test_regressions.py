@@ -380,6 +380,8 @@ def test_a_comparison_without_sense_is_refused(quick, series, tmp_path):
     other = quick[0].hardware.model_copy(update={"cpu": "another"})
     written([record.model_copy(update={"hardware": other}) for record in quick], tmp_path / "elsewhere")
     written([record for record in quick if record.framework == "torch"], tmp_path / "torch")
+    data = quick[0].plan.model_copy(update={"drawn_from": "0" * 64})
+    written([record.model_copy(update={"plan": data}) for record in quick], tmp_path / "data")
 
     def refused(new: str) -> str:
         with pytest.raises(BadInput) as fault:
@@ -391,9 +393,20 @@ def test_a_comparison_without_sense_is_refused(quick, series, tmp_path):
     assert "no such file or folder" in refused("none")
     assert "has runs of --versus, old and new; print it by: summarize.py" in refused("versus")
     assert "speedups of different kinds of machines say nothing of the code" in refused("elsewhere")
-    assert "no row has a speedup in both" in refused("torch")
+    assert "can be compared (only in OLD)" in refused("torch")
+    assert "can be compared (OLD and NEW are not the same work: plan.drawn_from: " in refused("data")
     line = refusal(run_program("summarize.py", "--compare", tmp_path / "quick", tmp_path / "torch", "--memory"))
     assert "--compare prints a table of its own; leave --memory out" in line
+    for arguments, said in (
+        (["--threshold=5%"], "--threshold is for runs of run_all.sh --versus, and there are none"),
+        (["--threshold=5%", "--memory"], "--threshold is for the table of run_all.sh --versus"),
+        (["--docs"], "--docs reads results/measured; leave "),
+        (["--pack", ""], "the path is empty"),
+        ([""], "the path is empty"),
+    ):
+        assert said in refusal(run_program("summarize.py", tmp_path / "quick", *arguments))
+    line = refusal(run_program("summarize.py", tmp_path / "versus", "--html", tmp_path / "page.html"))
+    assert "a page has no runs of --versus" in line and not (tmp_path / "page.html").exists()
     line = refusal(run_program("summarize.py", "--threshold=0.03"))
     assert "0.03 is no share; use one above 0% and below 100%, such as 3%" in line
 

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 from conftest import FRAMEWORKS, HERE, ROOT, run_program
-from helpers import SUITE, finish_suite, refusal_of_suite, start_suite, wait_for
+from helpers import SUITE, finish_suite, record, refusal_of_suite, start_suite, wait_for
 
 from tunebench import bootstrap
+from tunebench.checkout import read_git
 from tunebench.errors import BadInput
 from tunebench.record import read_record
 from tunebench.report.pairing import SIDES, join
@@ -20,6 +21,7 @@ from tunebench.report.remarks import until_in_words
 from tunebench.report.rounds import beside, pair_rounds
 from tunebench.report.stats import LOOKS, is_narrow
 from tunebench.suite.other import find_other
+from tunebench.suite.versus import check_code
 
 LONGER = SUITE.replace("steps = 4\n", "steps = 12\n")  # the fewer the steps, the more rates scatter
 
@@ -78,6 +80,7 @@ def test_flags_that_do_not_go_with_versus_and_until(mini):
         ([other, "--repeats=3"], "with --repeats 3: odd rounds start with the old side"),
         ([other, "--until=3%"], "--versus and --until do not go together"),
         ([other, "--only=*/paddle"], "--only */paddle fits no run of torch, which --versus names"),
+        (["--versus="], "--versus: the path is empty"),
         (["--threshold=3%"], "--threshold is for --versus"),
         (["--until=3"], "--until: 3 is no share; use one above 0% and below 100%"),
         (["--until=3%", "--repeats=4"], "--until and --repeats do not go together"),
@@ -97,6 +100,28 @@ def test_an_interpreter_with_both_frameworks_or_another_tunebench_is_refused(min
     (own / "tunebench").symlink_to(other / "tunebench")
     line = refusal_of_suite(mini, f"--versus={mixed}")
     assert f"has the tunebench of {other}; name that folder: --versus {other}" in line
+    # A program of this checkout uses its own code there.
+    (other / "tunebench" / "flags.py").write_text("raise SystemExit('other code')")
+    environment = os.environ | {"TUNEBENCH_TORCH": str(mixed)}
+    command = [mixed, ROOT / "torch" / "finetune_full.py", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_runs_of_another_commit_and_changes_that_are_none_of_the_code(tmp_path):
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", ROOT, clone], check=True)
+    kept = read_git(clone)
+    for name in ("report.html", "docs/page.md", "results/measured/x/a.json", "traces/a.json"):
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_text("other")
+    assert read_git(clone) == kept and not kept.dirty
+    known = record(git=kept)
+    check_code(known, clone)
+    (clone / "tunebench" / "new.py").write_text("x = 1")
+    assert read_git(clone).dirty
+    with pytest.raises(BadInput, match=f"a run of {clone} used revision 0000000000, and that folder has"):
+        check_code(known.model_copy(update={"git": kept.model_copy(update={"revision": "0" * 40})}), clone)
 
 
 def test_the_order_of_old_and_new(mini):

@@ -17,10 +17,10 @@ from scipy import special
 
 from tunebench.errors import BadInput
 from tunebench.record import Record
-from tunebench.report.identity import METHODS, place_of
+from tunebench.report.identity import METHODS, place_of, unequal, work_of
 from tunebench.report.load import load_records
 from tunebench.report.markdown import NOT_AVAILABLE, measured_on
-from tunebench.report.pairing import LIKE_FOR_LIKE, Row, join
+from tunebench.report.pairing import LIKE_FOR_LIKE, Joined, join_cells
 from tunebench.report.rounds import versus_of
 from tunebench.report.stats import PLAIN, WIDENED, is_across_zero
 from tunebench.report.tables import Column, as_csv, table
@@ -31,6 +31,10 @@ ADVICE = (
     "much: with 5 rounds each it finds a change of 10% in 83 to 94 of 100 cases, one of 5% in 19 to 25. It holds for "
     "series that lie near each other in time. `bash run_all.sh --versus OTHER` measures both in one series."
 )
+
+
+# The fields of identity.work_of that say what was trained.
+OF_WORK = ("plan.", "model.", "setup.", "steps", "timed_from")
 
 
 @dataclass(frozen=True)
@@ -75,31 +79,42 @@ def welch(old: Sequence[float], new: Sequence[float], quantile: float = PLAIN) -
     return difference - margin, difference + margin
 
 
-def _rows(records: list[Record]) -> dict[Key, list[Row]]:
-    found: dict[Key, list[Row]] = defaultdict(list)
-    for row in join(records):
+def _rows(records: list[Record]) -> dict[Key, list[Joined]]:
+    found: dict[Key, list[Joined]] = defaultdict(list)
+    for joined in join_cells(records):
+        row = joined.row
         if row.compared == LIKE_FOR_LIKE and row.paddle_setup:
             key = row.family, row.model, row.method, row.num_gpus, row.batch_size, row.paddle_setup
-            found[key].append(row)
+            found[key].append(joined)
     return found
+
+
+def _other_work(old: Joined, new: Joined) -> list[str]:
+    """The fields of data, model and steps in which two rows differ. Those of the machine and of the code may differ."""
+    works = [
+        {name: value for name, value in work_of(joined.paddle.first).items() if name.startswith(OF_WORK)}
+        for joined in (old, new)
+        if joined.paddle
+    ]
+    return unequal(*works)
 
 
 def _place(key: Key) -> tuple:
     return place_of(key[:5]), key[5]
 
 
-def _change(key: Key, old: list[Row], new: list[Row]) -> SpeedupChange:
+def _change(key: Key, old: list[Joined], new: list[Joined]) -> SpeedupChange:
     def made(
         change: float | None = None, interval: tuple[float, float] | None = None, reason: str | None = None
     ) -> SpeedupChange:
         return SpeedupChange(
             *key,
-            old_speedup=old[0].speedup if len(old) == 1 else None,
-            new_speedup=new[0].speedup if len(new) == 1 else None,
+            old_speedup=old[0].row.speedup if len(old) == 1 else None,
+            new_speedup=new[0].row.speedup if len(new) == 1 else None,
             change=change,
             interval=interval,
-            old_rounds=sum(row.rounds for row in old),
-            new_rounds=sum(row.rounds for row in new),
+            old_rounds=sum(joined.row.rounds for joined in old),
+            new_rounds=sum(joined.row.rounds for joined in new),
             reason=reason,
         )
 
@@ -108,13 +123,15 @@ def _change(key: Key, old: list[Row], new: list[Row]) -> SpeedupChange:
             return made(reason=f"only in {'NEW' if side == 'OLD' else 'OLD'}")
         if len(rows) > 1:
             return made(reason=f"{side} has {len(rows)} such rows, such as of several commits: name a folder of one")
-        if rows[0].speedup is None:
-            return made(reason=f"no speedup in {side}: {rows[0].refusal or 'no complete round'}")
-    before, after = old[0].log_ratios, new[0].log_ratios
+        if rows[0].row.speedup is None:
+            return made(reason=f"no speedup in {side}: {rows[0].row.refusal or 'no complete round'}")
+    if fields := _other_work(old[0], new[0]):
+        return made(reason=f"OLD and NEW are not the same work: {'; '.join(fields)}")
+    before, after = old[0].row.log_ratios, new[0].row.log_ratios
     change = math.expm1(statistics.fmean(after) - statistics.fmean(before))
     if min(len(before), len(after)) < 2:
         return made(change)
-    low, high = welch(before, after, WIDENED if old[0].until or new[0].until else PLAIN)
+    low, high = welch(before, after, WIDENED if old[0].row.until or new[0].row.until else PLAIN)
     return made(change, (math.expm1(low), math.expm1(high)))
 
 
@@ -153,7 +170,8 @@ def render_comparison(paths: Sequence[Path], form: str) -> tuple[str, list[str]]
         raise BadInput(f"--compare: speedups of different kinds of machines say nothing of the code: {said}")
     rows = compare(old, new)
     if not any(row.change is not None for row in rows):
-        raise BadInput(f"--compare: no row has a speedup in both {paths[0]} and {paths[1]}; name series of one suite")
+        why = next((f" ({row.reason})" for row in rows if row.reason), "")
+        raise BadInput(f"--compare: no row of {paths[0]} and {paths[1]} can be compared{why}; name series of one suite")
     broken = [line for _, lines in loaded for line in lines]
     if form == "json":
         return json.dumps([asdict(row) for row in rows], indent=1), broken

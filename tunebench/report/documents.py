@@ -16,7 +16,7 @@ from tunebench.errors import BadInput
 from tunebench.flags import flag_parser
 from tunebench.record import Record
 from tunebench.report.growth import read_growth
-from tunebench.report.load import load_records
+from tunebench.report.load import VERSUS, load_records
 from tunebench.report.markdown import measured_on
 from tunebench.report.page import combined
 from tunebench.report.pairing import LIKE_FOR_LIKE, Row, join
@@ -149,12 +149,16 @@ def _caveat(records: list[Record]) -> str:
 
 
 def _commands(suite: str, records: list[Record]) -> str:
-    """The commands that measured a suite's records: with their numbers of rounds."""
+    """The commands that measured a suite's records: with their numbers of rounds, or the target of --until."""
+    if suite.startswith(VERSUS):
+        return f"`bash run_all.sh --versus {suite.removeprefix(VERSUS)}`"
     commands = []
     for aa in (False, True):
-        rounds = max((round_of(record) for record in records if bool(record.aa) == aa), default=0)
-        if rounds:
-            commands.append(f"`bash run_all.sh --suite {suite}{' --aa' * aa} --repeats {rounds}`")
+        runs = [record for record in records if bool(record.aa) == aa]
+        if runs:
+            until = next((record.until for record in runs if record.until), None)
+            rounds = f"--until {100 * until:g}%" if until else f"--repeats {max(map(round_of, runs))}"
+            commands.append(f"`bash run_all.sh --suite {suite}{' --aa' * aa} {rounds}`")
     return " and ".join(commands)
 
 

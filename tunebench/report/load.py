@@ -19,13 +19,14 @@ REHEARSALS = "rehearsals"
 # Folders of records that are searched only where they are named, and how others of them begin.
 KEPT_APART = ("measured", "published", REHEARSALS)
 VERSUS = "versus-"
+GROWTH = "growth.json"  # tables of benchmarks/growth.py beside the records
 # From MANY files on, helpers on further cores compute the digests, which take about as long as all else. One in OWN is
 # left to this process, so that it is done when one helper is.
 MANY, OWN, HELPERS = 500, 10, 3
 
 
 def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
-    """The records of files and folders by start time, and a line for each broken file.
+    """The records of files and folders by start time, and a line for each broken file and for copies of others.
 
     It searches folders, but for hidden ones and those that are kept apart. Raises `BadInput`.
     """
@@ -35,12 +36,14 @@ def load_records(paths: list[Path]) -> tuple[list[Record], list[str]]:
 def load_files(
     files: list[Path], is_other: Callable[[Path, bytes], bool] = lambda file, content: False
 ) -> tuple[list[Record], list[str]]:
-    """The records in `files` by start time, and a line for each broken file.
+    """The records in `files` by start time, and a line for each broken file. A record of several files counts once.
 
     `is_other` tells by a file's content that it is something else, which is left out.
     """
     records: dict[int, Record] = {}
     broken: dict[int, str] = {}
+    places: dict[int, int] = {}  # by the hash of a content, the first file that has it
+    again: dict[int, int] = {}  # files that have the content of an earlier one, and which
     unchecked: list[tuple[int, str]] = []  # the index of a file, and the digest that it has
     helped = range(0) if len(files) < MANY else range(len(files))
     with without_collector(), digests_beside([files[i] for i in helped if i % OWN]) as wait:
@@ -50,6 +53,9 @@ def load_files(
                     content = file.read_bytes()
                     if is_other(file, content):
                         continue
+                    first = places.setdefault(hash(content), i)
+                    if first != i:
+                        again[i] = first
                     if wait and i % OWN:
                         records[i], kept, _ = parse_unchecked(content)
                         unchecked.append((i, kept))
@@ -68,8 +74,14 @@ def load_files(
                     del records[i]
     if helped:
         gc.freeze()  # the next collection would scan all records too, which takes longer than to parse a tenth of them
-    by_start = sorted((records[i] for i in sorted(records)), key=lambda record: record.started_at)
-    return by_start, [broken[i] for i in sorted(broken)]
+    again = {i: first for i, first in again.items() if i in records and records[i] == records.get(first)}
+    by_start = sorted((records[i] for i in sorted(records.keys() - again)), key=lambda record: record.started_at)
+    faults = [broken[i] for i in sorted(broken)]
+    if again:
+        i, first = next(iter(again.items()))
+        more = f", and {len(again) - 1} more such files" * (len(again) > 1)
+        faults.append(f"{files[i]}: the same record as {files[first]}, which counts once{more}")
+    return by_start, faults
 
 
 @contextlib.contextmanager
@@ -146,7 +158,7 @@ def record_files(path: Path) -> list[Path]:
 
 def is_left_out(name: str) -> bool:
     """Whether the search of a folder leaves a file or folder of this name out."""
-    return name.startswith(".") or is_kept_apart(name)
+    return name.startswith(".") or name == GROWTH or is_kept_apart(name)
 
 
 def is_kept_apart(name: str) -> bool:

@@ -73,6 +73,8 @@ class Packed(NamedTuple):
         takers = {taker.name for record in self.records if record.conditions for taker in record.conditions.takers}
         if takers:
             lines.append(f"names of other programs that stay in the records: {', '.join(sorted(takers))}")
+        if disturbed := sum(record.disturbed for record in self.records):
+            lines.append(f"disturbed: {disturbed} records, whose rounds say nothing")
         if any(record.git.revision is None or record.git.dirty for record in self.records):
             lines.append("measured with uncommitted changes: say in the pull request what they were")
         lines.append(f"look at them: python3 summarize.py {self.folder}")
@@ -125,7 +127,13 @@ def pack(folder: Path, measured: Path, names: Collection[str]) -> Packed:
     if not files:
         raise BadInput(f"--pack {folder}: no records in it; name a suite's folder of results")
     records = {name: read_record(file) for name, file in files.items()}
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", folder.name):
+        raise BadInput(f"--pack {folder}: use a folder name of letters, digits, - and _, as the names of suites are")
     for name, record in records.items():
+        if len(name.parts) < 2 or (record.aa is not None and name.parts[0] != "aa"):
+            raise BadInput(
+                f"{folder / name} is no run of a suite in the folder of its pair; pack a suite's whole folder"
+            )
         if word := folder_in_flags(record.argv):
             raise BadInput(
                 f"{folder / name}: its flag {word} names a folder, so that others cannot repeat the run; measure with "
@@ -133,7 +141,9 @@ def pack(folder: Path, measured: Path, names: Collection[str]) -> Packed:
             )
     target = measured / folder_name(records) / folder.name
     if target.exists():
-        raise BadInput(f"{target} exists; remove it first where the new records take its place")
+        raise BadInput(
+            f"{target} exists, and a series that is kept stays as it is; rename {folder} where this is another one"
+        )
     stand_ins = StandIns(names)
     # A digest of the machine's name can be guessed. Random digests tell machines apart as well.
     machines = {record.hardware.machine: secrets.token_hex(6) for record in records.values()}

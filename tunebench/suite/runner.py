@@ -48,7 +48,7 @@ from tunebench.suite.other import find_other
 from tunebench.suite.rehearsal import rehearsal_changes, rehearsal_table
 from tunebench.suite.resume import FINAL, record_before, set_aside
 from tunebench.suite.until import check_sides, run_until
-from tunebench.suite.versus import ROUNDS, check_rounds, claim, folder_of, judge, set_up
+from tunebench.suite.versus import ROUNDS, check_code, check_rounds, claim, folder_of, judge, set_up
 
 PROGRAM = "run_all.sh"
 GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
@@ -124,7 +124,7 @@ def main() -> int:
     for name in ("gpu", "link", "price", "calibrate", "out"):
         if vars(options)[name] is not None:
             raise BadInput(f"--{name} is for --plan; add it, or leave --{name} out")
-    other = find_other(options.versus) if options.versus else None
+    other = None if options.versus is None else find_other(options.versus)
     rounds = options.repeats or suite.repeats
     if other:
         folder, rounds = folder_of(folder, other), options.repeats or ROUNDS
@@ -388,14 +388,17 @@ def _execute(run: Planned, number: int, title: str, board: Board, took: list[flo
     if exit_code is None and stop_signals:
         return None
     try:
-        return read_record(run.record)
+        record = read_record(run.record)
     except BadInput as fault:
         if run.other and run.record.exists():
             raise BadInput(
                 f"--versus {run.other.path}: this checkout cannot read its records; name one whose records it reads: "
                 f"{fault}"
             ) from None
-    return _record_for(run, started_at, exit_code, oom_kills)
+        return _record_for(run, started_at, exit_code, oom_kills)
+    if run.other:
+        check_code(record, run.root)
+    return record
 
 
 def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills: int) -> Record:

@@ -9,6 +9,7 @@ from tunebench.bootstrap import ROOT
 from tunebench.checkout import read_git
 from tunebench.errors import BadInput
 from tunebench.files import write_atomically
+from tunebench.record import Record
 from tunebench.report.load import VERSUS, load_records
 from tunebench.report.markdown import revision_of
 from tunebench.report.page import combined
@@ -66,6 +67,17 @@ def set_up(other: Other, runs: Sequence[Planned], stopped: Callable[[], bool]) -
             f"--versus: {other.root / 'setup.sh'} failed (its messages are above); mend that, and run it again"
         )
     return code is not None
+
+
+def check_code(record: Record, root: Path) -> None:
+    """Raises `BadInput` where a run of the checkout `root` used the code of another commit."""
+    there = read_git(root)
+    if record.git.revision != there.revision:
+        raise BadInput(
+            f"a run of {root} used revision {revision_of(record.git)}, and that folder has {revision_of(there)}: "
+            "unset TUNEBENCH_TORCH and TUNEBENCH_PADDLE where they name a Python with a tunebench of its own, and "
+            "commit nothing while it measures"
+        )
 
 
 def judge(runs: Sequence[Planned], folder: Path, threshold: float) -> int:
