@@ -348,7 +348,10 @@ def _refusal(paddle: Cell, torch: Cell, rounds: Rounds) -> tuple[str | None, str
     if fault := next(filter(None, faults), None):
         return ("models differ" if fault.startswith("model.") else "losses differ"), fault
     if disturbed:
-        return f"disturbed: {disturbed}", "disturbed rounds say nothing: run_all.sh measures them again"
+        return (
+            f"disturbed: {disturbed}",
+            "disturbed rounds say nothing: run_all.sh without --anyway measures them again",
+        )
     return None, None
 
 

@@ -23,11 +23,12 @@ SHARES = {
     "idle": "Other idle",
 }
 CAPTION = (
-    "Traced: further steps after the timed ones. The profiler slows them down, Paddle's and Torch's not alike: compare "
-    "shares, and rates in the other tables. Each moment is in one share. On a CPU kernels are operators, waiting for "
-    "the host is the time of Python, and other idle is the framework's own bookkeeping. Kernels that run at the same "
-    "time count each in the seconds by kind. Kinds and the longest kernels are those of rank 0. Memory: the most that "
-    "tensors held above the bytes at the start. 1 MB = 10⁶ bytes. docs/profiles.md defines all."
+    "Traced: further steps after the timed ones. The profiler slows them down, Paddle's and Torch's not alike: "
+    "compare shares, and rates in the other tables. Each moment is in one share. On a CPU kernels are operators, "
+    "waiting for the host is the time of Python, and other idle is the framework's own bookkeeping. Kernels that run "
+    "at the same time count each in the seconds by kind. Kinds and the longest kernels are those of rank 0, with "
+    "their seconds and calls in a step. Memory: the most that tensors held above the bytes at the start. 1 MB = 10⁶ "
+    "bytes. docs/profiles.md defines all."
 )
 
 

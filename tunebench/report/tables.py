@@ -13,7 +13,7 @@ from tunebench.record import Record
 from tunebench.report.identity import METHODS, model_of, rank_of
 from tunebench.report.markdown import NOT_AVAILABLE, figure, markdown, measured_on
 from tunebench.report.pairing import BEST_OF_EACH, Row, SelfComparison, against_itself, noise_by_machine
-from tunebench.report.stats import POWER, SAME, TOLD, is_across_zero, is_within
+from tunebench.report.stats import MOST_FREEDOM, POWER, SAME, TOLD, is_across_zero, is_within
 
 TUNED = ", tuned: each side with the fast flags (`--tuned`)"
 SETUP_COLUMNS = ("Model", "Setup", "Paddle Effective Tokens/s", "Torch Effective Tokens/s", "Speedup")
@@ -132,9 +132,10 @@ def noise_in_words(comparisons: list[SelfComparison]) -> list[str]:
     lines = []
     for noise in noise_by_machine(comparisons).values():
         worth = ", ".join(f"±{noise.worth(n):.1%} of {n}" for n in (1, 3, 5))
+        limited = f", of which {MOST_FREEDOM} count" * (noise.freedom > MOST_FREEDOM)
         lines.append(
             f"Noise: the rounds of a side against itself scatter by {noise.deviation:.1%} (pooled, {noise.freedom} "
-            f"degrees of freedom). A difference of rounds is worth that much, at 95%: {worth}."
+            f"degrees of freedom{limited}). A difference of rounds is worth that much, at 95%: {worth}."
         )
     sure = [each.interval for each in comparisons if each.interval and not each.disturbed]
     if sure:
