@@ -47,8 +47,10 @@ def start_run(framework: str, method: str) -> Job:
         check_build(framework)
         world = read_world(framework, on_terminal=os.isatty(0))
         watched = folder_of_run() is not None
-        # A worker is silent here: its supervisor or rank 0 has printed the same.
-        with contextlib.redirect_stdout(None if world and (world.rank or watched) else sys.stdout):
+        # A worker is silent here: its supervisor or rank 0 has printed the same. Without a supervisor it may be the one
+        # that makes weights and tokens, whose progress goes to a stream.
+        silent = world and (world.rank or watched)
+        with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere if silent else sys.stdout):
             flags = parse_flags(method, world=world, framework=framework)
             if flags.out is None and not (world and world.rank) and not watched:
                 check_folder(results_folder() / "runs", "TUNEBENCH_RESULTS")
