@@ -127,7 +127,7 @@ def read_options(args: Sequence[str] | None) -> argparse.Namespace:
         raise BadInput("--watch draws what it prints anew; leave --pack and --docs out")
     if options.watch and options.compare:
         raise BadInput(f"--compare {ALONE['compare']}; leave --watch out")
-    if options.threshold and len(given - set(ADDED)) > 0:
+    if options.threshold and given - set(ADDED):
         raise BadInput("--threshold is for the table of run_all.sh --versus; leave it out")
     if options.docs and options.paths:
         raise BadInput(f"--docs reads results/measured; leave {options.paths[0]} out")

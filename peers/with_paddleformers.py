@@ -18,25 +18,10 @@ JOB = common.read_job(("paddleformers-trainer",), "paddleformers", ("paddle", "p
 from typing import Any
 
 import paddle
-import tokenizers
+import paddle_parts
 from paddleformers import peft, trainer, transformers
 from paddleformers.data import DataCollatorForSeq2Seq
 from paddleformers.transformers.tokenizer_utils import PreTrainedTokenizerFast
-
-
-class Rows(paddle.io.Dataset):
-    """The plan's rows, with shifted labels for PaddleFormers' criterion."""
-
-    def __init__(self, job: common.Job) -> None:
-        self.rows = [
-            {"input_ids": sample.tokens, "labels": [*sample.labels[1:], common.IGNORED]} for sample in job.samples
-        ]
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class Measured(trainer.Trainer):
@@ -70,27 +55,18 @@ def load_model(job: common.Job, folder: pathlib.Path) -> paddle.nn.Layer:
     config.fuse_rms_norm = False  # Paddle's fused kernel is for GPUs alone
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, config=config, dtype="float32")
     if job.lora:
-        targets = [f".*{name}.*" for name in job.lora_targets]
-        settings = peft.LoRAConfig(
-            r=job.lora_r, lora_alpha=job.lora_alpha, lora_dropout=0.0, target_modules=targets, dtype="float32"
-        )
-        model = peft.LoRAModel(model, settings)
+        model = peft.LoRAModel(model, peft.LoRAConfig(**paddle_parts.lora_settings(job)))
         model.mark_only_lora_as_trainable()
     return model
-
-
-def tokenizer(job: common.Job) -> PreTrainedTokenizerFast:
-    """A tokenizer of the checkpoint's size, with the plan's padding token. It never encodes text."""
-    words = {f"<{token}>": token for token in range(job.config["vocab_size"])}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token=f"<{job.pad_id}>")
 
 
 def main(job: common.Job) -> None:
     meter = common.Meter(job)
     paddle.set_device("cpu")
     trainer.set_seed(job.seed)
-    collator = DataCollatorForSeq2Seq(tokenizer(job))
+    collator = DataCollatorForSeq2Seq(
+        PreTrainedTokenizerFast(tokenizer_object=paddle_parts.words(job), pad_token=f"<{job.pad_id}>")
+    )
 
     def counted(rows: list[dict[str, Any]]) -> dict[str, paddle.Tensor]:
         batch = collator(rows)
@@ -115,16 +91,18 @@ def main(job: common.Job) -> None:
             amp_master_grad=False,  # its default, True, is refused in float32
         )
         measured = Measured(
-            model=model, args=arguments, data_collator=counted, train_dataset=Rows(job), callbacks=[Watch(meter)]
+            model=model,
+            args=arguments,
+            data_collator=counted,
+            train_dataset=paddle_parts.Rows(job),
+            callbacks=[Watch(meter)],
         )
         measured.meter = meter
         measured.train()
     order = "in order" if job.in_order else "random sampling"
     attention = model.config._attn_implementation
     setup = f"{order}, padded to the batch's longest, {attention} attention, {arguments.optim.value}"
-    named = [(name, parameter.size, not parameter.stop_gradient) for name, parameter in model.named_parameters()]
-    base = sum(int(size) for name, size, _ in named if "lora_" not in name)
-    meter.write(base, sum(int(size) for _, size, trained in named if trained), PACKAGES, setup)
+    meter.write(*paddle_parts.counts(model), PACKAGES, setup)
 
 
 if __name__ == "__main__":

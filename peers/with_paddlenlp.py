@@ -19,26 +19,10 @@ JOB = common.read_job(("paddlenlp-trainer", "paddlenlp-zero-padding"), "paddle",
 from typing import Any
 
 import paddle
+import paddle_parts
 import paddlenlp
-import tokenizers
 from paddlenlp import peft, trainer, transformers
 from paddlenlp.datasets import ZeroPaddingMapDataset
-
-
-class Rows(paddle.io.Dataset):
-    """The plan's rows, with shifted labels for PaddleNLP's criterion."""
-
-    def __init__(self, job: common.Job, positions: bool) -> None:
-        self.rows = []
-        for sample in job.samples:
-            row = {"input_ids": sample.tokens, "labels": [*sample.labels[1:], common.IGNORED]}
-            self.rows.append(row | {"position_ids": list(range(len(sample.tokens)))} if positions else row)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 class Measured(trainer.Trainer):
@@ -76,20 +60,9 @@ def load_model(job: common.Job, folder: pathlib.Path) -> paddle.nn.Layer:
         str(common.copy_of_checkpoint(job, folder)), dtype="float32", convert_from_torch=True
     )
     if job.lora:
-        targets = [f".*{name}.*" for name in job.lora_targets]
-        config = peft.LoRAConfig(
-            r=job.lora_r, lora_alpha=job.lora_alpha, lora_dropout=0.0, target_modules=targets, dtype="float32"
-        )
-        model = peft.LoRAModel(model, config)
+        model = peft.LoRAModel(model, peft.LoRAConfig(**paddle_parts.lora_settings(job)))
         model.mark_only_lora_as_trainable()
     return model
-
-
-def tokenizer(job: common.Job) -> transformers.PretrainedTokenizer:
-    """A tokenizer of the checkpoint's size, with the plan's padding token. It never encodes text."""
-    words = {f"<{token}>": token for token in range(job.config["vocab_size"])}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
-    return transformers.PretrainedTokenizerFast(tokenizer_object=words, pad_token=f"<{job.pad_id}>")
 
 
 def main(job: common.Job) -> None:
@@ -97,7 +70,7 @@ def main(job: common.Job) -> None:
     meter = common.Meter(job)
     paddle.set_device("cpu")
     trainer.set_seed(job.seed)
-    words = tokenizer(job)
+    words = transformers.PretrainedTokenizerFast(tokenizer_object=paddle_parts.words(job), pad_token=f"<{job.pad_id}>")
     collator = paddlenlp.data.DataCollatorForSeq2Seq(words)
 
     def counted(rows: list[dict[str, Any]]) -> dict[str, paddle.Tensor]:
@@ -105,7 +78,7 @@ def main(job: common.Job) -> None:
         meter.count(batch["input_ids"], batch["labels"])
         return batch
 
-    rows: paddle.io.Dataset = Rows(job, positions=packed)
+    rows: paddle.io.Dataset = paddle_parts.Rows(job, positions=packed)
     if packed:
         rows = ZeroPaddingMapDataset(rows, words, max_length=job.row_tokens, greedy_zero_padding=True)
     with common.scratch() as folder:
@@ -131,9 +104,7 @@ def main(job: common.Job) -> None:
     layout = f"packed greedily into rows of {job.row_tokens}" if packed else "padded to the batch's longest"
     order = "in order" if job.in_order else "random sampling"
     setup = f"{order}, {layout}, eager attention, {arguments.optim.value}"
-    named = [(name, parameter.size, not parameter.stop_gradient) for name, parameter in model.named_parameters()]
-    base = sum(int(size) for name, size, _ in named if "lora_" not in name)
-    meter.write(base, sum(int(size) for _, size, trained in named if trained), PACKAGES, setup)
+    meter.write(*paddle_parts.counts(model), PACKAGES, setup)
 
 
 if __name__ == "__main__":
