@@ -228,13 +228,8 @@ class Torch(Once):
         if self.world.size == 1:
             return parallel.join(flags, ALONE)
         import torch
-        from torch.distributed.device_mesh import init_device_mesh
 
-        mesh = None
-        if flags.mp > 1:
-            mesh = init_device_mesh("cpu", (flags.replicas, flags.mp), mesh_dim_names=("dp", "tp"))
-        scale = script["precision"].LossScale(flags)
-        return parallel.Group(torch.device("cpu"), self.world.rank, self.world.size, flags.zero, flags.mp, mesh, scale)
+        return parallel.place_of(flags, torch.device("cpu"), self.world.rank)
 
     def counts(self, script: Script, model: Any, group: Any) -> Facts:
         """Counts of parameters: all, trained, held by this process; and their dtypes."""

@@ -18,9 +18,8 @@ def compile_layers(flags: Flags, model: torch.nn.Module) -> None:
     """
     if not flags.compile:
         return
-    # transformers' names of its layers
-    layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
-    if flags.zero == 3:
+    layers = parallel.layers_of(model)
+    if flags.zero == 3 and not flags.fsdp:
         if not model.get_input_embeddings().weight.requires_grad:
             # DeepSpeed reduces a leaf's gradients once its input has a gradient. The first layer's input needs none.
             layers = layers[1:]

@@ -58,7 +58,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     if flags.recompute:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     compiling.compile_layers(flags, model)
-    return model.to(group.device).train()
+    return parallel.place(flags, model, group).train()
 
 
 def wrap(

@@ -68,7 +68,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
         if ".lora_A." in name:
             parallel.fill(parameter, functools.partial(lora_a, flags.seed, name), group)
     compiling.compile_layers(flags, model)
-    return model.to(group.device).train()
+    return parallel.place(flags, model, group).train()
 
 
 def wrap(

@@ -1,8 +1,8 @@
 """Forecasts the memory of one GPU: the script's own step runs on tensors that have shapes and no data.
 
 The script's `build_model`, `wrap`, `to_device`, `losses.total` and `parallel` run under torch's FakeTensorMode, for one
-rank of the setup over a process group that sends nothing. DeepSpeed is the real one. So a change of the script, of
-transformers or of DeepSpeed changes the forecast. `Ledger` notes when each tensor's memory is taken and freed.
+rank of the setup over a process group that sends nothing. DeepSpeed and FSDP2 are the real ones. So a change of the
+script, of transformers or of DeepSpeed changes the forecast. `Ledger` notes when each tensor's memory is taken and freed.
 
 What differs from a GPU: tensors are on the CPU device, whose fused attention kernels keep the same tensors as the
 flash kernels do. --compile is left out: compiled layers hold less. DistributedDataParallel needs real tensors: its
@@ -26,13 +26,11 @@ import held
 import losses
 import numpy as np
 import parallel
-import precision
 import torch
 import torch.distributed
 import transformers
 import weights
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -138,15 +136,24 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self.live:
             return
-        size = math.ceil(storage.nbytes() / self.rounded) * self.rounded
-        made = Allocation(kind, size, self.clock)
+        self.live[key] = self.taken(kind, storage.nbytes()), weakref.ref(storage, lambda _: self.end(key))
+
+    def taken(self, kind: str, size: int) -> Allocation:
+        """Notes memory that is taken now, of so many bytes before they are rounded."""
+        made = Allocation(kind, math.ceil(size / self.rounded) * self.rounded, self.clock)
         self.all.append(made)
+        return made
 
-        def end(_: weakref.ref) -> None:
-            made.died = self.clock + 1
-            self.live.pop(key, None)
+    def end(self, key: int) -> None:
+        """Notes that the memory behind a storage is freed."""
+        made, _ = self.live.pop(key)
+        made.died = self.clock + 1
 
-        self.live[key] = made, weakref.ref(storage, end)
+    def resize(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Notes that a storage is given other memory, or none, as FSDP2 does with what it gathers."""
+        if (known := self.live.get(storage._cdata)) is not None:
+            known[0].died = self.clock + 1
+            self.live[storage._cdata] = self.taken(known[0].kind, size), known[1]
 
     def label(self, tensors: Iterable[torch.Tensor], kind: str) -> None:
         """Says of which kind the memory behind these tensors is."""
@@ -241,7 +248,7 @@ def trace(
         parameters = [*model.parameters()]
         trainable = [p for p in parameters if p.requires_grad]
         ledger = Ledger(vocabulary_sizes(flags, checkpoint), rounded)
-        with shapes, ledger, converted_in_place(), unnoted_propagation():
+        with shapes, ledger, converted_in_place(), unnoted_propagation(), noted_resizes(ledger):
             ledger.label([*model.parameters(), *model.buffers()], "weights")
             ledger.enter("wrap")
             model, optimizer = wrap(flags, model, trainable, group)
@@ -250,7 +257,7 @@ def trace(
             make_moments(model, optimizer, trainable, group, ledger)
             between, kept, accumulated, first = ledger.held(), 0, 0, 0
             # DeepSpeed records in the first step which weights the layers need, and gathers them ahead in the second.
-            for _ in range(2 if flags.zero == 3 else 1):
+            for _ in range(2 if flags.zero == 3 and group.deepspeed else 1):
                 label_states(model, optimizer, ledger)
                 first, between = ledger.clock, ledger.held()
                 for each in range(passes):
@@ -320,13 +327,12 @@ def moments(
 @contextlib.contextmanager
 def joined(flags: Flags) -> Iterator[parallel.Group]:
     """The place of rank 0 in the setup. Its process group sends nothing, and each operation returns at once."""
-    mesh, before = None, os.environ.copy()
+    before = os.environ.copy()
     if flags.world_size > 1:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(flags.world_size))
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=flags.world_size)
-    if flags.mp > 1:
-        mesh = init_device_mesh("cpu", (flags.replicas, flags.mp), mesh_dim_names=("dp", "tp"))
-    if flags.zero:
+    group = parallel.place_of(flags, torch.device("cpu"), 0)
+    if group.deepspeed:
         deepspeed = parallel.import_deepspeed()
         from deepspeed.runtime.zero import partitioned_param_coordinator
 
@@ -335,8 +341,7 @@ def joined(flags: Flags) -> Iterator[parallel.Group]:
         partitioned_param_coordinator.assert_ints_same_as_other_ranks = lambda _: None
         # The CPU stands for a GPU, which has kernels for float16.
         type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda _: True
-    scale = precision.LossScale(flags)
-    yield parallel.Group(torch.device("cpu"), 0, flags.world_size, flags.zero, flags.mp, mesh, scale)
+    yield group
     if flags.world_size > 1:
         torch.distributed.destroy_process_group()
         for name in os.environ.keys() - before.keys():
@@ -443,6 +448,17 @@ def unnoted_propagation() -> contextlib.AbstractContextManager[None]:
     return replaced(ShardingPropagator, name, propagate)
 
 
+def noted_resizes(ledger: Ledger) -> contextlib.AbstractContextManager[None]:
+    """Tells the ledger of memory that is taken and freed by the size of a storage. No operator does that."""
+    own = torch.UntypedStorage.resize_
+
+    def resize(storage: torch.UntypedStorage, size: int) -> Any:
+        ledger.resize(storage, size)
+        return own(storage, size)
+
+    return replaced(torch.UntypedStorage, "resize_", resize)
+
+
 @contextlib.contextmanager
 def without_collector() -> Iterator[None]:
     """Python's collector would go through all modules again and again; tensors are freed without it."""
@@ -457,7 +473,7 @@ def make_moments(
     model: torch.nn.Module, optimizer: Any, trainable: list[torch.nn.Parameter], group: parallel.Group, ledger: Ledger
 ) -> None:
     """Lets the optimizer make its moments, by a step with gradients of zero. Later steps find them."""
-    if group.zero:
+    if group.deepspeed:
         inner = optimizer.optimizer
         for parameters in inner.param_groups:
             for parameter in parameters["params"]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 PRODUCTS = ("mm", "addmm")  # of activations with weights; those of attention are `bmm`
@@ -11,10 +12,14 @@ SOFTMAX = ("_softmax", "_safe_softmax")
 
 
 class Witness(TorchDispatchMode):
-    """Notes each matrix product's dtype and each attention kernel, below autograd and autocast."""
+    """Notes each matrix product's dtype and each attention kernel, below autograd and autocast.
+
+    `weights` are noted by `see_weights`.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.weights: set[str] = set()
         self.matmuls: set[str] = set()
         self.attention: set[str] = set()
 
@@ -28,6 +33,10 @@ class Witness(TorchDispatchMode):
             self.attention.add(name.removeprefix("_"))
         return operator(*args, **(kwargs or {}))
 
+    def see_weights(self, module: torch.nn.Module, _: Any) -> None:
+        """Notes the dtypes of a module's own weights as its forward pass begins: with FSDP2 those that it gathered."""
+        self.weights |= {name_of(p.dtype) for p in module.parameters(recurse=False)}
+
 
 def watch(model: torch.nn.Module, check: Callable[[set[str], set[str], set[str]], None]) -> None:
     """Calls `check` with the weights' dtypes, the matrix products' and the attention kernels of the first forward pass.
@@ -40,13 +49,14 @@ def watch(model: torch.nn.Module, check: Callable[[set[str], set[str], set[str]]
     def begin(*_: Any) -> None:
         torch.compiler.set_stance("force_eager")
         witness.__enter__()
+        hooks.append(register_module_forward_pre_hook(witness.see_weights))
 
     def end(*_: Any) -> None:
         witness.__exit__(None, None, None)
         for hook in hooks:
             hook.remove()
         hooks[:] = [model.register_forward_pre_hook(compile_from_now_on)]
-        check({name_of(p.dtype) for p in model.parameters()}, witness.matmuls, witness.attention)
+        check(witness.weights, witness.matmuls, witness.attention)
 
     def compile_from_now_on(*_: Any) -> None:
         torch.compiler.set_stance("default")

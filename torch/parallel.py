@@ -1,4 +1,4 @@
-"""How PyTorch splits a run over processes: DistributedDataParallel, DeepSpeed's ZeRO, tensor parallelism.
+"""How PyTorch splits a run over processes: DistributedDataParallel, DeepSpeed's ZeRO, FSDP2, tensor parallelism.
 
 The functions stand in the order in which a script calls them. With one process none of them changes anything.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.distributed
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -48,9 +48,9 @@ class Group(NamedTuple):
     device: torch.device
     rank: int
     world_size: int
-    zero: int
+    deepspeed: bool  # whether its engine runs the passes
     mp: int
-    mesh: DeviceMesh | None  # (replicas, mp), with tensor parallelism only
+    mesh: DeviceMesh | None  # (replicas, mp) with tensor parallelism, (replicas,) with FSDP2
     loss_scale: precision.LossScale
 
     @property
@@ -71,16 +71,24 @@ def join(flags: Flags, world: World) -> Group:
     device = torch.device("cuda", world.local_rank) if gpu else torch.device("cpu")
     if gpu:
         torch.cuda.set_device(device)
-    mesh = None
     if world.size > 1:
         # A collective's time limit is --timeout too, but counts from later on: the run's own limit comes first. The
         # defaults reach the groups that libraries make.
         limit = datetime.timedelta(seconds=flags.timeout)
         distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = limit
         torch.distributed.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
+    return place_of(flags, device, world.rank)
+
+
+def place_of(flags: Flags, device: torch.device, rank: int) -> Group:
+    """The place of a process that has joined the others."""
+    mesh = None
     if flags.mp > 1:
         mesh = init_device_mesh(device.type, (flags.replicas, flags.mp), mesh_dim_names=("dp", "tp"))
-    return Group(device, world.rank, world.size, flags.zero, flags.mp, mesh, precision.LossScale(flags))
+    elif flags.fsdp:
+        mesh = init_device_mesh(device.type, (flags.replicas,), mesh_dim_names=("fsdp",))
+    deepspeed = flags.zero > 0 and not flags.fsdp
+    return Group(device, rank, flags.world_size, deepspeed, flags.mp, mesh, precision.LossScale(flags))
 
 
 @contextlib.contextmanager
@@ -90,7 +98,7 @@ def loading_arguments(flags: Flags, checkpoint: Checkpoint) -> Iterator[dict[str
     Call `from_pretrained` inside: transformers finds ZeRO 3's configuration by a weak reference.
     """
     kept = None
-    if flags.zero == 3:
+    if flags.zero == 3 and not flags.fsdp:
         from transformers.integrations import HfDeepSpeedConfig
 
         import_deepspeed()
@@ -147,6 +155,25 @@ def optimizer_groups(trainable: Sequence[torch.nn.Parameter]) -> list[dict[str, 
     return [{"params": members} for members in kinds.values()]
 
 
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers, by transformers' names of their classes."""
+    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+
+
+def place(flags: Flags, model: torch.nn.Module, group: Group) -> torch.nn.Module:
+    """The model on this process's device: whole, or with FSDP2 the slices of its weights.
+
+    FSDP2 takes one layer after the other to the device. What is in no layer is gathered as one more. Stage 3 gives a
+    layer's weights up after each pass, stage 2 after the backward pass.
+    """
+    if not flags.fsdp:
+        return model.to(group.device)
+    for module in [*layers_of(model), model]:
+        policy = precision.gathered_precision(flags, module)
+        fully_shard(module, mesh=group.mesh, reshard_after_forward=flags.zero == 3, mp_policy=policy)
+    return model
+
+
 def count(parameters: Iterable[torch.nn.Parameter], group: Group) -> int:
     """The number of weights of the whole parameters, sharded or not."""
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
@@ -156,7 +183,7 @@ def wrap(
     flags: Flags, model: torch.nn.Module, optimizer: torch.optim.Optimizer, group: Group
 ) -> tuple[torch.nn.Module, Any]:
     """The model and the optimizer as the loop uses them."""
-    if group.zero:
+    if group.deepspeed:
         deepspeed = import_deepspeed()
         config = zero_config(flags, model.config.hidden_size)
         engine, optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
@@ -164,9 +191,9 @@ def wrap(
             optimizer.override_loss_scale(group.loss_scale.value)
         return engine, optimizer
     optimizer = precision.MasterWeights(optimizer)
-    if group.mesh is not None:
+    if group.mp > 1:
         tensor_parallel.sum_input_gradients(model, group.mesh)
-    if group.mp == 1 and group.replicas > 1:
+    if group.mp == 1 and group.replicas > 1 and not flags.fsdp:
         # The buffers are constants. Paddle does not broadcast them in each forward pass.
         return DistributedDataParallel(model, forward_sync_buffers=False), optimizer
     return model, optimizer  # loading has made the model replicate its tensor-parallel groups
@@ -200,11 +227,11 @@ def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
 
 def sync_gradients(model: torch.nn.Module, last: bool, group: Group) -> None:
     """Says before a pass whether it sends gradients: only the last one of a step, but ZeRO 2 and 3 send in each."""
-    if group.zero:
+    if group.deepspeed:
         model.set_gradient_accumulation_boundary(last)
-    elif group.mp == 1 and group.replicas > 1:
+    elif isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
-    elif group.replicas > 1:
+    elif group.mp > 1 and group.replicas > 1:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(last)
@@ -214,7 +241,7 @@ def sync_gradients(model: torch.nn.Module, last: bool, group: Group) -> None:
 def backward(model: torch.nn.Module, loss: torch.Tensor, group: Group) -> None:
     """Adds the gradients of a share's loss, times the replicas: wrappers average, a global batch's loss is a sum."""
     loss = loss * group.replicas
-    if group.zero:
+    if group.deepspeed:
         model.backward(loss, scale_wrt_gas=False)
     else:
         (loss * group.loss_scale.value).backward()
@@ -227,7 +254,7 @@ def update(
 
     A step of fp16 whose gradients overflowed is skipped: its norm is not finite.
     """
-    if group.zero:
+    if group.deepspeed:
         model.step()
         if group.loss_scale.enabled:
             group.loss_scale.update(not model.was_step_applied())
@@ -274,8 +301,8 @@ def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> tor
 
     Returns the norm before clipping, a scalar. Unlike torch.nn.utils.clip_grad_norm_ it takes norms of rows first and
     goes on in float64. The other's float32 sums of an embedding's gradient are off by more than 1e-4 on a CPU
-    (tests/scripts/test_numerics.py shows it). The slices of a tensor-parallel group count together. A tensor that each
-    process of the group holds whole counts once.
+    (tests/scripts/test_numerics.py shows it). The slices of a tensor-parallel group, or of FSDP2, count together. A
+    tensor that each process of the group holds whole counts once.
     """
     gradients = [local(p.grad) for p in trainable]
     rows = [torch.linalg.vector_norm(gradient, dim=-1) for gradient in gradients]
@@ -284,7 +311,7 @@ def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> tor
         sliced = [is_sliced(p.grad) for p in trainable]
         own = torch.stack([torch.zeros_like(norms[0]), *itertools.compress(norms, sliced)])
         total = torch.linalg.vector_norm(own).square()
-        torch.distributed.all_reduce(total, group=group.mesh.get_group("tp"))
+        torch.distributed.all_reduce(total, group=group.mesh.get_group("tp" if group.mp > 1 else "fsdp"))
         norms = [total.sqrt(), *(norm for norm, is_one in zip(norms, sliced, strict=True) if not is_one)]
     norm = torch.linalg.vector_norm(torch.stack(norms)).float() / group.loss_scale.value
     torch._foreach_mul_(gradients, torch.clamp(MAX_GRAD_NORM / (norm + 1e-6), max=1.0) / group.loss_scale.value)
@@ -297,9 +324,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def is_sliced(tensor: torch.Tensor) -> bool:
-    """Whether the processes of a tensor-parallel group hold a slice each."""
+    """Whether the processes of a tensor-parallel group, or all with FSDP2, hold a slice each."""
     names = mesh_names(tensor)
-    return "tp" in names and not tensor.placements[names.index("tp")].is_replicate()
+    return any(
+        name in ("tp", "fsdp") and not placement.is_replicate()
+        for name, placement in zip(names, tensor.placements if names else (), strict=True)
+    )
 
 
 def mesh_names(tensor: torch.Tensor) -> tuple[str, ...]:

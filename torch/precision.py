@@ -1,11 +1,13 @@
 """Low precision in PyTorch: autocast (O1), low-precision weights with float32 masters (O2), and fp16's loss scale.
 
-Under ZeRO, DeepSpeed does what O2 adds: `zero_precision` configures it.
+Under ZeRO, DeepSpeed does what O2 adds: `zero_precision` configures it. FSDP2's slices are float32 masters, gathered in
+low precision: `gathered_precision`.
 """
 
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from tunebench.flags import Flags
 from tunebench.recipe import LOSS_SCALE, LOSS_SCALE_GROWS_AFTER
@@ -60,13 +62,13 @@ class MasterWeights:
 class LossScale:
     """The dynamic loss scale of fp16, by the rule of torch.amp.GradScaler.
 
-    It is 1 for all other dtypes, and at O2 under ZeRO, where DeepSpeed has its own.
+    It is 1 for all other dtypes, and at O2 with DeepSpeed, which has its own.
     GradScaler itself fails where tensor parallelism slices some gradients of a list and leaves others whole. It would
     also check again what the norm of all gradients shows.
     """
 
     def __init__(self, flags: Flags) -> None:
-        self.enabled = flags.dtype == "fp16" and not (flags.zero and flags.amp == "O2")
+        self.enabled = flags.dtype == "fp16" and not (flags.zero and not flags.fsdp and flags.amp == "O2")
         self.value = LOSS_SCALE if self.enabled else 1.0
         self.steps = 0  # since it last changed
 
@@ -88,3 +90,16 @@ def zero_precision(flags: Flags) -> dict[str, Any]:
         return {"bf16": {"enabled": True, "check_grad_overflow": False}}
     scale = {"initial_scale_power": LOSS_SCALE.bit_length() - 1, "loss_scale_window": LOSS_SCALE_GROWS_AFTER}
     return {"fp16": {"enabled": True, "hysteresis": 1, **scale}}
+
+
+def gathered_precision(flags: Flags, module: torch.nn.Module) -> MixedPrecisionPolicy:
+    """Makes the trained weights float32 masters at O2, of which FSDP2 then gathers copies in low precision.
+
+    Gradients are reduced in low precision, as DeepSpeed does. Frozen weights stay in low precision.
+    """
+    if flags.amp != "O2":
+        return MixedPrecisionPolicy()
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return MixedPrecisionPolicy(param_dtype=getattr(torch, flags.compute_dtype))

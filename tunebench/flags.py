@@ -68,6 +68,7 @@ class Flags(BaseModel):
     node_rank: int
     master: str | None
     zero: int
+    sharding: str | None = None
     mp: int
     dtype: str
     amp: str | None
@@ -128,6 +129,11 @@ class Flags(BaseModel):
         return self.compute_dtype if self.amp == "O2" else "float32"
 
     @property
+    def fsdp(self) -> bool:
+        """Whether torch's FSDP2 shards, not DeepSpeed."""
+        return self.sharding == "fsdp"
+
+    @property
     def accumulation(self) -> int:
         """Gradient accumulation: the micro-batches of one replica per optimizer step."""
         return self.bsz // self.replicas // self.micro_bsz
@@ -177,6 +183,11 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
         choices=range(4),
         default=0,
         help="sharded over the replicas: 1 optimizer, 2 +gradients, 3 +parameters",
+    )
+    add(
+        "--sharding",
+        choices=["deepspeed", "fsdp"],
+        help="what shards with --zero in PyTorch (default: deepspeed); fsdp: torch's FSDP2, for --zero 2 and 3",
     )
     add("--mp", type=positive, default=1, help="tensor-parallel degree")
     add("--dtype", choices=list(DTYPES), default="fp32", help="in which matrices are multiplied")
@@ -347,6 +358,8 @@ def parse_flags(
             f"--zero {options['zero']} with --mp {mp}: not combined here, since DeepSpeed does not shard transformers' "
             "tensor-parallel models; use --zero 0 or --mp 1"
         )
+    if options["sharding"]:
+        check_sharding(options)
     if options["zero"] and size == 1:
         raise BadInput(f"--zero {options['zero']} has nothing to shard over in one process; use --nproc 2 or --zero 0")
     replicas = size // mp
@@ -375,6 +388,17 @@ def parse_flags(
     if flags.profile is not None:
         _check_profile(flags)
     return flags if flags.steps is None else fit_to_steps(flags, flags.steps)
+
+
+def check_sharding(options: dict) -> None:
+    """Raises `BadInput` where --sharding has nothing to shard, or where FSDP2 cannot."""
+    given = f"--sharding {options['sharding']}"
+    if not options["zero"]:
+        raise BadInput(f"{given} says what shards with --zero; add --zero 2 or 3, or leave it out")
+    if options["sharding"] == "fsdp" and options["zero"] == 1:
+        raise BadInput(f"{given} has no stage 1: FSDP shards gradients too; use --zero 2 or 3, or --sharding deepspeed")
+    if options["sharding"] == "fsdp" and options["sweep"]:
+        raise BadInput(f"{given} with --sweep: its formulas are DeepSpeed's; leave --sharding out, or use --plan")
 
 
 def _given(method: str, prog: str | None, argv: Sequence[str] | None) -> frozenset[str]:

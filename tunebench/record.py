@@ -133,6 +133,7 @@ class Setup(Strict):
     nproc: Count
     nnodes: Count
     zero: Literal[0, 1, 2, 3]
+    sharding: Literal["deepspeed", "fsdp"] | None = None
     mp: Count
     bsz: Count
     micro_bsz: Count

@@ -100,7 +100,7 @@ def test_a_step_of_tensor_parallelism_meets_one_device_too(scripts, family, meth
         assert (family, method) == ("chatglm2", "lora")
         pytest.skip(reason)
     mesh = torch.distributed.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
-    group = script["parallel"].Group(torch.device("meta"), 0, 2, 0, 2, mesh, script["precision"].LossScale(flags))
+    group = script["parallel"].Group(torch.device("meta"), 0, 2, False, 2, mesh, script["precision"].LossScale(flags))
     assert_one_device(script, group, family, flags)
 
 

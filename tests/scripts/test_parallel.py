@@ -56,6 +56,27 @@ def test_several_processes_do_the_arithmetic_of_one(alone, forked, short, tmp_pa
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize(
+    ("family", "method", "setup"),
+    [
+        ("llama", "full", ["--zero=3", "--micro-bsz=2"]),
+        ("bloom", "full", ["--zero=2", "--nproc=4"]),
+        ("llama", "lora", ["--zero=3", "--recompute"]),
+        ("chatglm2", "lora", ["--zero=2", "--micro-bsz=2"]),
+        ("llama-3.2-1b", "full", ["--zero=3", "--nproc=4"]),
+    ],
+    ids=lambda part: "".join(part),
+)
+def test_fsdp_does_the_arithmetic_of_one_process(alone, forked, short, tmp_path, family, method, setup):
+    one = alone("torch", family, method)
+    flags = [f"--model={family}-tiny", *short, *setup, "--sharding=fsdp"]
+    many = forked.train("torch", method, tmp_path / "r.json", *flags)
+    assert (many.setup.sharding, many.devices) == ("fsdp", len(many.peak_memory_bytes))
+    assert_one_model(many, one)
+    assert_one_curve(many, one)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(
     ("family", "method"),
     [
         *itertools.product(["qwen2", "chatglm2"], ["full", "lora"]),

@@ -35,6 +35,10 @@ def assert_close(record, exact):
         ("chatglm2", "full", "bf16", "O2", ["--mp=2"]),
         ("qwen2", "full", "bf16", "O2", ["--nproc=2"]),
         pytest.param(*("llama", "full", "fp16", "O2", ["--zero=2"]), marks=NEEDS_FLOAT16),
+        ("llama", "full", "bf16", "O2", ["--zero=3", "--sharding=fsdp"]),
+        ("bloom", "full", "fp16", "O2", ["--zero=2", "--sharding=fsdp"]),
+        ("llama", "lora", "bf16", "O2", ["--zero=3", "--sharding=fsdp", "--recompute"]),
+        ("qwen2", "full", "bf16", "O1", ["--zero=2", "--sharding=fsdp"]),
     ],
     ids=lambda part: "".join(part),
 )
@@ -63,6 +67,20 @@ def test_master_weights_are_float32(forked, tmp_path, setup, ranks):
         assert held[0]["gradients"] == close(2 * weights)
 
 
+def test_fsdp_holds_slices_of_float32_masters_alone(forked, tmp_path):
+    """Frozen weights stay in low precision. Bytes per weight, over the ranks: 2 frozen, 4 trained, moments 8."""
+    flags = [f"--model={MODEL}", "--bsz=2", "--steps=2", "--warmup-steps=1", "--dtype=bf16", "--amp=O2"]
+    flags += ["--zero=3", "--nproc=2", "--sharding=fsdp"]
+    held, record = probe(forked, "torch", "lora", tmp_path, *flags)
+    trained = record.model.trainable_parameters
+    for rank in held:
+        assert rank["frozen"] == close(2 * record.model.parameters / 2)
+        assert rank["trainable"] == close(4 * trained / 2)
+        assert rank["gradients"] == close(4 * trained / 2)
+        assert rank["states"] == close(8 * trained / 2)
+        assert rank["master"] == 0
+
+
 FEW = ["--model=llama-tiny", "--bsz=4", "--steps=3", "--warmup-steps=1"]
 
 
@@ -72,7 +90,7 @@ def still(forked, tmp_path_factory):
     return forked.train("torch", "full", tmp_path_factory.mktemp("still") / "r.json", *FEW, "--lr=1e-30")
 
 
-@pytest.mark.parametrize("setup", [["--zero=1"], ["--nproc=2"]], ids=" ".join)
+@pytest.mark.parametrize("setup", [["--zero=1"], ["--nproc=2"], ["--zero=3", "--sharding=fsdp"]], ids=" ".join)
 def test_fp16_skips_the_steps_that_overflow(forked, still, tmp_path, setup):
     """The loss, scaled by 2**16 and doubled for the mean of two replicas, overflows float16 once."""
     record = forked.train("torch", "full", tmp_path / "r.json", *FEW, "--dtype=fp16", "--amp=O1", *setup)

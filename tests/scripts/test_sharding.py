@@ -176,6 +176,20 @@ def test_zero_3_shards_everything(alone, count, framework):
         assert held["rest"] < most(framework, whole)
 
 
+@pytest.mark.parametrize(("zero", "nproc"), [(2, 2), (3, 4)])
+def test_fsdp_shards_everything(alone, count, zero, nproc):
+    """Between the passes of a step too: stage 2 keeps the gathered weights within a pass alone."""
+    whole, flags = alone("torch"), [f"--zero={zero}", f"--nproc={nproc}", "--sharding=fsdp", "--micro-bsz=1"]
+    ranks, _ = count("torch", "full", *flags)
+    share = whole.weights / nproc
+    for held in ranks:
+        assert held["trainable"] == close(share)
+        assert held["passes"] == [close(share)] * (4 // nproc)
+        assert held["states"] == close(2 * share)
+        assert held["master"] == 0
+        assert held["rest"] < whole.rest + MIB
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_zero_3_shards_frozen_weights(alone, count, framework):
     """LoRA. Llama's matrices of it are so small that they are whole on each rank, as norms are.

@@ -71,6 +71,17 @@ def test_same_curves_on_two_processes(alone, forked, short, tmp_path, framework,
 
 
 @pytest.mark.frameworks
+@pytest.mark.parametrize(
+    ("method", "split"), [("full", ["--zero=3", "--micro-bsz=2"]), ("lora", ["--zero=2"]), ("lora", ["--zero=3"])]
+)
+def test_same_curves_with_fsdp(alone, forked, short, tmp_path, method, split):
+    flags = ["--model=llama-tiny", *short, *IN_ORDER, *split, "--sharding=fsdp"]
+    fast = forked.train("torch", method, tmp_path / "r.json", *flags)
+    same_curves(fast, alone("torch", "llama", method))
+    assert fast.setup.compile
+
+
+@pytest.mark.frameworks
 @pytest.mark.parametrize("framework", ["torch", "paddle"])
 def test_packed_rows_train_as_their_samples_padded(forked, short, tmp_path, framework):
     """A step has all eight samples in both runs; packed, they fill two rows."""

@@ -230,6 +230,8 @@ def torch_step(run: Run) -> Step:
         if run.low and run.method == "full" and not is_tied(run.checkpoint):
             update["workspace"] = 2 * config["vocab_size"] * hidden / flags.mp
         return Step(held, [largest(run, rows, passing), ("update", update)], run.trained_bytes)
+    if flags.fsdp:
+        return fsdp_step(run)
     share = run.trained / replicas
     own = share if run.method == "lora" else first_share(json.dumps(config), replicas)
     bucket = run.width * max(hidden * hidden, SMALLEST_BUCKET)
@@ -257,6 +259,35 @@ def torch_step(run: Run) -> Step:
         most = added(most, {"activations": kept_inputs(run)})
     at_once = (4 + 2 * run.low) * min(share, UPDATED_AT_ONCE)
     return Step(held, [(phase, most), ("update", carried | {"workspace": at_once})], run.width * share)
+
+
+def fsdp_step(run: Run) -> Step:
+    """A step with FSDP2: slices of everything last, and a layer's weights and gradients are whole for a while.
+
+    What is in no layer is gathered as one more, from the forward pass on until all gradients are there. The buffer of a
+    gathered layer stays until the next one is gathered, and stage 3 fetches one layer ahead
+    (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py).
+    """
+    flags, config, layers = run.flags, run.checkpoint.config, run.checkpoint.expected.layers
+    frozen, share = run.weight_bytes - run.trained_bytes, run.trained / flags.replicas
+    held: Amounts = {"weights": frozen / flags.replicas + 4 * share, "moments": 8 * share}
+    matrix = run.width * config["vocab_size"] * config["hidden_size"]  # of the embedding, and of a head of its own
+    outside = matrix * (1 if is_tied(run.checkpoint) else 2)
+    layer = (run.weight_bytes - outside) / layers
+    gathered = outside + (layers * layer if flags.zero == 2 else 2 * layer) + layer
+    trained_outside, head = (outside, matrix) if run.method == "full" else (0.0, 0.0)
+    trained_layer = (run.trained_bytes - trained_outside) / layers
+    passing = dict(run.by_kind)
+    done = passing.pop("gradients", np.zeros(len(run.phases)))
+    of_layers = np.maximum(done - head, 0)  # those of the layers whose backward pass is over
+    passing["gradients"] = np.minimum(done, head) + np.minimum(of_layers, trained_layer)
+    passing["gradients"] = passing["gradients"] + of_layers * 4 / run.width / flags.replicas
+    passing["communication_buffers"] = gathered + np.minimum(of_layers, trained_layer)
+    phase, most = largest(run, of_passes(run), without(passing, WEIGHTS, "trained"))
+    buffers = outside + trained_outside  # all that is left to gather and to reduce
+    end = run.carried | {"gradients": trained_outside + 4 * share, "communication_buffers": buffers}
+    update = run.carried | {"gradients": 4 * share}
+    return Step(held, [(phase, most), ("backward", end), ("update", update)], 4 * share)
 
 
 def kept_inputs(run: Run) -> float:
