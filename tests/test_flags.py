@@ -85,7 +85,10 @@ def test_a_suites_table_as_a_command_line():
         (["--mp=2", "--nproc=3"], "--mp 2 does not divide the 3 process(es) of a node; use --nproc 4 or --mp 1, 3"),
         (["--mp=2", "--zero=1"], "--zero 1 with --mp 2: not combined here"),
         (["--sharding=fsdp"], "--sharding fsdp says what shards with --zero; add --zero 2 or 3, or leave it out"),
-        (["--sharding=fsdp", "--zero=1"], "--sharding fsdp has no stage 1: FSDP shards gradients too; use --zero 2 or 3"),
+        (
+            ["--sharding=fsdp", "--zero=1"],
+            "--sharding fsdp has no stage 1: FSDP shards gradients too; use --zero 2 or 3",
+        ),
         (["--sharding=fsdp", "--zero=3", "--sweep"], "--sharding fsdp with --sweep: its formulas are DeepSpeed's"),
         (["--zero=2", "--nproc=1"], "--zero 2 has nothing to shard over in one process; use --nproc 2 or --zero 0"),
         (["--nproc=4", "--bsz=6"], "--bsz 6 does not divide over 4 replicas; use 4 or 8"),

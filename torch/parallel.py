@@ -163,14 +163,16 @@ def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
 def place(flags: Flags, model: torch.nn.Module, group: Group) -> torch.nn.Module:
     """The model on this process's device: whole, or with FSDP2 the slices of its weights.
 
-    FSDP2 takes one layer after the other to the device. What is in no layer is gathered as one more. Stage 3 gives a
-    layer's weights up after each pass, stage 2 after the backward pass.
+    FSDP2 takes one layer after the other to the device. Stage 3 gives a layer's weights up after each pass, stage 2
+    after the backward pass alone. So do both with what is in no layer and gathered at once: the backward pass begins
+    with it.
     """
     if not flags.fsdp:
         return model.to(group.device)
     for module in [*layers_of(model), model]:
         policy = precision.gathered_precision(flags, module)
-        fully_shard(module, mesh=group.mesh, reshard_after_forward=flags.zero == 3, mp_policy=policy)
+        gathers_twice = flags.zero == 3 and module is not model
+        fully_shard(module, mesh=group.mesh, reshard_after_forward=gathers_twice, mp_policy=policy)
     return model
 
 

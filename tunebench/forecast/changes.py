@@ -33,7 +33,12 @@ def changes(flags: Flags, of_states: bool) -> Iterator[dict[str, Any]]:
     if flags.mp == 1 and flags.replicas > 1:
         single += [{"zero": stage} for stage in range(flags.zero + 1, 4)]
     for degree in (2, 4, 8):
-        fits = not flags.sharding and flags.mp < degree and flags.nproc % degree == 0 and flags.bsz % (flags.world_size // degree) == 0
+        fits = (
+            not flags.sharding
+            and flags.mp < degree
+            and flags.nproc % degree == 0
+            and flags.bsz % (flags.world_size // degree) == 0
+        )
         if fits and flags.head == "all":
             single.append({"zero": 0, "mp": degree, "micro_bsz": flags.bsz // (flags.world_size // degree)})
     yield from single

@@ -127,7 +127,8 @@ def kind_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -
         recompute=flags.recompute,
         head=flags.head,
         mp=flags.mp > 1,
-        adds=framework == "torch" and flags.accumulation > 1,  # Paddle's are added in `paddle_step`
+        # Paddle's are added in `paddle_step`, FSDP2's slices in `fsdp_step`.
+        adds=framework == "torch" and flags.accumulation > 1 and not flags.fsdp,
     )
 
 
@@ -264,30 +265,52 @@ def torch_step(run: Run) -> Step:
 def fsdp_step(run: Run) -> Step:
     """A step with FSDP2: slices of everything last, and a layer's weights and gradients are whole for a while.
 
-    What is in no layer is gathered as one more, from the forward pass on until all gradients are there. The buffer of a
-    gathered layer stays until the next one is gathered, and stage 3 fetches one layer ahead
-    (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py).
+    What is in no layer is whole from the forward pass on until all its gradients are there. In the backward pass stage 3
+    has two layers, one that computes and the next one; stage 2 has all whose turn is still to come. The gradients of a
+    layer are copied to send them (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py).
     """
     flags, config, layers = run.flags, run.checkpoint.config, run.checkpoint.expected.layers
     frozen, share = run.weight_bytes - run.trained_bytes, run.trained / flags.replicas
-    held: Amounts = {"weights": frozen / flags.replicas + 4 * share, "moments": 8 * share}
+    held: Amounts = {"weights": frozen / flags.replicas + 4 * share, "master_weights": 0, "moments": 8 * share}
     matrix = run.width * config["vocab_size"] * config["hidden_size"]  # of the embedding, and of a head of its own
     outside = matrix * (1 if is_tied(run.checkpoint) else 2)
     layer = (run.weight_bytes - outside) / layers
-    gathered = outside + (layers * layer if flags.zero == 2 else 2 * layer) + layer
     trained_outside, head = (outside, matrix) if run.method == "full" else (0.0, 0.0)
     trained_layer = (run.trained_bytes - trained_outside) / layers
-    passing = dict(run.by_kind)
-    done = passing.pop("gradients", np.zeros(len(run.phases)))
-    of_layers = np.maximum(done - head, 0)  # those of the layers whose backward pass is over
-    passing["gradients"] = np.minimum(done, head) + np.minimum(of_layers, trained_layer)
-    passing["gradients"] = passing["gradients"] + of_layers * 4 / run.width / flags.replicas
-    passing["communication_buffers"] = gathered + np.minimum(of_layers, trained_layer)
-    phase, most = largest(run, of_passes(run), without(passing, WEIGHTS, "trained"))
-    buffers = outside + trained_outside  # all that is left to gather and to reduce
-    end = run.carried | {"gradients": trained_outside + 4 * share, "communication_buffers": buffers}
-    update = run.carried | {"gradients": 4 * share}
-    return Step(held, [(phase, most), ("backward", end), ("update", update)], 4 * share)
+    slices = 4 / run.width / flags.replicas  # of gradients, in float32
+    earlier = 4 * share if flags.accumulation > 1 else 0.0  # those of earlier passes, to which slices are added
+    passing = without(run.by_kind, WEIGHTS, "trained")
+    nothing = np.zeros(len(run.phases))
+    logits, done = (passing.get(kind, nothing) for kind in ("logits_and_loss", "gradients"))
+    in_layers = logits <= 1.01 * run.carried["logits_and_loss"]
+    sent = np.minimum(np.maximum(done - head, 0) // trained_layer, layers)
+    whole = 2.0 * in_layers if flags.zero == 3 else layers - sent
+    passing["communication_buffers"] = outside + layer * whole + trained_layer * (sent > 0)
+    passing["gradients"] = done - sent * trained_layer + (earlier or sent * trained_layer * slices)
+    moments = [largest(run, of_passes(run), passing)]
+    # The table has the moments of the last layer, where the backward pass begins. The layer before has fewer activations
+    # and finds the gradients of the last one.
+    first = np.flatnonzero(in_layers & (sent == 0) & (done >= head) & [each == "backward" for each in run.phases])
+    if len(first) and layers > 1:
+        phase, most = largest(run, first, passing)
+        fewer = run.at(AT_FORWARD_END)["activations"] / layers
+        own = {"activations": -fewer, "gradients": 0 if earlier else trained_layer * slices}
+        own["communication_buffers"] = trained_layer - layer * (flags.zero == 2)
+        moments.append((phase, added(most, own)))
+    of_layers = earlier or layers * trained_layer * slices
+    moments += [
+        (
+            "backward",
+            run.carried | {"gradients": of_layers + trained_outside, "communication_buffers": outside + trained_layer},
+        ),
+        (
+            "backward",
+            run.carried
+            | {"gradients": 4 * share + head, "communication_buffers": trained_outside * (1 + 1 / flags.replicas)},
+        ),
+        ("update", run.carried | {"gradients": 4 * share}),
+    ]
+    return Step(held, moments, 4 * share)
 
 
 def kept_inputs(run: Run) -> float:
