@@ -2,7 +2,8 @@
 
 The script's `build_model`, `wrap`, `to_device`, `losses.total` and `parallel` run under torch's FakeTensorMode, for one
 rank of the setup over a process group that sends nothing. DeepSpeed and FSDP2 are the real ones. So a change of the
-script, of transformers or of DeepSpeed changes the forecast. `Ledger` notes when each tensor's memory is taken and freed.
+script, of transformers or of DeepSpeed changes the forecast. `Ledger` notes when each tensor's memory is taken and
+freed.
 
 What differs from a GPU: tensors are on the CPU device, whose fused attention kernels keep the same tensors as the
 flash kernels do. --compile is left out: compiled layers hold less. DistributedDataParallel needs real tensors: its

@@ -165,14 +165,19 @@ def place(flags: Flags, model: torch.nn.Module, group: Group) -> torch.nn.Module
 
     FSDP2 takes one layer after the other to the device. Stage 3 gives a layer's weights up after each pass, stage 2
     after the backward pass alone. So do both with what is in no layer and gathered at once: the backward pass begins
-    with it.
+    with it. Stage 2 leaves frozen weights whole, as DeepSpeed does.
     """
     if not flags.fsdp:
         return model.to(group.device)
+    whole = {p for p in model.parameters() if not p.requires_grad} if flags.zero == 2 else set()
+    for parameter in whole:
+        parameter.data = parameter.data.to(group.device)
     for module in [*layers_of(model), model]:
         policy = precision.gathered_precision(flags, module)
         gathers_twice = flags.zero == 3 and module is not model
-        fully_shard(module, mesh=group.mesh, reshard_after_forward=gathers_twice, mp_policy=policy)
+        fully_shard(
+            module, mesh=group.mesh, reshard_after_forward=gathers_twice, mp_policy=policy, ignored_params=whole
+        )
     return model
 
 

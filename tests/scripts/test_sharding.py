@@ -178,7 +178,7 @@ def test_zero_3_shards_everything(alone, count, framework):
 
 @pytest.mark.parametrize(("zero", "nproc"), [(2, 2), (3, 4)])
 def test_fsdp_shards_everything(alone, count, zero, nproc):
-    """Between the passes of a step too: stage 2 keeps the gathered weights within a pass alone."""
+    """Between the passes of a step too: stage 2 keeps the gathered weights within a pass alone. Masters are slices."""
     whole, flags = alone("torch"), [f"--zero={zero}", f"--nproc={nproc}", "--sharding=fsdp", "--micro-bsz=1"]
     ranks, _ = count("torch", "full", *flags)
     share = whole.weights / nproc

@@ -271,11 +271,14 @@ def fsdp_step(run: Run) -> Step:
     """
     flags, config, layers = run.flags, run.checkpoint.config, run.checkpoint.expected.layers
     frozen, share = run.weight_bytes - run.trained_bytes, run.trained / flags.replicas
-    held: Amounts = {"weights": frozen / flags.replicas + 4 * share, "master_weights": 0, "moments": 8 * share}
+    kept = frozen if flags.zero == 2 else 0.0  # whole on each process
+    weights = kept + (frozen - kept) / flags.replicas + 4 * share
+    held: Amounts = {"weights": weights, "master_weights": 0, "moments": 8 * share}
     matrix = run.width * config["vocab_size"] * config["hidden_size"]  # of the embedding, and of a head of its own
     outside = matrix * (1 if is_tied(run.checkpoint) else 2)
-    layer = (run.weight_bytes - outside) / layers
     trained_outside, head = (outside, matrix) if run.method == "full" else (0.0, 0.0)
+    outside = trained_outside if kept else outside
+    layer = (run.weight_bytes - kept - outside) / layers
     trained_layer = (run.trained_bytes - trained_outside) / layers
     slices = 4 / run.width / flags.replicas  # of gradients, in float32
     earlier = 4 * share if flags.accumulation > 1 else 0.0  # those of earlier passes, to which slices are added
@@ -288,8 +291,8 @@ def fsdp_step(run: Run) -> Step:
     passing["communication_buffers"] = outside + layer * whole + trained_layer * (sent > 0)
     passing["gradients"] = done - sent * trained_layer + (earlier or sent * trained_layer * slices)
     moments = [largest(run, of_passes(run), passing)]
-    # The table has the moments of the last layer, where the backward pass begins. The layer before has fewer activations
-    # and finds the gradients of the last one.
+    # The table has the moments of the last layer, where the backward pass begins. The layer before has fewer
+    # activations and finds the gradients of the last one.
     first = np.flatnonzero(in_layers & (sent == 0) & (done >= head) & [each == "backward" for each in run.phases])
     if len(first) and layers > 1:
         phase, most = largest(run, first, passing)
@@ -298,19 +301,12 @@ def fsdp_step(run: Run) -> Step:
         own["communication_buffers"] = trained_layer - layer * (flags.zero == 2)
         moments.append((phase, added(most, own)))
     of_layers = earlier or layers * trained_layer * slices
-    moments += [
-        (
-            "backward",
-            run.carried | {"gradients": of_layers + trained_outside, "communication_buffers": outside + trained_layer},
-        ),
-        (
-            "backward",
-            run.carried
-            | {"gradients": 4 * share + head, "communication_buffers": trained_outside * (1 + 1 / flags.replicas)},
-        ),
-        ("update", run.carried | {"gradients": 4 * share}),
+    ends = [  # the last gradient is there; then those outside the layers are sent
+        {"gradients": of_layers + trained_outside, "communication_buffers": outside + trained_layer},
+        {"gradients": 4 * share + head, "communication_buffers": trained_outside * (1 + 1 / flags.replicas)},
     ]
-    return Step(held, moments, 4 * share)
+    moments += [("backward", run.carried | end) for end in ends]
+    return Step(held, [*moments, ("update", run.carried | {"gradients": 4 * share})], 4 * share)
 
 
 def kept_inputs(run: Run) -> float:
