@@ -55,6 +55,7 @@ READ_BACK = {
     torch.ops.aten.equal.default: lambda *_: False,
     torch.ops.aten.is_nonzero.default: lambda *_: False,
 }
+DEVICE = torch.ops.prim.device.default
 # The flash kernels' backward pass sums the queries' gradient in float32, in a buffer that no operator shows
 # (`dq_accum` in pytorch/aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp).
 FLASH_BACKWARD = ("flash_attention_for_cpu_backward", "varlen_attn_backward")
@@ -97,6 +98,8 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(
         self, operator: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if operator is DEVICE:
+            return args[0].fake_device  # DeepSpeed asks a hundred times for each weight
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented  # it comes again with each rank's own tensors
         if operator in READ_BACK:

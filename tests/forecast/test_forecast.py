@@ -1,5 +1,6 @@
 """The forecasts of memory against counted bytes, the published record and public peaks; --plan as a user gives it."""
 
+import gc
 import json
 
 import numpy as np
@@ -155,6 +156,8 @@ if HERE == "torch":
         ["--attention=sdpa"],
         ["--dtype=bf16", "--amp=O1"],
         ["--dtype=bf16", "--amp=O2", "--attention=sdpa"],
+        ["--recompute"],
+        ["--dtype=bf16", "--amp=O2", "--attention=sdpa", "--recompute"],
     )
 
     @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -167,13 +170,16 @@ if HERE == "torch":
         )
 
     def counted(script, job):
-        """The bytes that a real forward pass saves, each storage once, without weights and what is of the head."""
+        """The bytes that a real forward pass saves, each storage once, without weights and what is of the head.
+
+        A checkpoint of --recompute keeps its inputs in Python: they are the tensors that are there after the pass alone.
+        """
         from tunebench.models.checkpoint import find_checkpoint
 
         group = script["parallel"].join(job.flags, ALONE)
         model = script["build_model"](job.flags, find_checkpoint(job.flags.model, "random", 0), group)
         inputs, _ = script["to_device"](job.flags, largest_batch(job.flags, job.plan), group.device)
-        lasting = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+        lasting = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), *in_python())}
         saved = {}
 
         def note(tensor):
@@ -185,7 +191,15 @@ if HERE == "torch":
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             outputs = model(**inputs)
         assert outputs.logits is not None
+        if job.flags.recompute:
+            for tensor in in_python():
+                note(tensor)
         return sum(x.nbytes() for address, x in saved.items() if address not in lasting)
+
+    def in_python():
+        """The tensors that Python's objects refer to."""
+        gc.collect()
+        return [each for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter)]
 
     def test_public_peaks_are_met(memory_of, tmp_path):
         """The points that the flags can express. None that ran out of memory `fits`."""

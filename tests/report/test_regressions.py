@@ -249,6 +249,18 @@ def test_a_slower_side_is_a_regression(series):
     assert (verdicts(faster), exit_code(faster)) == ({"improvement": 1, "none": 7}, 0)
 
 
+def test_what_was_slower_by_a_tenth_was_found():
+    """A recorded series of benchmarks/slowed.py, whose best rounds were 1.2 to 1.6 times as fast as its worst ones."""
+    lines = (ROOT / "tests" / "data" / "slowed.jsonl").read_bytes().splitlines()
+    found = regressions([parse_record(line) for line in lines])
+    assert verdicts(found) == {"regression": 4}
+    assert exit_code(found) == 1
+    for row in found:
+        assert row.rounds == 6
+        assert row.interval[0] < -0.1 < row.interval[1], "the interval has the true change"
+        assert row.adjusted_p < 0.003
+
+
 def test_what_cannot_be_compared_is_named_with_its_reason(series):
     def of(record, name, framework="torch"):
         return record.framework == framework and name in record.argv[-1]

@@ -265,9 +265,9 @@ def torch_step(run: Run) -> Step:
 def fsdp_step(run: Run) -> Step:
     """A step with FSDP2: slices of everything last, and a layer's weights and gradients are whole for a while.
 
-    What is in no layer is whole from the forward pass on until all its gradients are there. In the backward pass stage 3
-    has two layers, one that computes and the next one; stage 2 has all whose turn is still to come. The gradients of a
-    layer are copied to send them (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py).
+    What is in no layer is whole from the forward pass on until all its gradients are there. In the backward pass stage
+    3 has two layers, one that computes and the next one; stage 2 has all whose turn is still to come. The gradients of
+    a layer are copied to send them (torch/distributed/fsdp/_fully_shard/_fsdp_param_group.py).
     """
     flags, config, layers = run.flags, run.checkpoint.config, run.checkpoint.expected.layers
     frozen, share = run.weight_bytes - run.trained_bytes, run.trained / flags.replicas
