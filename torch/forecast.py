@@ -12,6 +12,7 @@ buckets are counted by formula.
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import itertools
 import math
@@ -61,6 +62,13 @@ DEVICE = torch.ops.prim.device.default
 FLASH_BACKWARD = ("flash_attention_for_cpu_backward", "varlen_attn_backward")
 
 
+@functools.cache
+def traits_of(operator: Any) -> tuple[bool, bool]:
+    """Whether an operator makes no tensor (layers alike differ in these), and whether it is a flash backward pass."""
+    makes_none = operator.namespace in ("prim", "profiler") or operator is torch.ops.aten.detach.default
+    return makes_none, any(sign in operator.name() for sign in FLASH_BACKWARD)
+
+
 class Allocation:
     """The memory of one tensor: its bytes, its kind, and between which operations it was held.
 
@@ -85,7 +93,7 @@ class Ledger(TorchDispatchMode):
         self.vocabulary, self.rounded = vocabulary, rounded
         self.phase = "build"
         self.clock = 0  # operations so far
-        self.names: list[str] = []  # theirs, with the shapes of their results
+        self.results: list[tuple[Any, list[torch.Size]]] = []  # of each, the operator and the shapes of its results
         self.live: dict[int, tuple[Allocation, weakref.ref]] = {}  # by the address of a storage
         self.all: list[Allocation] = []
         self.phases: list[tuple[int, str]] = []  # where each begins
@@ -100,21 +108,23 @@ class Ledger(TorchDispatchMode):
     ) -> Any:
         if operator is DEVICE:
             return args[0].fake_device  # DeepSpeed asks a hundred times for each weight
-        if any(issubclass(each, DTensor) for each in types):
+        if DTensor in types:
             return NotImplemented  # it comes again with each rank's own tensors
         if operator in READ_BACK:
             return READ_BACK[operator](*args)
         if operator is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as on a device; without data it would be a copy
         result = operator(*args, **(kwargs or {}))
-        if operator.namespace in ("prim", "profiler") or operator is torch.ops.aten.detach.default:
-            return result  # they make no tensor, and layers alike differ in them
+        makes_none, is_flash_backward = traits_of(operator)
+        if makes_none:
+            return result
         self.clock += 1
-        made = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.device.type != "meta"]
-        self.names.append(" ".join([operator.name(), *(str([*each.shape]) for each in made)]))
+        leaves = [result] if isinstance(result, torch.Tensor) else tree_leaves(result)
+        made = [each for each in leaves if isinstance(each, torch.Tensor) and each.device.type != "meta"]
+        self.results.append((operator, [each.shape for each in made]))
         for tensor in made:
-            self.note(tensor, self.kind_of(operator, tensor))
-        if any(sign in operator.name() for sign in FLASH_BACKWARD):
+            self.note(tensor, operator)
+        if is_flash_backward:
             buffer = Allocation("workspace", 4 * args[1].numel(), self.clock)
             buffer.died = self.clock + 1
             self.all.append(buffer)
@@ -134,12 +144,18 @@ class Ledger(TorchDispatchMode):
         # In the backward pass only recomputation runs with gradients enabled.
         return "activations" if forward or torch.is_grad_enabled() else "workspace"
 
-    def note(self, tensor: torch.Tensor, kind: str) -> None:
-        """Notes the memory behind a tensor, unless it is known."""
+    def name(self, operation: int) -> str:
+        """The name of an operation, with the shapes of its results."""
+        operator, shapes = self.results[operation]
+        return " ".join([operator.name(), *(str([*shape]) for shape in shapes)])
+
+    def note(self, tensor: torch.Tensor, maker: Any) -> None:
+        """Notes the memory behind a tensor, unless it is known. `maker` is its operator, or the tensor's kind."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live:
             return
+        kind = maker if isinstance(maker, str) else self.kind_of(maker, tensor)
         self.live[key] = self.taken(kind, storage.nbytes()), weakref.ref(storage, lambda _: self.end(key))
 
     def taken(self, kind: str, size: int) -> Allocation:
@@ -320,7 +336,7 @@ def moments(
         return {column: row[i] for column, i in columns.items() if abs(row[i]) > 1e-9}
 
     found = [
-        Moment(phase_of[clock], ledger.names[clock - 1], amounts(table[clock - step.first] - held))
+        Moment(phase_of[clock], ledger.name(clock - 1), amounts(table[clock - step.first] - held))
         for clock in range(step.first + 1, ledger.phases[-1][0])
         if phase_of[clock] != "passed"
     ]

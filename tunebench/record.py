@@ -151,6 +151,11 @@ class Setup(Strict):
     order: Literal["plan", "grouped"]
     tuned: bool
 
+    @property
+    def in_stages(self) -> list[str]:
+        """The name of ZeRO's stage, with FSDP2 where that shards. None of it without --zero."""
+        return [f"ZeRO {self.zero}{' FSDP2' * (self.sharding == 'fsdp')}"] * (self.zero > 0)
+
 
 class Kernels(Strict):
     """What the first forward pass ran, as seen where the framework calls its kernels.

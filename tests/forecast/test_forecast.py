@@ -172,7 +172,7 @@ if HERE == "torch":
     def counted(script, job):
         """The bytes that a real forward pass saves, each storage once, without weights and what is of the head.
 
-        A checkpoint of --recompute keeps its inputs in Python: they are the tensors that are there after the pass alone.
+        A checkpoint of --recompute keeps its inputs in Python: they are tensors that were not there before the pass.
         """
         from tunebench.models.checkpoint import find_checkpoint
 

@@ -98,7 +98,10 @@ def test_what_a_framework_does_not_offer_is_unsupported(forked, short, tmp_path)
     record = read_record(tmp_path / "r.json")
     assert record.status == "unsupported"
     assert "peft" in record.reason
-    # Its LoRA also adapts layers split along their inputs. A is a slice there: this tests its start values.
+    flags = ["--model=llama-tiny", "--zero=2", "--sharding=fsdp", *short, f"--out={tmp_path / 'fsdp.json'}"]
+    assert run_program("paddle/finetune_full.py", *flags).returncode == 1
+    assert "sharding of its own" in read_record(tmp_path / "fsdp.json").reason
+    # Paddle's LoRA also adapts layers split along their inputs. A is a slice there: this tests its start values.
     one = forked.train("paddle", "lora", tmp_path / "1.json", "--model=chatglm2-tiny", *short)
     two = forked.train("paddle", "lora", tmp_path / "2.json", "--model=chatglm2-tiny", "--mp=2", *short)
     assert two.steps.loss == pytest.approx(one.steps.loss, rel=1e-4)

@@ -216,7 +216,7 @@ def test_an_interpreter_without_deepspeed_refuses_zero(own, mini):
     for package in there.iterdir():
         if not package.name.startswith("deepspeed") and package.suffix != ".pth":
             (site / package.name).symlink_to(package)
-    needs = f"--zero needs deepspeed, which {python} lacks; install it there, or use --nproc or --mp"
+    needs = f"--zero needs deepspeed, which {python} lacks; install it there, or use --sharding fsdp, --nproc or --mp"
     assert refusal_with(python, "--zero=3") == f"finetune_full.py: {needs}"
     pair = '[[pair]]\nname = "zero"\nscript = "finetune_full.py"\nflags = { zero = 3, bsz = 2 }\n'
     (mini / "mini.toml").write_text(SUITE + pair)

@@ -59,6 +59,7 @@ class Traits(NamedTuple):
     nodes: int
     processes: int
     zero: int
+    fsdp: bool
     mp: int
     low: bool
     compiled: bool
@@ -68,7 +69,7 @@ class Traits(NamedTuple):
     def of(cls, flags: Flags) -> "Traits":
         """Those of a run."""
         low = flags.dtype != "fp32"
-        return cls(flags.nnodes, flags.world_size, flags.zero, flags.mp, low, flags.compile, flags.lean)
+        return cls(flags.nnodes, flags.world_size, flags.zero, flags.fsdp, flags.mp, low, flags.compile, flags.lean)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -194,6 +194,7 @@ def interval_of(rate: float, half: float, ways: int) -> tuple[float, float]:
 def unlike(framework: str, flags: Flags, parameters: float, gpu: Gpu, link: Link) -> list[str]:
     """In what a run is unlike all points that the constants were fitted to. Each entry widens the interval."""
     way = "mp" if flags.mp == flags.world_size else f"zero{flags.zero}" if flags.mp == 1 else "mp and replicas"
+    way = "fsdp" if flags.fsdp else way
     return [
         *["another GPU"] * (gpu != GPUS[FITTED_GPU]),
         *["another link"] * (flags.world_size > 1 and link != LINKS[FITTED_LINK]),

@@ -155,7 +155,9 @@ def check_packages(framework: str, flags: Flags, packages: Mapping[str, str], py
     if framework != "torch":
         return
     if flags.zero and not flags.fsdp and "deepspeed" not in packages:
-        raise BadInput(f"--zero needs deepspeed, which {python} lacks; install it there, or use --nproc or --mp")
+        raise BadInput(
+            f"--zero needs deepspeed, which {python} lacks; install it there, or use --sharding fsdp, --nproc or --mp"
+        )
     if flags.mp > 1 and order_of(found := packages["transformers"]) < order_of(MP_NEEDS):
         raise BadInput(f"--mp needs transformers {MP_NEEDS} or newer, and {python} has {found}")
 
