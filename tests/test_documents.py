@@ -111,6 +111,7 @@ RUN_ELSEWHERE = {
     "bash run_all.sh --suite quick --versus /opt/nightly/bin/python": "takes half an hour; test_versus.py plans it",
     "python3 benchmarks/resample.py": "takes half a minute; test_regressions.py draws fewer tables",
     "python3 benchmarks/slowed.py": "takes an hour; test_versus.py runs it on a small suite",
+    "python3 benchmarks/slowed.py --only 'llama*'": "test_regressions.py has the records of such a series",
     "bash run_all.sh --suite tuned": "takes 44 minutes; test_plan.py checks its runs",
     "bash run_all.sh --suite parity": "takes 20 minutes; test_plan.py checks its runs",
     "bash run_all.sh --suite gpu1-80g": "needs a GPU of 80 GB; test_gpu_suites.py checks its flags",

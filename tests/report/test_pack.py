@@ -22,7 +22,7 @@ CHOSEN = {
     *("git.revision", "git.changes", "hardware.cpu", "hardware.governor", "hardware.device", "hardware.links"),
     *("hardware.accelerators.name", "hardware.driver", "hardware.cuda"),
     *("model.family", "model.config_sha256", "model.weights_sha256", "model.built.activation"),
-    *("setup.dtype", "setup.amp", "setup.attention", "setup.head", "setup.order"),
+    *("setup.dtype", "setup.amp", "setup.attention", "setup.head", "setup.order", "setup.sharding"),
     *("kernels.weights", "kernels.matmuls", "kernels.attention", "plan.sha256", "plan.drawn_from"),
     *("conditions.gpus.throttled", "profile.ranks.longest.kind", "profile.ranks.longest.name"),
     "profile.ranks.trace",  # named after the record
