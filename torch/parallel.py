@@ -85,8 +85,8 @@ def place_of(flags: Flags, device: torch.device, rank: int) -> Group:
     mesh = None
     if flags.mp > 1:
         mesh = init_device_mesh(device.type, (flags.replicas, flags.mp), mesh_dim_names=("dp", "tp"))
-    elif flags.fsdp:
-        mesh = init_device_mesh(device.type, (flags.replicas,), mesh_dim_names=("fsdp",))
+    elif flags.fsdp:  # transformers' replicas of --mp have a dimension "fsdp" of one process
+        mesh = init_device_mesh(device.type, (flags.replicas,), mesh_dim_names=("zero",))
     deepspeed = flags.zero > 0 and not flags.fsdp
     return Group(device, rank, flags.world_size, deepspeed, flags.mp, mesh, precision.LossScale(flags))
 
@@ -318,7 +318,7 @@ def clip_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> tor
         sliced = [is_sliced(p.grad) for p in trainable]
         own = torch.stack([torch.zeros_like(norms[0]), *itertools.compress(norms, sliced)])
         total = torch.linalg.vector_norm(own).square()
-        torch.distributed.all_reduce(total, group=group.mesh.get_group("tp" if group.mp > 1 else "fsdp"))
+        torch.distributed.all_reduce(total, group=group.mesh.get_group("tp" if group.mp > 1 else "zero"))
         norms = [total.sqrt(), *(norm for norm, is_one in zip(norms, sliced, strict=True) if not is_one)]
     norm = torch.linalg.vector_norm(torch.stack(norms)).float() / group.loss_scale.value
     torch._foreach_mul_(gradients, torch.clamp(MAX_GRAD_NORM / (norm + 1e-6), max=1.0) / group.loss_scale.value)
@@ -334,7 +334,7 @@ def is_sliced(tensor: torch.Tensor) -> bool:
     """Whether the processes of a tensor-parallel group, or all with FSDP2, hold a slice each."""
     names = mesh_names(tensor)
     return any(
-        name in ("tp", "fsdp") and not placement.is_replicate()
+        name in ("tp", "zero") and not placement.is_replicate()
         for name, placement in zip(names, tensor.placements if names else (), strict=True)
     )
 
