@@ -19,7 +19,7 @@ def compile_layers(flags: Flags, model: torch.nn.Module) -> None:
     if not flags.compile:
         return
     layers = parallel.layers_of(model)
-    if flags.zero == 3 and not flags.fsdp:
+    if flags.zero == 3 and flags.deepspeed:
         if not model.get_input_embeddings().weight.requires_grad:
             # DeepSpeed reduces a leaf's gradients once its input has a gradient. The first layer's input needs none.
             layers = layers[1:]

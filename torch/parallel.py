@@ -87,8 +87,7 @@ def place_of(flags: Flags, device: torch.device, rank: int) -> Group:
         mesh = init_device_mesh(device.type, (flags.replicas, flags.mp), mesh_dim_names=("dp", "tp"))
     elif flags.fsdp:  # transformers' replicas of --mp have a dimension "fsdp" of one process
         mesh = init_device_mesh(device.type, (flags.replicas,), mesh_dim_names=("zero",))
-    deepspeed = flags.zero > 0 and not flags.fsdp
-    return Group(device, rank, flags.world_size, deepspeed, flags.mp, mesh, precision.LossScale(flags))
+    return Group(device, rank, flags.world_size, flags.deepspeed, flags.mp, mesh, precision.LossScale(flags))
 
 
 @contextlib.contextmanager
@@ -98,7 +97,7 @@ def loading_arguments(flags: Flags, checkpoint: Checkpoint) -> Iterator[dict[str
     Call `from_pretrained` inside: transformers finds ZeRO 3's configuration by a weak reference.
     """
     kept = None
-    if flags.zero == 3 and not flags.fsdp:
+    if flags.zero == 3 and flags.deepspeed:
         from transformers.integrations import HfDeepSpeedConfig
 
         import_deepspeed()

@@ -68,7 +68,7 @@ class LossScale:
     """
 
     def __init__(self, flags: Flags) -> None:
-        self.enabled = flags.dtype == "fp16" and not (flags.zero and not flags.fsdp and flags.amp == "O2")
+        self.enabled = flags.dtype == "fp16" and not (flags.deepspeed and flags.amp == "O2")
         self.value = LOSS_SCALE if self.enabled else 1.0
         self.steps = 0  # since it last changed
 

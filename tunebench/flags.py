@@ -134,6 +134,11 @@ class Flags(BaseModel):
         return self.sharding == "fsdp"
 
     @property
+    def deepspeed(self) -> bool:
+        """Whether DeepSpeed shards, where the framework is PyTorch."""
+        return self.zero > 0 and not self.fsdp
+
+    @property
     def accumulation(self) -> int:
         """Gradient accumulation: the micro-batches of one replica per optimizer step."""
         return self.bsz // self.replicas // self.micro_bsz

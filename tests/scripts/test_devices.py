@@ -99,8 +99,7 @@ def test_a_step_of_tensor_parallelism_meets_one_device_too(scripts, family, meth
     if reason := not_offered("torch", method, flags, find_checkpoint(f"{family}-tiny", "random", 0)):
         assert (family, method) == ("chatglm2", "lora")
         pytest.skip(reason)
-    mesh = torch.distributed.init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
-    group = script["parallel"].Group(torch.device("meta"), 0, 2, False, 2, mesh, script["precision"].LossScale(flags))
+    group = script["parallel"].place_of(flags, torch.device("cpu"), 0)._replace(device=torch.device("meta"))
     assert_one_device(script, group, family, flags)
 
 

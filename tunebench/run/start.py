@@ -154,7 +154,7 @@ def check_packages(framework: str, flags: Flags, packages: Mapping[str, str], py
     """
     if framework != "torch":
         return
-    if flags.zero and not flags.fsdp and "deepspeed" not in packages:
+    if flags.deepspeed and "deepspeed" not in packages:
         raise BadInput(
             f"--zero needs deepspeed, which {python} lacks; install it there, or use --sharding fsdp, --nproc or --mp"
         )

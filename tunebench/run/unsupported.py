@@ -69,7 +69,7 @@ def _torch_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | Non
         # torch's flash kernels take grouped queries, but no float32. Its fused float32 kernels take no grouped queries.
         if flags.attention == "sdpa" and flags.dtype == "fp32" and built.key_value_heads != built.heads:
             return f"{named('torch')} has no fused attention in float32 on GPUs for grouped queries"
-    elif flags.zero and not flags.fsdp and flags.weights_dtype == "float16" and not multiplies_float16():
+    elif flags.deepspeed and flags.weights_dtype == "float16" and not multiplies_float16():
         return f"{named('deepspeed')} refuses float16 weights on CPUs that do not compute in it (AVX512-FP16)"
     return None
 
