@@ -15,11 +15,11 @@ SETTINGS = runpy.run_path(str(ROOT / "tunebench" / "bootstrap.py"))["maths_setti
 # Framework, size.
 CODE = """
 import sys
-from tunebench.hardware import best_product
+from tunebench.hardware import product_rate
 framework, size = sys.argv[1], int(sys.argv[2])
 library = __import__(framework)
 make = library.randn if framework == "torch" else lambda *shape: library.randn(shape)
-print(best_product(make(size, size), make(size, size)) / 1e9)
+print(product_rate(make(size, size), make(size, size), products=10) / 1e9)
 """
 
 

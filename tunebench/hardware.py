@@ -8,6 +8,7 @@ import itertools
 import os
 import platform
 import re
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -118,27 +119,22 @@ class Hardware(BaseModel):
         return fields
 
 
-def best_product(
-    a: Any,
-    b: Any,
-    products: int = 1,
-    synchronize: Callable[[], None] = lambda: None,
-    wait: Callable[[], None] = lambda: None,
-) -> int:
-    """Operations per second of the product of two square matrices of either framework: the best of five timings.
+def product_rate(a: Any, b: Any, products: int, synchronize: Callable[[], None] = lambda: None) -> int:
+    """Operations per second of the product of two square matrices of either framework: the median of five timings.
 
-    Each timing has `products` products, so that waiting for the device does not count. `synchronize` waits for all
-    processes, which compute at the same time; `wait` waits for this process's device.
+    Each timing has `products` products, so that waiting does not count. `synchronize` waits for all processes, which
+    compute at the same time. A timing ends when all have ended. The best timing of a process would not do: processes
+    that share cores would each report the moments in which a core was theirs alone.
     """
     seconds = []
+    synchronize()
     for _ in range(6):  # the first one warms up
-        synchronize()
         start = time.perf_counter()
         for _ in range(products):
             a @ b
-        wait()
+        synchronize()
         seconds.append(time.perf_counter() - start)
-    return int(2 * len(a) ** 3 * products / min(seconds[1:]))
+    return int(2 * len(a) ** 3 * products / statistics.median(seconds[1:]))
 
 
 def read_hardware() -> Hardware:
