@@ -30,7 +30,7 @@ from tunebench.record import Record
 from tunebench.report.load import load_records
 
 KEPT = ROOT / "results" / "measured" / "20261128-epyc-2-cores" / "quick"
-SWITCHES = ("recompute", "padding_free", "lean", "keep_memory", "compile")
+SWITCHES = ("recompute", "padding_free", "lean", "keep_memory", "compile", "overlap")
 
 
 def main() -> None:

@@ -65,6 +65,10 @@ def heads_of(attention: paddle.nn.Layer, degree: int) -> tuple[int, int, int]:
         size = attention.head_dim
         queries, keys = (whole(layer.weight, degree)[1] for layer in (attention.q_proj, attention.k_proj))
         return queries // size, keys // size, size
+    if hasattr(attention, "qkv_proj"):  # of each key-value head: its queries, its key and its value
+        size, queries = attention.head_dim, attention.num_key_value_groups
+        groups = whole(attention.qkv_proj.weight, degree)[1] // ((queries + 2) * size)
+        return groups * queries, groups, size
     width = whole(attention.query_key_value.weight, degree)[1]
     if hasattr(attention, "head_dim"):  # Bloom's: q, k and v of one head after the other
         return (heads := width // (3 * attention.head_dim)), heads, attention.head_dim
@@ -117,11 +121,13 @@ def activation_of(layer: paddle.nn.Layer) -> str:
         return activation_name(layer.gelu_impl(probes).tolist())
     ones = paddle.ones_like(probes)
     plain = {"gate_proj": lambda x: x, "up_proj": lambda x: ones, "down_proj": lambda x: x}
+    plain |= {"gate_up_fused_proj": lambda x: paddle.concat([x, ones])}
     plain |= {"dense_h_to_4h": lambda x: paddle.concat([x, ones]), "dense_4h_to_h": lambda x: x}
-    own = {name: vars(layer)[name] for name in ("act_fn", "fuse_swiglu") if name in vars(layer)}
+    names = ("act_fn", "fuse_swiglu", "fuse_attention_ffn")
+    own = {name: vars(layer)[name] for name in names if name in vars(layer)}
     replaced = vars(layer).get("forward")  # --lean replaces it
     forward = replaced.func if isinstance(replaced, functools.partial) else type(layer).forward
-    return activation_name(forward(SimpleNamespace(fuse_attention_ffn=False, **plain, **own), probes).tolist())
+    return activation_name(forward(SimpleNamespace(**plain, **own), probes).tolist())
 
 
 def epsilon_of(norm: paddle.nn.Layer) -> float:

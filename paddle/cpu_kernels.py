@@ -40,10 +40,10 @@ def replace_layers(flags: Flags, model: paddle.nn.Layer) -> None:
     for layer in model.sublayers():
         if type(layer).__name__ == "LlamaRMSNorm":
             layer.forward = functools.partial(normalise, layer)
-        elif type(layer).__name__ == "LlamaMLP":
+        elif type(layer).__name__ == "LlamaMLP" and not flags.fuse_projections:
             layer.forward = functools.partial(feed_forward, layer)
     config = model.config
-    if config.num_attention_heads == config.num_key_value_heads:
+    if config.num_attention_heads == config.num_key_value_heads and not flags.fuse_projections:
         layers = model.llama.layers
         for layer in layers:
             layer.self_attn.forward = functools.partial(attend, layer.self_attn)

@@ -36,6 +36,7 @@ with importing(FRAMEWORK, METHOD, JOB):
     import parallel
     import precision
     import profiling
+    import rms_norm
     import weights
     from paddlenlp import transformers
 
@@ -45,6 +46,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     config = weights.read_config(checkpoint)
     attention.configure(flags, config)
     config.use_cache = False
+    config.fuse_attention_qkv = config.fuse_attention_ffn = flags.fuse_projections
     for name, value in parallel.slicing(group).items():
         setattr(config, name, value)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
@@ -52,6 +54,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     attention.use_one_kernel(flags, model)
     losses.sum_in_head(flags, model)
     cpu_kernels.replace_layers(flags, model)
+    rms_norm.use_one_kernel(flags, model)
     precision.autocast_forward(flags, model)
     if flags.recompute:
         model.config.recompute = True

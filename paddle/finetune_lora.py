@@ -39,6 +39,7 @@ with importing(FRAMEWORK, METHOD, JOB):
     import parallel
     import precision
     import profiling
+    import rms_norm
     import weights
     from paddlenlp import peft, transformers
 
@@ -55,12 +56,14 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     attention.use_one_kernel(flags, model)
     losses.sum_in_head(flags, model)
     cpu_kernels.replace_layers(flags, model)
+    rms_norm.use_one_kernel(flags, model)
     precision.autocast_forward(flags, model)
     targets = {weights.module_name(t, checkpoint.config): t for t in checkpoint.family.lora_targets}
     config = peft.LoRAConfig(
         r=flags.lora_r,
         lora_alpha=flags.lora_alpha,
         lora_dropout=0.0,
+        use_quick_lora=flags.quick_lora,
         target_modules=[f".*{name}" for name in targets],
         tensor_parallel_degree=flags.mp,
         dtype=flags.weights_dtype,

@@ -115,7 +115,7 @@ def forecast(job: Job, build_model: Callable, wrap: Callable, to_device: Callabl
     alike, and the time to write a program grows with the square of its length: passes are written down with two and
     with three of them, or with one and two. Raises RuntimeError where layers differ.
     """
-    flags, config = job.flags, job.checkpoint.config
+    flags, config = job.flags.model_copy(update={"quick_lora": False}), job.checkpoint.config  # it keeps less
     batch = largest_batch(flags, job.plan)
     group = parallel.Group("cpu", 0, 1, 0, flags.mp, parallel.Clip(0, None), None)
     rotary = "rope_theta" in config and config["model_type"] != "glm"  # tables of all positions are real, in each layer
@@ -337,7 +337,7 @@ class Tracer:
         self.recomputed: list[tuple[int, int]] = []  # operators before and at the end of each recomputed layer
         self.known: list[paddle.Tensor] = []  # parameters and tables of the model
         self.kept: set[str] = set()  # what recomputed layers are called with
-        self.fused: dict[str, tuple[str, str, list[str], int]] = {}  # by its result: see `attend`
+        self.fused: dict[str, tuple[str, str, list[str], int]] = {}  # by its result: see `attend` and `normalise`
         self.inner: list[tuple[int, int, set[str]]] = []  # calls of paddle.grad: operators, values of variables
         self.written_out: list[tuple[list[int], dict[str, str]]] = []  # see `write_out`
 
@@ -391,8 +391,8 @@ class Tracer:
         yield paddle.pir.Value, "size", property(lambda value: math.prod(value.shape))  # it is an operator otherwise
         yield paddle.pir.Value, "__len__", lambda value: value.shape[0]
         yield paddle, "grad", self.grad
-        for name in FUSED:
-            write = functools.partial(self.attend, name)
+        stand_ins = {name: functools.partial(self.attend, name) for name in FUSED} | {"rms_norm": self.normalise}
+        for name, write in stand_ins.items():
             yield paddle._C_ops, name, functools.partial(self.low.call, name, write) if self.low else write
         yield paddle._C_ops, "c_identity", lambda x, *_: paddle.assign(x)  # a copy too; programs know no gradient of it
         yield losses, "ParallelCrossEntropy", lambda **options: functools.partial(F.cross_entropy, reduction="none")
@@ -438,12 +438,23 @@ class Tracer:
 
         A sum of the inputs, with a gradient by each of them, stands for it until `fuse`.
         """
-        rest = key.sum() + value.sum()
-        result = query + rest
+        result, rest = self.stand_for(query, key, value)
         read = [each.id for each in (query, key, value, *others) if isinstance(each, paddle.pir.Value)]
         rows, width, heads, _ = query.shape
         self.fused[result.id] = name, rest.id, read, 4 * rows * heads * -(-width // 128) * 128
         return result, *[None] * (FUSED[name] - 1)
+
+    def normalise(self, x: Any, weight: Any, *_: Any) -> tuple:
+        """In place of the fused RMSNorm, as `attend`. It keeps a float32 number for each row (RmsNormInferMeta)."""
+        result, rest = self.stand_for(x, weight)
+        self.fused[result.id] = "rms_norm", rest.id, [x.id, weight.id], 4 * math.prod(x.shape[:-1])
+        return result, None
+
+    def stand_for(self, like: Any, *others: Any) -> tuple[Any, Any]:
+        """A value of the shape and dtype of `like` with a gradient by each input, and what the others are in it."""
+        with self.low.auto_cast(enable=False) if self.low else contextlib.nullcontext():
+            rest = sum(each.sum() for each in others)
+            return like + rest, rest
 
     def grad(self, outputs: Any, inputs: list, given: list | None = None) -> list:
         """In place of paddle.grad. Until it returns, the caller's variables and their graph hold their values."""
@@ -504,13 +515,17 @@ def as_list(value: Any) -> list:
 
 
 def fuse(program: Program, fused: dict[str, tuple[str, str, list[str], int]]) -> Program:
-    """Puts fused attention in place of what stands for it.
+    """Puts fused attention and RMSNorms in place of what stands for them.
 
-    Its gradient reads the inputs, the result and the float32 logarithms of the softmaxes' sums, whose rows are padded
-    to a multiple of 128 (FlashAttnInferMeta in paddle/phi/infermeta/ternary.cc).
+    Attention's gradient reads the inputs, the result and the float32 logarithms of the softmaxes' sums, whose rows are
+    padded to a multiple of 128 (FlashAttnInferMeta in paddle/phi/infermeta/ternary.cc). RMSNorm's reads the inputs and
+    the roots (`rms_norm_grad` in backward.yaml).
     """
     operators, sizes = [], program.sizes.copy()
-    gradients = {rest: (name, [*read, result, f"{result}.sums"]) for result, (name, rest, read, _) in fused.items()}
+    gradients = {
+        rest: (name, [*read, *[result] * (name in FUSED), f"{result}.sums"])
+        for result, (name, rest, read, _) in fused.items()
+    }
     for each in program.operators:
         result = each.outputs[0] if each.outputs else ""
         if each.name == "add" and result in fused:

@@ -14,6 +14,7 @@ import precision
 from paddle import distributed
 from paddle.distributed import fleet
 from paddle.distributed.communication.group import Group as ProcessGroup
+from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_stage2 import GroupShardedStage2
 from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_stage3 import GroupShardedStage3, _release_param
 from paddle.distributed.sharding import group_sharded_parallel
 from paddle.nn.clip import ClipGradBase, _squared_l2_norm
@@ -114,7 +115,12 @@ def join(flags: Flags, world: World) -> Group:
             "sharding_degree": flags.replicas if flags.zero else 1,
             "mp_degree": flags.mp,
             "pp_degree": 1,
-            "mp_configs": {"need_broadcast_data": False},  # all ranks of a tensor-parallel group read the same batch
+            "mp_configs": {
+                "need_broadcast_data": False,  # all ranks of a tensor-parallel group read the same batch
+                # Not with LoRA: Paddle's layer for it returns gradients of frozen weights too, which autograd refuses.
+                "mp_async_allreduce": flags.overlap and not flags.lora_r,
+                "mp_skip_c_identity": flags.overlap and not flags.lora_r,
+            },
         }
         fleet.init(is_collective=True, strategy=strategy, log_level="WARNING")
         hcg = fleet.get_hybrid_communicate_group()
@@ -168,6 +174,9 @@ def wrap(
     )
     if flags.zero == 3:
         release_frozen_weights(model)
+    elif flags.overlap:  # as PaddleNLP's Trainer has it, enable_stage2_overlap
+        model._set_reduce_overlap(True)
+        optimizer._set_broadcast_overlap(True, model)
     return model, optimizer
 
 
@@ -214,6 +223,9 @@ def sync_gradients(model: paddle.nn.Layer, last: bool, group: Group) -> None:
 def backward(model: paddle.nn.Layer, loss: paddle.Tensor, group: Group) -> None:
     """Adds the gradients of a share's loss, times the replicas: wrappers average, a global batch's loss is a sum."""
     group.loss_scale.scale(loss * group.replicas).backward()
+    if isinstance(model, GroupShardedStage2) and model._reduce_overlap:
+        # The next pass adds to the buffers that are being reduced, and the loss scale's check reads them.
+        model._sharding_optimizers[0]._comm_task.wait()
     if group.zero == 3:
         release(frozen_slices(model, include_sublayers=True), model)  # the layers whose input has no gradient
 

@@ -37,11 +37,13 @@ CONFIGS = {
 }
 # Keys of the checkpoint's config that PaddleNLP names otherwise or derives, and token ids, no part of the model.
 NOT_PASSED = ("model_type", "eos_token_id", "pad_token_id", "rope_scaling", "partial_rotary_factor", "head_dim")
-QKV = ("q_proj", "k_proj", "v_proj")
+QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+FUSED = {"qkv_proj": QKV, "gate_up_fused_proj": GATE_UP}  # with --fuse-projections: one weight, along its outputs
+PARTS = {"query_key_value": QKV, **FUSED}
 
 
 class Target(NamedTuple):
-    """Where a tensor of the checkpoint goes. `part` is one of QKV where these make one weight, along its outputs."""
+    """Where a tensor of the checkpoint goes. `part` is its own name where it is one of PARTS."""
 
     name: str
     transpose: bool
@@ -86,6 +88,7 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
     slices = {}
     if model.config.tensor_parallel_degree > 1:
         slices = model.get_tensor_parallel_convert_actions(model.config, state)
+        slices = {name: cut for name, cut in slices.items() if name.split(".")[-2] not in FUSED}
     # A tied head is the embedding; ChatGLMv2's table of rotary frequencies is computed.
     tied = ("lm_head.decoder_weight", HEAD) if checkpoint.config["tie_word_embeddings"] else ()
     left = {name for name in state if not name.endswith((*tied, "rotary_pos_emb.inv_freq"))}
@@ -100,20 +103,36 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
                     raise RuntimeError(f"{file.name}: {type(model).__name__} has no place for {stored}")
                 name, transpose, part = targets[source]
                 value = tensors.get_tensor(stored).astype(state[name].dtype)
+                value = value.T if transpose else value
                 if part is not None:
                     found = parts.setdefault(name, {})
                     found[part] = value
-                    if len(found) < len(QKV):
+                    module = name.split(".")[-2]
+                    if len(found) < len(PARTS[module]):
                         continue
-                    value = paddle.concat([found[part] for part in QKV])
+                    value = joined(model.config, module, [found[part] for part in PARTS[module]])
                     del parts[name]
-                value = value.T if transpose else value
                 value = slices[name](value) if name in slices else value
                 # set_value copies bytes and strides where the places differ, so a transposed view would stay one.
                 state[name].set_value(value.contiguous())
                 left.discard(name)
     if left:
         raise RuntimeError(f"{checkpoint.folder}: no weight for {', '.join(sorted(left))}")
+
+
+def joined(config: transformers.PretrainedConfig, module: str, parts: list[paddle.Tensor]) -> paddle.Tensor:
+    """The parts of a module's weight as one, (…, outputs): with --fuse-projections this process's slices of them.
+
+    In `qkv_proj` each key-value head has its queries, its key and its value next to each other.
+    """
+    if module not in FUSED:
+        return paddle.concat(parts, axis=-1)
+    mp, groups = config.tensor_parallel_degree, 1
+    if mp > 1:
+        parts = [part.split(mp, axis=-1)[config.tensor_parallel_rank] for part in parts]
+    if module == "qkv_proj":
+        groups = config.num_key_value_heads // mp
+    return paddle.concat([part.reshape([*part.shape[:-1], groups, -1]) for part in parts], axis=-1).flatten(-2)
 
 
 def module_name(source: str, config: dict[str, Any]) -> str:
@@ -125,8 +144,15 @@ def module_name(source: str, config: dict[str, Any]) -> str:
 def name_targets(model: paddle.nn.Layer, config: dict[str, Any]) -> dict[str, Target]:
     """Where each tensor of the checkpoint goes, by its Hugging Face name. The mapping is PaddleNLP's, but for Glm."""
     if config["model_type"] != "glm":
-        mappings = type(model)._get_name_mappings(model.config)
-        return {m.source_name: Target(m.target_name, m.action == "transpose") for m in mappings}
+        fused = model.config.fuse_attention_ffn  # and fuse_attention_qkv
+        joined_in = {part: module for module, parts in FUSED.items() for part in parts if fused}
+        targets = {}
+        for mapping in type(model)._get_name_mappings(model.config):
+            target = Target(mapping.target_name, mapping.action == "transpose")
+            if module := joined_in.get(part := target.name.split(".")[-2]):
+                target = Target(target.name.replace(part, module), target.transpose, part)
+            targets[mapping.source_name] = target
+        return targets
     targets = {}
     for source, name in GLM_REST.items():
         targets[f"{source}.weight"] = Target(f"{name}.weight", transpose=source == "lm_head")

@@ -90,6 +90,7 @@ def test_a_suites_table_as_a_command_line():
             "--sharding fsdp has no stage 1: FSDP shards gradients too; use --zero 2 or 3",
         ),
         (["--sharding=fsdp", "--zero=3", "--sweep"], "--sharding fsdp with --sweep: its formulas are DeepSpeed's"),
+        (["--fuse-projections", "--sweep"], "--fuse-projections with --sweep: no formula knows such runs"),
         (["--zero=2", "--nproc=1"], "--zero 2 has nothing to shard over in one process; use --nproc 2 or --zero 0"),
         (["--nproc=4", "--bsz=6"], "--bsz 6 does not divide over 4 replicas; use 4 or 8"),
         (

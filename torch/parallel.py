@@ -212,6 +212,8 @@ def zero_config(flags: Flags, hidden: int) -> dict[str, Any]:
     """
     bucket = max(hidden * hidden, SMALLEST_BUCKET)
     stage = {"stage": flags.zero, "reduce_bucket_size": bucket}
+    if flags.overlap:
+        stage["overlap_comm"] = True  # DeepSpeed's default in stage 3
     if flags.zero == 3:
         stage |= {
             "stage3_prefetch_bucket_size": int(0.9 * bucket),

@@ -36,6 +36,7 @@ TUNED: dict[str, Any] = {
     "lean": True,
     "compile": True,
     "keep_memory": True,
+    "overlap": True,
 }
 NAMED_DATA = f"{', '.join(DATA_NAMES)}, {FIXED}N (samples of N tokens)"
 BSZ, WARMUP_STEPS, STEPS = 4, 8, 30  # defaults; other flags may change the first two
@@ -79,6 +80,8 @@ class Flags(BaseModel):
     lean: bool
     compile: bool
     keep_memory: bool
+    overlap: bool
+    fuse_projections: bool
     tuned: bool
     steps: int | None
     epochs: int | None
@@ -101,6 +104,7 @@ class Flags(BaseModel):
     given: frozenset[str] = Field(default=frozenset(), exclude=True)
     lora_r: int = 0
     lora_alpha: int = 0
+    quick_lora: bool = False
 
     @property
     def model_name(self) -> str:
@@ -225,7 +229,8 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
         "--lean",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="on a CPU, kernels of fewer and cheaper operations where there are some: of Paddle's Llama",
+        help="kernels of fewer and cheaper operations where there are some, all of Paddle: on a CPU of Llama, on a GPU "
+        "of RMSNorm",
     )
     add(
         "--compile",
@@ -238,6 +243,19 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
         action=argparse.BooleanOptionalAction,
         default=False,
         help="let the C library keep freed memory, instead of having each page of a new tensor made anew",
+    )
+    add(
+        "--overlap",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let collectives run beside the passes where the framework leaves that open: DeepSpeed's ZeRO 1 and 2, "
+        "Paddle's ZeRO 2, and its --mp in full fine-tuning",
+    )
+    add(
+        "--fuse-projections",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="make q, k and v one matrix product, and gate and up another (PaddleNLP's Llama and Qwen2, not with LoRA)",
     )
     add("--lr", type=positive_float, default=1e-4, help="learning rate, constant")
     add("--timeout", type=positive_float, default=3600.0, help="seconds after which the run ends as `timeout`")
@@ -264,6 +282,12 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
     if method == "lora":
         add("--lora-r", type=positive, default=8, help="rank of the LoRA update")
         add("--lora-alpha", type=positive, default=32, help="LoRA scale: alpha / r")
+        add(
+            "--quick-lora",
+            action=argparse.BooleanOptionalAction,
+            default=False,
+            help="add the adapters' product to the frozen weights in each pass (PaddleNLP's Quick LoRA)",
+        )
     return parser
 
 
@@ -365,6 +389,8 @@ def parse_flags(
         )
     if options["sharding"]:
         check_sharding(options)
+    if options["sweep"]:
+        check_sweep(options)
     if options["zero"] and size == 1:
         raise BadInput(f"--zero {options['zero']} has nothing to shard over in one process; use --nproc 2 or --zero 0")
     replicas = size // mp
@@ -404,6 +430,14 @@ def check_sharding(options: dict) -> None:
         raise BadInput(f"{given} has no stage 1: FSDP shards gradients too; use --zero 2 or 3, or --sharding deepspeed")
     if options["sharding"] == "fsdp" and options["sweep"]:
         raise BadInput(f"{given} with --sweep: its formulas are DeepSpeed's; leave --sharding out, or use --plan")
+
+
+def check_sweep(options: dict) -> None:
+    """Raises `BadInput` where no formula knows runs with these flags."""
+    for name in ("quick_lora", "fuse_projections"):
+        if options.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise BadInput(f"{flag} with --sweep: no formula knows such runs; leave it out, or use --plan")
 
 
 def _given(method: str, prog: str | None, argv: Sequence[str] | None) -> frozenset[str]:

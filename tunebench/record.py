@@ -147,6 +147,9 @@ class Setup(Strict):
     lean: bool = False
     compile: bool = False
     keep_memory: bool = False
+    overlap: bool = False
+    fuse_projections: bool = False
+    quick_lora: bool = False
     packing: Amount
     order: Literal["plan", "grouped"]
     tuned: bool

@@ -10,6 +10,7 @@ from conftest import HERE, ROOT, job_of, run_program
 from tunebench.forecast.gpus import GPUS, kind_of
 from tunebench.forecast.memory import PARTS, largest_batch
 from tunebench.forecast.report import Answer, answer, forked, lines
+from tunebench.forecast.symbols import Kind, symbolic
 from tunebench.forecast.verdict import judge
 from tunebench.world import ALONE
 
@@ -146,6 +147,28 @@ def test_wrong_questions_are_refused(flags, said):
     assert (done.returncode, done.stdout.count("Traceback")) == (2, 0)
     assert said in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(HERE != "paddle", reason="torch's fused kernels are in its traces themselves")
+@pytest.mark.parametrize(
+    ("types", "attention", "width"),
+    [("fp32", "memory_efficient_attention", 4), ("O1", "flash_attn", 2), ("O2", "flash_attn", 2)],
+)
+def test_fused_kernels_make_what_they_make_on_a_gpu(scripts, types, attention, width):
+    """Attention's result has the dtype of the queries, also at O1, where a norm's is float32."""
+    import forecast
+
+    kind = Kind("llama", False, "lora", types, "sdpa", False, False, "all", False, False, True)
+    flags, checkpoint, batch = symbolic(kind, 2, own_width=False)
+    parts = [scripts["lora"][name] for name in ("build_model", "wrap", "to_device")]
+    moments, _ = forecast.moments(flags, checkpoint, batch, *parts)
+    rows, tokens = batch.input_ids.shape
+    heads, hidden = (checkpoint.config[name] for name in ("num_attention_heads", "hidden_size"))
+    sums = 4 * rows * heads * -(-tokens // 128) * 128
+    names = [each.operator for each in moments]
+    assert names.count(f"{attention} {rows * tokens * hidden * width} {sums}") == 2
+    assert names.count(f"rms_norm {rows * tokens * hidden * (2 if types == 'O2' else 4)} {4 * rows * tokens}") == 5
+    assert sum(name.startswith("rms_norm_grad ") for name in names) == 4, "none before the first adapter"
 
 
 if HERE == "torch":

@@ -47,6 +47,7 @@ def test_chatglm2_and_back(monkeypatch, tmp_path):
         ("llama", "full", ["--mp=2"]),
         ("bloom", "full", ["--mp=4"]),
         ("chatglm2", "full", ["--mp=2"]),
+        ("llama-3.2-1b", "full", ["--mp=2", "--fuse-projections"]),
     ],
     ids=lambda part: "".join(part),
 )

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tunebench.models.checkpoint import find_checkpoint, open_checkpoint
 from tunebench.models.presets import PRESETS, Preset
 from tunebench.models.random_weights import write_random
 from tunebench.plan import IGNORED, MicroBatch
+from tunebench.record import read_record
 from tunebench.run.start import prepare_compiler
 from tunebench.run.unsupported import not_offered
 
@@ -41,6 +43,10 @@ def same_curves(fast, plain):
         ("torch", "qwen2", "full", ["--padding-free", "--attention=flash"]),
         ("paddle", "llama", "full", ["--padding-free"]),
         ("paddle", "llama", "full", ["--lean", "--recompute"]),
+        ("paddle", "llama", "full", ["--lean", "--fuse-projections"]),
+        ("paddle", "qwen2", "full", ["--recompute", "--fuse-projections"]),
+        ("paddle", "llama", "lora", ["--quick-lora"]),
+        ("paddle", "qwen2", "lora", ["--quick-lora", "--recompute", "--mp=2"]),
     ],
 )
 def test_same_curves(alone, forked, short, tmp_path, framework, family, method, flags):
@@ -62,6 +68,9 @@ def test_same_curves(alone, forked, short, tmp_path, framework, family, method, 
         ("full", ["--nproc=2"]),
         ("full", ["--mp=2", "--recompute"]),
         ("full", ["--zero=2", "--micro-bsz=2"]),
+        ("full", ["--zero=1"]),
+        ("lora", ["--zero=2", "--micro-bsz=2"]),
+        ("lora", ["--mp=2"]),
     ],
 )
 def test_same_curves_on_two_processes(alone, forked, short, tmp_path, framework, method, split):
@@ -290,6 +299,138 @@ def test_flashmask_hides_what_is_of_other_samples(script):
     with pytest.raises(ValueError, match="FLAGS_cudnn_deterministic"):  # it has checked shapes and dtypes before
         attend = functools.partial(attention.attend_by_flashmask, scaled_dot_product_attention)
         attend(one, config, one, one, None, False, attn_mask_startend_row_indices=samples)
+
+
+@pytest.mark.skipif(HERE != "paddle", reason="Paddle alone has norms of several kernels without --compile")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "chatglm2"])
+def test_norms_are_one_kernel_on_a_gpu(script, monkeypatch, family):
+    """The kernel is a pretended one of its documented formula. CPUs have none: Paddle's own call stops there."""
+    import paddle
+    import paddle.nn.functional as F
+
+    flags, *_, world = script["JOB"]
+    checkpoint = find_checkpoint(f"{family}-tiny", "random", 0)
+    group = script["parallel"].join(flags, world)
+    model = script["build_model"](flags, checkpoint, group)
+    inputs = {"input_ids": paddle.arange(5, 45).reshape([2, 20])}
+    plain = model(**inputs)[0].numpy()
+    replace = script["rms_norm"].use_one_kernel
+    replace(flags.model_copy(update={"lean": True}), model)
+    assert np.array_equal(model(**inputs)[0].numpy(), plain), "not on a CPU"
+    with monkeypatch.context() as patch:
+        patch.setattr(paddle, "get_device", lambda: "gpu:0")
+        replace(flags, model)
+        assert np.array_equal(model(**inputs)[0].numpy(), plain), "not without --lean"
+        replace(flags.model_copy(update={"lean": True}), model)
+    with pytest.raises(RuntimeError, match="kernel `rms_norm` is not registered"):
+        model(**inputs)
+    calls = []
+
+    def rms_norm(x, shape, weight, epsilon):
+        calls.append((shape, epsilon))
+        roots = paddle.rsqrt(x.square().mean(-1, keepdim=True) + epsilon)
+        return x * roots * weight, roots
+
+    monkeypatch.setattr(F, "rms_norm", rms_norm)
+    assert model(**inputs)[0].numpy() == pytest.approx(plain, abs=1e-5)
+    config = checkpoint.config
+    assert calls == [([config["hidden_size"]], config["rms_norm_eps"])] * (2 * config["num_hidden_layers"] + 1)
+
+
+# Says at a call of a framework's own whether a collective runs beside what follows.
+SAYS = "print('beside:', {}, flush=True)"
+DEEPSPEED_SAYS = f"""
+import deepspeed
+initialize = deepspeed.initialize
+def then_say(*args, **kwargs):
+    made = initialize(*args, **kwargs)
+    {SAYS.format("made[0].zero_overlap_comm()")}
+    return made
+deepspeed.initialize = then_say
+"""
+STAGE_2_SAYS = f"""
+from paddle import distributed
+reduce = distributed.reduce
+def say_first(*args, sync_op, **kwargs):
+    {SAYS.format("not sync_op")}
+    return reduce(*args, sync_op=sync_op, **kwargs)
+distributed.reduce = say_first
+"""
+LINEAR_SAYS = f"""
+from paddle.distributed.fleet.layers.mpu.mp_layers import ColumnParallelLinear
+forward = ColumnParallelLinear.forward
+def say_first(self, x):
+    {SAYS.format("self.mp_async_allreduce")}
+    return forward(self, x)
+ColumnParallelLinear.forward = say_first
+"""
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(
+    ("framework", "method", "split", "code", "beside"),
+    [
+        ("torch", "full", "--zero=1", DEEPSPEED_SAYS, {"--overlap": True, "--no-overlap": False}),
+        ("torch", "lora", "--zero=2", DEEPSPEED_SAYS, {"--overlap": True, "--no-overlap": False}),
+        ("torch", "full", "--zero=3", DEEPSPEED_SAYS, {"--overlap": True, "--no-overlap": True}),
+        ("paddle", "lora", "--zero=2", STAGE_2_SAYS, {"--overlap": True, "--no-overlap": False}),
+        ("paddle", "full", "--mp=2", LINEAR_SAYS, {"--overlap": True, "--no-overlap": False}),
+        ("paddle", "lora", "--mp=2", LINEAR_SAYS, {"--overlap": False, "--no-overlap": False}),
+    ],
+)
+def test_collectives_are_let_run_beside_the_passes(forked, tmp_path, framework, method, split, code, beside):
+    """Whether this saves time, gloo does not show: it ends each collective before it returns."""
+    for given, expected in beside.items():
+        flags = ["--model=llama-tiny", "--bsz=4", "--steps=1", "--warmup-steps=0", "--samples=8", split, given]
+        out = tmp_path / f"{given}.json"
+        status, printed = forked.run(framework, method, *flags, f"--out={out}", code=code)
+        assert status == 0, printed
+        assert set(re.findall("beside: (True|False)", printed)) == {str(expected)}
+        assert read_record(out).setup.overlap == (given == "--overlap")
+
+
+@pytest.mark.skipif(HERE != "paddle", reason="Paddle waits for a weight where the layer that holds it is called")
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "bloom", "chatglm2"])
+def test_each_trained_weight_belongs_to_a_layer_without_others(scripts, method, family):
+    """--overlap sends weights while the next pass runs. Paddle waits for them in hooks of such layers alone."""
+    functions = scripts[method]
+    flags, *_, world = functions["JOB"]
+    group = functions["parallel"].join(flags, world)
+    model = functions["build_model"](flags, find_checkpoint(f"{family}-tiny", "random", 0), group)
+    trained = {id(each) for each in model.parameters() if not each.stop_gradient}
+    ends = [layer for layer in model.sublayers() if not layer.sublayers()]
+    assert trained
+    assert trained <= {id(each) for layer in ends for each in layer.parameters()}
+
+
+@pytest.mark.skipif(HERE != "paddle", reason="Quick LoRA is PaddleNLP's")
+def test_quick_lora_is_on_where_it_is_asked_for(scripts):
+    functions = scripts["lora"]
+    flags, checkpoint, _, world = functions["JOB"]
+    group = functions["parallel"].join(flags, world)
+    for asked in (False, True):
+        model = functions["build_model"](flags.model_copy(update={"quick_lora": asked}), checkpoint, group)
+        adapted = [layer for layer in model.sublayers() if hasattr(layer, "lora_A")]
+        assert adapted
+        assert all(layer.use_quick_lora == asked for layer in adapted)
+
+
+@pytest.mark.parametrize(
+    ("framework", "method", "model", "flag", "reason"),
+    [
+        ("torch", "lora", "llama", "--quick-lora", "no layer that adds the adapters' product to the weights"),
+        ("paddle", "lora", "llama", "--quick-lora", None),
+        ("torch", "full", "llama", "--fuse-projections", "no model of these families with q, k and v in one weight"),
+        ("paddle", "full", "qwen2", "--fuse-projections", None),
+        ("paddle", "full", "bloom", "--fuse-projections", "no choice of projections in this model"),
+        ("paddle", "lora", "llama", "--fuse-projections", "LoRA adapts q, k and v each here"),
+    ],
+)
+def test_where_paddlenlps_own_layers_are_offered(framework, method, model, flag, reason):
+    flags = parse_flags(method, [f"--model={model}-tiny", flag])
+    found = not_offered(framework, method, flags, find_checkpoint(flags.model, flags.weights, flags.seed))
+    assert (found is None) if reason is None else (reason in found)
 
 
 def test_a_compiler_that_is_not_there_is_named(monkeypatch):

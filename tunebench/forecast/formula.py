@@ -97,7 +97,7 @@ def tensors_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint
 def memory_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape) -> Memory | None:
     """The memory of one GPU in a step with such a micro-batch; None where the table lacks such runs."""
     kind = kind_of(framework, method, flags, checkpoint)
-    passes = passes_of(framework, kind)
+    passes = None if flags.quick_lora or flags.fuse_projections else passes_of(framework, kind)
     if passes is None:
         return None
     run = run_of(method, flags, checkpoint, shape, passes, Logit.of(framework, kind.types))
@@ -129,6 +129,7 @@ def kind_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -
         mp=flags.mp > 1,
         # Paddle's are added in `paddle_step`, FSDP2's slices in `fsdp_step`.
         adds=framework == "torch" and flags.accumulation > 1 and not flags.fsdp,
+        lean=framework == "paddle" and flags.lean and family != "bloom",
     )
 
 
@@ -143,7 +144,8 @@ def kinds_of_runs(framework: str) -> Iterator[Kind]:
         splits = itertools.product((("all", False), ("all", True), ("labels", False)), switch)
         for (types, attention, free, recompute), ((head, mp), adds) in itertools.product(of_layers, splits):
             if not adds or framework == "torch":
-                yield Kind(family, tied, method, types, attention, free, recompute, head, mp, adds)
+                for lean in switch[: 1 + (framework == "paddle" and family != "bloom")]:
+                    yield Kind(family, tied, method, types, attention, free, recompute, head, mp, adds, lean)
 
 
 def is_tied(checkpoint: Checkpoint) -> bool:

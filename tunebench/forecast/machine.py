@@ -64,12 +64,14 @@ class Traits(NamedTuple):
     low: bool
     compiled: bool
     lean: bool
+    overlap: bool
 
     @classmethod
     def of(cls, flags: Flags) -> "Traits":
         """Those of a run."""
         low = flags.dtype != "fp32"
-        return cls(flags.nnodes, flags.world_size, flags.zero, flags.fsdp, flags.mp, low, flags.compile, flags.lean)
+        split = (flags.nnodes, flags.world_size, flags.zero, flags.fsdp, flags.mp)
+        return cls(*split, low, flags.compile, flags.lean, flags.overlap and flags.world_size > 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -203,6 +203,10 @@ def unlike(framework: str, flags: Flags, parameters: float, gpu: Gpu, link: Link
         *["another size of model"] * (not FITTED_SIZES[0] <= parameters <= FITTED_SIZES[1]),
         *["float32"] * (flags.dtype == "fp32"),
         *["compiled layers"] * flags.compile,
+        *["kernels of --lean"] * (flags.lean and framework == "paddle"),
+        *["overlapped collectives"] * (flags.overlap and flags.world_size > 1),
+        *["Quick LoRA"] * flags.quick_lora,
+        *["fused projections"] * flags.fuse_projections,
         *["another way of splitting"] * (flags.world_size > 1 and way not in FITTED_WAYS[framework]),
         *["fused attention"] * (flags.attention != "eager" and framework == "paddle"),
     ]

@@ -47,7 +47,8 @@ Amounts = dict[tuple[str, Monomial], float]  # numbers before monomials, by kind
 class Kind(NamedTuple):
     """What decides which tensors a pass makes, beside sizes. `types` is --amp, or fp32.
 
-    `mp`: whether tensor parallelism slices the layers. `adds`: whether gradients of several passes are added.
+    `mp`: whether tensor parallelism slices the layers. `adds`: whether gradients of several passes are added. `lean`:
+    whether RMSNorm is one kernel.
     """
 
     family: str
@@ -60,6 +61,7 @@ class Kind(NamedTuple):
     head: str
     mp: bool
     adds: bool
+    lean: bool
 
 
 def term(size: int) -> tuple[Monomial, float] | None:
@@ -112,6 +114,7 @@ def symbolic(kind: Kind, layers: int, own_width: bool) -> tuple[Flags, Checkpoin
     words += [f"--nproc={of['mp']}", f"--mp={of['mp']}", f"--micro-bsz={rows}", f"--bsz={rows * (1 + kind.adds)}"]
     words += [f"--attention={kind.attention}", f"--head={kind.head}"]
     words += ["--padding-free"] * kind.padding_free + ["--recompute"] * kind.recompute
+    words += ["--lean"] * kind.lean
     words += [f"--dtype={'fp32' if kind.types == 'fp32' else 'bf16'}"]
     words += [f"--amp={kind.types}"] * (kind.types != "fp32")
     words += [f"--lora-r={of['rank']}"] * (kind.method == "lora")

@@ -55,13 +55,14 @@ def split_of(record: Record) -> list[str]:
     parts = [f"MP {setup.mp}"] * (setup.mp > 1) + setup.in_stages
     parts += [f"DP {replicas}"] * (replicas > 1 and not setup.zero)
     parts += [f"{setup.micro_bsz * replicas}*{setup.accumulation}"] * (setup.accumulation > 1)
-    parts += ["recompute"] * setup.recompute
+    parts += ["recompute"] * setup.recompute + ["quick LoRA"] * setup.quick_lora
+    parts += ["fused projections"] * setup.fuse_projections
     parts += [f"packed {setup.packing}"] * (setup.packing > 0) + ["grouped"] * (setup.order == "grouped")
     if setup.tuned:
         return [*parts, "tuned"]
     parts += ["padding-free"] * (setup.padding_free and not setup.packing)
     parts += ["labels only"] * (setup.head == "labels") + ["lean"] * setup.lean + ["compiled"] * setup.compile
-    parts += ["memory kept"] * setup.keep_memory
+    parts += ["memory kept"] * setup.keep_memory + ["overlapped"] * setup.overlap
     return parts + [f"{setup.attention} attention"] * (setup.attention != "eager")
 
 

@@ -63,6 +63,10 @@ def _torch_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | Non
             f"{named('peft')} and {named('transformers')} each slice LoRA's A of a layer that tensor parallelism cuts "
             "by its inputs, so that it no longer fits"
         )
+    if flags.fuse_projections:
+        return f"{named('transformers')} has no model of these families with q, k and v in one weight"
+    if flags.quick_lora:
+        return f"{named('peft')} has no layer that adds the adapters' product to the weights in each pass"
     if built.alibi and flags.padding_free and flags.attention == "eager":
         return f"{named('transformers')} has no positions in Bloom's eager attention to tell samples apart by"
     if flags.plan or visible_accelerators():
@@ -87,6 +91,10 @@ def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | No
         return f"{named('paddlenlp')} has no function for attention alone in this model, to call for each sample"
     if family == "glm" and flags.head == "labels":
         return f"{named('paddlenlp')} has no layer for the logits alone in ChatGLMv2"
+    if flags.fuse_projections and (method == "lora" or family not in ("llama", "qwen2")):
+        if method == "lora":
+            return f"LoRA adapts q, k and v each here, and {named('paddlenlp')} would make them one weight"
+        return f"{named('paddlenlp')} has no choice of projections in this model"
     if flags.sharding:
         return f"{named('paddlepaddle')} has a sharding of its own, neither DeepSpeed's nor FSDP2; leave --sharding out"
     if flags.compile:

@@ -1,0 +1,28 @@
+"""RMSNorm in one kernel on a GPU (`--lean`), in place of PaddleNLP's seven. Paddle has no such kernel for CPUs.
+
+PaddleNLP's own `use_fused_rms_norm` needs a package, `fused_ln`, that PyPI does not have. Paddle's older
+`fused_rms_norm_ext` has no kernel for float16; this one has (paddle/phi/kernels/gpu/rms_norm_cuda_kernel.cu).
+"""
+
+import functools
+
+import paddle
+import paddle.nn.functional as F
+
+from tunebench.flags import Flags
+
+EPSILONS = {"LlamaRMSNorm": "variance_epsilon", "Qwen2RMSNorm": "variance_epsilon", "RMSNorm": "epsilon"}
+
+
+def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:
+    """Replaces the RMSNorms of Llama, Qwen2 and ChatGLMv2. Bloom's LayerNorms are one kernel already."""
+    if not flags.lean or paddle.get_device() == "cpu":
+        return
+    for layer in model.sublayers():
+        if epsilon := EPSILONS.get(type(layer).__name__):
+            layer.forward = functools.partial(normalise, layer, getattr(layer, epsilon))
+
+
+def normalise(layer: paddle.nn.Layer, epsilon: float, x: paddle.Tensor) -> paddle.Tensor:
+    """x / sqrt(mean(x²) + epsilon) · weight over the last axis, computed in float32."""
+    return F.rms_norm(x, layer.weight.shape, layer.weight, epsilon)[0]
