@@ -109,6 +109,9 @@ def join(flags: Flags, world: World) -> Group:
             import gloo
 
             gloo.install(flags.timeout)
+        # Paddle's layer for it returns gradients of LoRA's frozen weights too, which autograd refuses. At O1 it would
+        # multiply float32 by low precision.
+        sums_beside = flags.overlap and not flags.lora_r and flags.amp != "O1"
         strategy = fleet.DistributedStrategy()
         strategy.hybrid_configs = {
             "dp_degree": 1 if flags.zero else flags.replicas,
@@ -117,9 +120,8 @@ def join(flags: Flags, world: World) -> Group:
             "pp_degree": 1,
             "mp_configs": {
                 "need_broadcast_data": False,  # all ranks of a tensor-parallel group read the same batch
-                # Not with LoRA: Paddle's layer for it returns gradients of frozen weights too, which autograd refuses.
-                "mp_async_allreduce": flags.overlap and not flags.lora_r,
-                "mp_skip_c_identity": flags.overlap and not flags.lora_r,
+                "mp_async_allreduce": sums_beside,
+                "mp_skip_c_identity": sums_beside,
             },
         }
         fleet.init(is_collective=True, strategy=strategy, log_level="WARNING")

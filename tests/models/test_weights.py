@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +38,39 @@ def test_chatglm2_and_back(monkeypatch, tmp_path):
     assert len(checkpoint.files) > 10
     assert back.keys() == stored.keys()
     assert all(np.array_equal(back[name], stored[name]) for name in stored)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("degree", [1, 2])
+def test_joined_projections_are_in_paddlenlps_order(monkeypatch, dtype, degree):
+    """Weights are read on the CPU in the model's dtype, also for a GPU."""
+    paddle = pytest.importorskip("paddle", reason="needs the Paddle environment, where run_tests.sh runs it")
+    monkeypatch.setattr(sys, "path", [str(ROOT / "paddle"), *sys.path])
+    import weights
+
+    heads, groups, size, inputs = 4, 2, 3, 2
+    columns = {"q": heads * size, "k": groups * size, "v": groups * size, "gate": 8, "up": 8}
+    names = {name: [f"{name}{i}" for i in range(n)] for name, n in columns.items()}
+    numbers = {label: i for i, label in enumerate(label for labels in names.values() for label in labels)}
+    parts = {
+        name: paddle.to_tensor([[numbers[label]] * inputs for label in labels]).astype(dtype).T
+        for name, labels in names.items()
+    }
+    for rank in range(degree):
+        config = SimpleNamespace(tensor_parallel_degree=degree, tensor_parallel_rank=rank, num_key_value_heads=groups)
+        per, own = heads // groups * size, groups // degree
+        mine = [
+            label
+            for group in range(rank * own, (rank + 1) * own)
+            for name, width in (("q", per), ("k", size), ("v", size))
+            for label in names[name][group * width : (group + 1) * width]
+        ]
+        qkv = weights.joined(config, "qkv_proj", [parts[name] for name in "qkv"])
+        assert qkv.astype("float32").tolist() == [[numbers[label] for label in mine]] * inputs
+        half = slice(rank * 8 // degree, (rank + 1) * 8 // degree)
+        both = weights.joined(config, "gate_up_fused_proj", [parts["gate"], parts["up"]])
+        expected = [numbers[label] for label in names["gate"][half] + names["up"][half]]
+        assert both.astype("float32").tolist() == [expected] * inputs
 
 
 @pytest.mark.frameworks
