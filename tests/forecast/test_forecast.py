@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from conftest import HERE, ROOT, job_of, run_program
 
+from tunebench.flags import parse_flags
+from tunebench.forecast.changes import changes
 from tunebench.forecast.gpus import GPUS, kind_of
 from tunebench.forecast.memory import PARTS, largest_batch
 from tunebench.forecast.report import Answer, answer, forked, lines
@@ -100,6 +102,15 @@ def test_the_fastest_change_that_fits_is_named(forecasts):
     assert "--attention sdpa" in found.change.flags
     assert judge(found.change.peak, GPUS["rtx-4090"], 1).verdict == "fits"
     assert f"what fits: {found.change.flags}" in "\n".join(lines(found))
+
+
+def test_lean_is_a_change_of_paddle_alone():
+    flags = parse_flags("lora", ["--model=llama-7b", "--plan", "--gpu=rtx-4090"])
+    lean = flags.model_copy(update={"lean": True})
+    assert {"lean": True} in changes("paddle", flags, of_states=False)
+    assert {"lean": True} not in changes("torch", flags, of_states=False)
+    assert {"lean": True} not in changes("paddle", lean, of_states=False)
+    assert {"lean": True} not in changes("paddle", flags, of_states=True)
 
 
 def test_a_config_alone_is_enough(tmp_path):

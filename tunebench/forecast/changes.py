@@ -22,14 +22,14 @@ class Change(NamedTuple):
     effective_tokens_per_second: float
 
 
-def changes(flags: Flags, of_states: bool) -> Iterator[dict[str, Any]]:
+def changes(framework: str, flags: Flags, of_states: bool) -> Iterator[dict[str, Any]]:
     """What may be changed so that a step does the same work: one flag, or one that goes with recomputation.
 
     With `of_states` only what makes weights, gradients or optimizer states smaller.
     """
     single: list[dict[str, Any]] = []
     if not of_states:
-        single += smaller_activations(flags)
+        single += smaller_activations(framework, flags)
     if flags.mp == 1 and flags.replicas > 1:
         single += [{"zero": stage} for stage in range(flags.zero + 1, 4)]
     for degree in (2, 4, 8):
@@ -47,9 +47,11 @@ def changes(flags: Flags, of_states: bool) -> Iterator[dict[str, Any]]:
         yield from (change | {"recompute": True} for change in single)
 
 
-def smaller_activations(flags: Flags) -> list[dict[str, Any]]:
+def smaller_activations(framework: str, flags: Flags) -> list[dict[str, Any]]:
     """The changes of one flag that make activations or logits smaller."""
     single: list[dict[str, Any]] = []
+    if framework == "paddle" and not flags.lean:
+        single.append({"lean": True})
     if flags.attention == "eager":
         single.append({"attention": "sdpa"})
     if not flags.padding_free:
@@ -70,7 +72,7 @@ def cheapest(
     passing = memory.parts["activations"] + memory.parts["logits_and_loss"]
     of_states = machine.judge(memory.peak - passing, flags).verdict != "fits"
     ranked: list[tuple[float, dict[str, Any], Job]] = []
-    for change in changes(flags, of_states):
+    for change in changes(framework, flags, of_states):
         changed = flags.model_copy(update=change)
         plan = dataclasses.replace(job.plan, padding_free=changed.padding_free)
         candidate = job._replace(flags=changed, plan=plan)
