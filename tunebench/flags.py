@@ -492,11 +492,14 @@ def default_bsz(options: dict, unit: int) -> int:
 
 
 def tuned(options: dict, framework: str | None) -> dict:
-    """The flags that --tuned sets beside `options`: those that go with them and that the framework has."""
+    """The flags that --tuned sets beside `options`: those that go with them, and that framework and machine have."""
     compiles = framework is None or FRAMEWORKS[framework].compiles
     left_out = {"order"} if options["packing"] else set()
     left_out |= {"head"} if options["mp"] > 1 else set()
     left_out |= set() if compiles else {"compile"}
+    left_out |= (
+        set() if options.get("plan") or visible_accelerators() else {"overlap"}
+    )  # gloo waits for each collective
     return {name: value for name, value in TUNED.items() if name not in left_out}
 
 

@@ -74,7 +74,8 @@ def test_same_curves(alone, forked, short, tmp_path, framework, family, method, 
     ],
 )
 def test_same_curves_on_two_processes(alone, forked, short, tmp_path, framework, method, split):
-    fast = forked.train(framework, method, tmp_path / "r.json", "--model=llama-tiny", *short, *IN_ORDER, *split)
+    flags = ["--model=llama-tiny", *short, *IN_ORDER, "--overlap", *split]
+    fast = forked.train(framework, method, tmp_path / "r.json", *flags)
     same_curves(fast, alone(framework, "llama", method))
     assert fast.setup.compile == (framework == "torch")
 
@@ -448,7 +449,8 @@ def test_tuned_is_a_set_of_public_flags():
     arguments = ["--model=llama-tiny"]
     tuned = parse_flags("full", [*arguments, "--tuned"])
     spelled = parse_flags("full", [*arguments, *in_words(TUNED).split()])
-    assert tuned.model_dump() == spelled.model_dump() | {"tuned": True}
+    assert tuned.model_dump() == spelled.model_dump() | {"tuned": True, "overlap": False}, "on a CPU"
+    assert parse_flags("full", [*arguments, "--tuned", "--plan"]).overlap
     own = parse_flags("full", [*arguments, "--tuned", "--attention=eager", "--no-lean", "--head=all"])
     assert (own.attention, own.lean, own.head, own.order) == ("eager", False, "all", "grouped")
     assert parse_flags("full", [*arguments, "--tuned", "--packing=999"]).order == "plan"

@@ -138,7 +138,8 @@ def rebuilt(file: Path, record: Record) -> Known:
         raise BadInput(f"{file}: its model has another config here; name records of the models here")
     if plan.sha256 != record.plan.sha256:
         raise BadInput(f"{file}: its data make other batches here; name records of the data here")
-    flags = flags.model_copy(update={"warmup_steps": record.timed_from, "attention": setup.attention})
+    as_it_ran = {"warmup_steps": record.timed_from, "attention": setup.attention, "overlap": setup.overlap}
+    flags = flags.model_copy(update=as_it_ran)
     tensors = tensors_of(record.framework, record.method, flags, checkpoint, plan)
     counter = record.peak_memory_counter or RESIDENT
     return Known(file, record, flags, checkpoint, plan, tensors, max(record.peak_memory_bytes, default=0), counter)
