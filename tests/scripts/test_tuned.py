@@ -46,7 +46,7 @@ def same_curves(fast, plain):
         ("paddle", "llama", "full", ["--lean", "--fuse-projections"]),
         ("paddle", "qwen2", "full", ["--recompute", "--fuse-projections"]),
         ("paddle", "llama", "lora", ["--quick-lora"]),
-        ("paddle", "qwen2", "lora", ["--quick-lora", "--recompute", "--mp=2"]),
+        ("paddle", "qwen2", "lora", ["--quick-lora", "--recompute"]),
     ],
 )
 def test_same_curves(alone, forked, short, tmp_path, framework, family, method, flags):
@@ -422,6 +422,7 @@ def test_quick_lora_is_on_where_it_is_asked_for(scripts):
     [
         ("torch", "lora", "llama", "--quick-lora", "no layer that adds the adapters' product to the weights"),
         ("paddle", "lora", "llama", "--quick-lora", None),
+        ("paddle", "lora", "llama", "--quick-lora --mp=2", "with --mp calls a function as Paddle"),
         ("torch", "full", "llama", "--fuse-projections", "no model of these families with q, k and v in one weight"),
         ("paddle", "full", "qwen2", "--fuse-projections", None),
         ("paddle", "full", "bloom", "--fuse-projections", "no choice of projections in this model"),
@@ -429,7 +430,7 @@ def test_quick_lora_is_on_where_it_is_asked_for(scripts):
     ],
 )
 def test_where_paddlenlps_own_layers_are_offered(framework, method, model, flag, reason):
-    flags = parse_flags(method, [f"--model={model}-tiny", flag])
+    flags = parse_flags(method, [f"--model={model}-tiny", *flag.split()])
     found = not_offered(framework, method, flags, find_checkpoint(flags.model, flags.weights, flags.seed))
     assert (found is None) if reason is None else (reason in found)
 

@@ -91,6 +91,10 @@ def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | No
         return f"{named('paddlenlp')} has no function for attention alone in this model, to call for each sample"
     if family == "glm" and flags.head == "labels":
         return f"{named('paddlenlp')} has no layer for the logits alone in ChatGLMv2"
+    if flags.quick_lora and flags.mp > 1:  # _get_reduce_op(ReduceOp.SUM, "_c_identity") in lora_quick_layers.py
+        return (
+            f"Quick LoRA of {named('paddlenlp')} with --mp calls a function as {named('paddlepaddle')} does not have it"
+        )
     if flags.fuse_projections and (method == "lora" or family not in ("llama", "qwen2")):
         if method == "lora":
             return f"LoRA adapts q, k and v each here, and {named('paddlenlp')} would make them one weight"
