@@ -6,21 +6,22 @@ PaddleNLP's own `use_fused_rms_norm` needs a package, `fused_ln`, that PyPI does
 
 import functools
 
+import built
 import paddle
 import paddle.nn.functional as F
 
 from tunebench.flags import Flags
 
-EPSILONS = {"LlamaRMSNorm": "variance_epsilon", "Qwen2RMSNorm": "variance_epsilon", "RMSNorm": "epsilon"}
+NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "RMSNorm")
 
 
 def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:
     """Replaces the RMSNorms of Llama, Qwen2 and ChatGLMv2. Bloom's LayerNorms are one kernel already."""
     if not flags.lean or paddle.get_device() == "cpu":
         return
-    for layer in model.sublayers():
-        if epsilon := EPSILONS.get(type(layer).__name__):
-            layer.forward = functools.partial(normalise, layer, getattr(layer, epsilon))
+    for name, layer in built.named(model):
+        if name in NORMS:
+            layer.forward = functools.partial(normalise, layer, built.epsilon_of(layer))
 
 
 def normalise(layer: paddle.nn.Layer, epsilon: float, x: paddle.Tensor) -> paddle.Tensor:

@@ -38,6 +38,7 @@ TUNED: dict[str, Any] = {
     "keep_memory": True,
     "overlap": True,
 }
+WITHOUT_FORMULA = ("quick_lora", "fuse_projections")  # runs whose memory no formula knows
 NAMED_DATA = f"{', '.join(DATA_NAMES)}, {FIXED}N (samples of N tokens)"
 BSZ, WARMUP_STEPS, STEPS = 4, 8, 30  # defaults; other flags may change the first two
 SWEEP_ROWS = 1000  # of the plan whose lengths --sweep looks at
@@ -349,17 +350,16 @@ def parse_flags(
     combination of flags raises `BadInput`.
     """
     options = vars(flag_parser(method, prog).parse_args(argv))
-    given = _given(method, prog, argv)
+    given, gpus = _given(method, prog, argv), len(visible_accelerators())
     if options["tuned"]:
         parser = flag_parser(method, prog)
-        parser.set_defaults(**tuned(options, framework))
+        parser.set_defaults(**tuned(options, framework, gpus))
         options = vars(parser.parse_args(argv))
     if options["packing"] and "padding_free" in given and not options["padding_free"]:
         raise BadInput("--packing has no padding; leave --no-padding-free out, or --packing")
     options["padding_free"] |= options["packing"] > 0
     if options["head"] == "labels" and options["mp"] > 1:
         raise BadInput("--head labels with --mp: not combined here; use --head all, or --mp 1")
-    gpus = len(visible_accelerators())
     options["plan"] |= options["sweep"]
     if options["plan"]:
         if world is not None:
@@ -434,7 +434,7 @@ def check_sharding(options: dict) -> None:
 
 def check_sweep(options: dict) -> None:
     """Raises `BadInput` where no formula knows runs with these flags."""
-    for name in ("quick_lora", "fuse_projections"):
+    for name in WITHOUT_FORMULA:
         if options.get(name):
             flag = f"--{name.replace('_', '-')}"
             raise BadInput(f"{flag} with --sweep: no formula knows such runs; leave it out, or use --plan")
@@ -491,15 +491,14 @@ def default_bsz(options: dict, unit: int) -> int:
     return bsz
 
 
-def tuned(options: dict, framework: str | None) -> dict:
-    """The flags that --tuned sets beside `options`: those that go with them, and that framework and machine have."""
+def tuned(options: dict, framework: str | None, gpus: int) -> dict:
+    """The flags that --tuned sets beside `options`: those that go with them, with the framework and `gpus` GPUs."""
     compiles = framework is None or FRAMEWORKS[framework].compiles
     left_out = {"order"} if options["packing"] else set()
     left_out |= {"head"} if options["mp"] > 1 else set()
     left_out |= set() if compiles else {"compile"}
-    left_out |= (
-        set() if options.get("plan") or visible_accelerators() else {"overlap"}
-    )  # gloo waits for each collective
+    on_gpus = options.get("plan") or gpus
+    left_out |= set() if on_gpus else {"overlap"}  # gloo waits for each collective
     return {name: value for name, value in TUNED.items() if name not in left_out}
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tunebench.flags import Flags
+from tunebench.flags import WITHOUT_FORMULA, Flags
 from tunebench.forecast.memory import PARTS, Memory, largest_batch, with_unseen
 from tunebench.forecast.passes import AT_END, AT_FORWARD_END, WEIGHTS, Logit, Passes, passes_of
 from tunebench.forecast.shares import Shares, Split, Weight
@@ -97,7 +97,7 @@ def tensors_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint
 def memory_of(framework: str, method: str, flags: Flags, checkpoint: Checkpoint, shape: Shape) -> Memory | None:
     """The memory of one GPU in a step with such a micro-batch; None where the table lacks such runs."""
     kind = kind_of(framework, method, flags, checkpoint)
-    passes = None if flags.quick_lora or flags.fuse_projections else passes_of(framework, kind)
+    passes = None if any(getattr(flags, name) for name in WITHOUT_FORMULA) else passes_of(framework, kind)
     if passes is None:
         return None
     run = run_of(method, flags, checkpoint, shape, passes, Logit.of(framework, kind.types))

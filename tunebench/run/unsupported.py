@@ -95,9 +95,9 @@ def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | No
         return (
             f"Quick LoRA of {named('paddlenlp')} with --mp calls a function as {named('paddlepaddle')} does not have it"
         )
-    if flags.fuse_projections and (method == "lora" or family not in ("llama", "qwen2")):
-        if method == "lora":
-            return f"LoRA adapts q, k and v each here, and {named('paddlenlp')} would make them one weight"
+    if flags.fuse_projections and method == "lora":
+        return f"LoRA adapts q, k and v each here, and {named('paddlenlp')} would make them one weight"
+    if flags.fuse_projections and family not in ("llama", "qwen2"):
         return f"{named('paddlenlp')} has no choice of projections in this model"
     if flags.sharding:
         return f"{named('paddlepaddle')} has a sharding of its own, neither DeepSpeed's nor FSDP2; leave --sharding out"
