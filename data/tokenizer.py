@@ -76,7 +76,7 @@ def of_checkpoint(folder: Path) -> Tokenizer | SentencePiece | None:
         return _from_json(path)
     if model.name in files:
         family = _read(folder / "config.json").get("model_type")
-        if family != "llama" and "tokenizer_class" not in settings:
+        if family not in ("llama", "mistral") and "tokenizer_class" not in settings:
             raise BadInput(f"{model} of a {family} model is not offered; put the checkpoint's tokenizer.json beside it")
         names = ("special_tokens_map.json", "added_tokens.json")
         return SentencePiece(model, settings, *(_read(folder / name) for name in names))

@@ -24,27 +24,27 @@ from tunebench.world import ALONE
 
 
 @pytest.fixture
-def mistral(monkeypatch):
+def helium(monkeypatch):
     """A family of a few lines, and a preset of it."""
 
-    class MistralShape(families.LlamaShape):
+    class HeliumShape(families.LlamaShape):
         sliding_window: None = None
 
-    names = ("MistralForCausalLM",)
-    family = dataclasses.replace(families.LLAMA, title="Mistral", shape=MistralShape, architectures=names)
-    monkeypatch.setitem(families.FAMILIES, "mistral", family)
-    own = {"model_type": "mistral", "architectures": [*names], "num_key_value_heads": 4}
+    names = ("HeliumForCausalLM",)
+    family = dataclasses.replace(families.LLAMA, title="Helium", shape=HeliumShape, architectures=names)
+    monkeypatch.setitem(families.FAMILIES, "helium", family)
+    own = {"model_type": "helium", "architectures": [*names], "num_key_value_heads": 4}
     config = presets.PRESETS["llama-tiny"].config | own
-    monkeypatch.setitem(presets.PRESETS, "mistral-tiny", presets.Preset(config, "float32"))
+    monkeypatch.setitem(presets.PRESETS, "helium-tiny", presets.Preset(config, "float32"))
 
 
-def test_a_family_is_an_entry_of_its_registry(mistral, script, tmp_path, capsys):
-    flags = parse_flags("full", ["--model=mistral-tiny", "--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"])
+def test_a_family_is_an_entry_of_its_registry(helium, script, tmp_path, capsys):
+    flags = parse_flags("full", ["--model=helium-tiny", "--bsz=2", "--samples=4", "--steps=2", "--warmup-steps=1"])
     checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed)
     assert checkpoint.parameters == sum(int(np.prod(shape)) for shape in checkpoint.tensors.values())
     assert checkpoint.widths["key-value heads"] == 4
     if HERE == "paddle":
-        assert "Mistral" in not_offered("paddle", "full", flags, checkpoint)
+        assert "Helium" in not_offered("paddle", "full", flags, checkpoint)
         return
     assert not_offered("torch", "full", flags, checkpoint) is None
     plan_flags = flags.model_copy(update={"model": "llama-tiny", "out": tmp_path / "r.json"})
@@ -52,8 +52,8 @@ def test_a_family_is_an_entry_of_its_registry(mistral, script, tmp_path, capsys)
     run = Run("torch", "full", Job(flags.model_copy(update={"out": tmp_path / "r.json"}), checkpoint, plan, ALONE))
     script["main"](run)
     record = read_record(tmp_path / "r.json")
-    assert (record.status, record.model.family) == ("ok", "mistral")
-    assert "### Mistral" in combined([record])
+    assert (record.status, record.model.family) == ("ok", "helium")
+    assert "### Helium" in combined([record])
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ LLAMA = {
 LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 BLOOM = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 384}
 QWEN2 = LLAMA | {"model_type": "qwen2"}
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": None}
 GLM = LLAMA | {"model_type": "glm", "head_dim": 16, "max_position_embeddings": 1024}
 
 
@@ -153,6 +154,12 @@ def test_names_of_bloom():
         (LLAMA, {"logits_scaling": 8.0}, "logits_scaling 8.0 is not offered: it is not known"),
         (LLAMA, {"is_encoder_decoder": True}, "is_encoder_decoder True is not offered"),
         (LLAMA, {"model_type": "qwen3"}, "model_type 'qwen3' is not offered"),
+        (MISTRAL, {"sliding_window": "4096"}, "sliding_window '4096' is not offered"),
+        (MISTRAL, {"sliding_window": 0}, "sliding_window 0 is not offered"),
+        (MISTRAL, {"sliding_window": True}, "sliding_window True is not offered"),
+        (MISTRAL, {"max_position_embeddings": "4096"}, "max_position_embeddings '4096' is not offered"),
+        (MISTRAL, {"architectures": ["LlamaForCausalLM"]}, "architectures ['LlamaForCausalLM'] is not offered"),
+        (MISTRAL, {"num_local_experts": 8}, "num_local_experts 8 is not offered"),
         (QWEN2, {"use_sliding_window": True}, "use_sliding_window True is not offered"),
         (QWEN2, {"attention_bias": False}, "attention_bias False is not offered"),
         (QWEN2, {"use_mrope": True}, "use_mrope True is not offered"),
@@ -212,6 +219,34 @@ def test_content_that_is_no_config(tmp_path, text):
 def test_what_paddle_does_not_offer(base, changes, reason):
     lacking = paddle_lacks(normalise(base | changes))
     assert lacking is None if reason is None else reason in lacking
+
+
+@pytest.mark.parametrize(
+    ("changes", "positions", "groups"),
+    [
+        ({"sliding_window": 4096, "max_position_embeddings": 32768}, 4096, 2),
+        ({"sliding_window": None, "max_position_embeddings": 32768}, 32768, 2),
+        ({"sliding_window": 65536, "max_position_embeddings": 32768}, 32768, 2),
+        ({}, 131072, 2),
+        ({"num_attention_heads": 8, "num_key_value_heads": None}, 131072, 8),
+    ],
+)
+def test_a_mistral_is_a_llama_for_samples_that_fit_its_window(changes, positions, groups):
+    heads = {"num_attention_heads": changes.get("num_attention_heads", 4), "num_key_value_heads": groups}
+    as_llama = normalise(LLAMA | heads | {"max_position_embeddings": positions})
+    assert normalise(MISTRAL | changes | {"architectures": ["MistralForCausalLM"]}) == as_llama
+
+
+def test_what_a_mistral_s_config_leaves_out_is_as_transformers_has_it():
+    transformers = pytest.importorskip("transformers", reason="needs transformers, of the Torch environment")
+    given = {"model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"}
+    little = {key: value for key, value in MISTRAL.items() if key in given} | {"num_attention_heads": 8}
+    told = transformers.AutoConfig.for_model(**little).to_dict()
+    assert told["sliding_window"] == 4096
+    read = normalise(little)
+    assert read["max_position_embeddings"] == 4096
+    both = read.keys() & told.keys() - {"model_type", "max_position_embeddings", "eos_token_id"}
+    assert {key: read[key] for key in both} == {key: told[key] for key in both}
 
 
 # Configs of the hub, with keys that training tools leave in them.
@@ -305,6 +340,28 @@ PUBLISHED = {
         "use_cache": True,
         "vocab_size": 128256,
     },
+    "Mistral-7B-v0.1": {
+        "architectures": ["MistralForCausalLM"],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "model_type": "mistral",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.34.0.dev0",
+        "use_cache": True,
+        "vocab_size": 32000,
+    },
     "bloom": {
         "apply_residual_connection_post_layernorm": False,
         "architectures": ["BloomForCausalLM"],
@@ -342,6 +399,7 @@ PUBLISHED = {
         ("SmolLM2-135M", 134_515_008),
         ("Qwen2.5-0.5B", 494_032_768),
         ("Llama-3.2-1B", 1_235_814_400),
+        ("Mistral-7B-v0.1", 7_241_732_096),
         ("bloom", 559_214_592),
     ],
 )

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import FRAMEWORKS, ROOT, assert_one_curve, assert_one_model
+from conftest import FRAMEWORKS, HERE, ROOT, assert_one_curve, assert_one_model
 from safetensors.numpy import load_file
 
 from tunebench.models.checkpoint import find_checkpoint, open_checkpoint
@@ -115,3 +115,48 @@ def test_a_checkpoint_that_transformers_saved_in_shards(forked, tmp_path, short,
     assert torch.model.parameters == random.parameters
     assert_one_model(torch, paddle)
     assert_one_curve(torch, paddle)
+
+
+MISTRAL = """
+import sys
+import numpy
+import torch
+import transformers
+sizes = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, vocab_size=384, head_dim=16)
+sizes |= dict(num_attention_heads=4, num_key_value_heads=2, sliding_window=16, tie_word_embeddings=False)
+transformers.set_seed(1)
+model = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, initializer_range=0.2))
+model.save_pretrained(sys.argv[1])
+tokens = torch.arange(3, 19)[None] * 19 % 384
+numpy.save(sys.argv[2], model.eval()(tokens).logits.detach().numpy())
+"""
+
+
+@pytest.mark.frameworks
+def test_a_mistral_that_transformers_saved(monkeypatch, tmp_path):
+    """As long a sample as its window: the model that each side builds gives the logits of transformers' Mistral."""
+    program = [ROOT / ".venv/torch/bin/python", "-P", "-c", MISTRAL, tmp_path, tmp_path / "logits.npy"]
+    subprocess.run(program, check=True, capture_output=True, timeout=300)
+    expected = np.load(tmp_path / "logits.npy")
+    checkpoint = open_checkpoint(tmp_path)
+    assert (checkpoint.config["model_type"], checkpoint.config["max_position_embeddings"]) == ("llama", 16)
+    tokens = np.arange(3, 19)[None] * 19 % 384
+    monkeypatch.setattr(sys, "path", [str(ROOT / HERE), *sys.path])
+    import weights
+
+    config = weights.read_config(checkpoint)
+    if HERE == "torch":
+        import torch
+
+        logits = weights.load(config, checkpoint).eval()(torch.from_numpy(tokens)).logits.detach().numpy()
+    else:
+        import paddle
+        from paddlenlp import transformers
+
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype="float32")
+        weights.load(model, checkpoint)
+        model.eval()
+        logits = model(paddle.to_tensor(tokens))
+        logits = (logits[0] if isinstance(logits, tuple) else logits).numpy()
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits, expected, atol=1e-4)

@@ -43,10 +43,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def normalise(raw: Any) -> dict[str, Any]:
     """The normalised fields of a config.json's content. Raises ValueError with the key, its value and the reason."""
+    if isinstance(raw, dict) and raw.get("model_type") == "mistral":
+        raw = _llama_of_mistral(raw)
     name = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(name, str) or name not in FAMILIES:
         hint = "; PaddleNLP has no Qwen3" if name == "qwen3" else ""
-        raise ValueError(f"model_type {_shown(name)} is not offered; use one of {', '.join(FAMILIES)}{hint}")
+        raise ValueError(f"model_type {_shown(name)} is not offered; use one of {', '.join(FAMILIES)} or mistral{hint}")
     family, raw = FAMILIES[name], dict(raw)
     _check_architectures(raw.pop("architectures", None), family)
     fields: dict[str, tuple[str, Any]] = {}  # for each field the key that gave it, and its value
@@ -79,6 +81,24 @@ def normalise(raw: Any) -> dict[str, Any]:
         key, value = fields.get(field, (field, None))
         raise ValueError(f"{key} {_shown(value)} is not offered: {first['msg']}") from None
     return shape.model_dump()
+
+
+def _llama_of_mistral(raw: dict[str, Any]) -> dict[str, Any]:
+    """The config of the Llama that computes what a Mistral computes: both have the same layers and tensors.
+
+    A Mistral's token attends to the last `sliding_window` tokens. Samples of at most so many tokens, with which the
+    window does nothing, are what the Llama takes. Raises ValueError. The defaults are transformers' MistralConfig's.
+    """
+    raw = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096} | raw
+    if raw.get("architectures") not in (None, ["MistralForCausalLM"]):
+        raise ValueError(f"architectures {_shown(raw['architectures'])} is not offered; use MistralForCausalLM")
+    window, positions = raw.pop("sliding_window"), raw["max_position_embeddings"]
+    if window is not None:
+        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+            raise ValueError(f"sliding_window {_shown(window)} is not offered: it has to be a count of tokens or null")
+        if isinstance(positions, int) and not isinstance(positions, bool):
+            raw["max_position_embeddings"] = min(positions, window)
+    return raw | {"model_type": "llama", "architectures": None}
 
 
 def _rotary(given: dict[str, Any]) -> dict[str, tuple[str, Any]]:
