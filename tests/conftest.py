@@ -9,6 +9,7 @@ import select
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -160,11 +161,17 @@ class ForkedRuns:
         return next((code for code in codes if code), 0), printed
 
     def train(self, framework: str, method: str, out: Path, *flags: object, code: str = "", **probe: str) -> Record:
-        """Runs a script to its end, as `run` does, and reads its record. Without `code` it must end well."""
+        """Runs a script to its end, as `run` does, and reads its record. Without `code` it must end well, and a process
+        must not print a warning for each step.
+        """
         exit_code, printed = self.run(framework, method, *flags, "--out", out, code=code, **probe)
         if exit_code and not code:
             raise AssertionError(f"{framework} {method} {flags} ended with {exit_code}:\n{printed}")
-        return read_record(out)
+        record = read_record(out)
+        each_step = max(3, len(record.steps.loss) if record.steps else 0) * record.devices
+        for line, times in Counter(line for line in printed.splitlines() if "Warning" in line).items():
+            assert times < each_step, f"printed {times} times: {line}"
+        return record
 
     def _ask(self, packages: tuple[str, ...], asked: dict[str, Any]) -> list[int]:
         server = self.servers.get(packages)

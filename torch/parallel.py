@@ -8,6 +8,7 @@ import datetime
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -391,4 +392,6 @@ def import_deepspeed() -> Any:
 
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel("WARNING")
+    # DeepSpeed calls older names of torch's collectives. Each call of a step would print a warning.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
