@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import paddle
 import paddle.nn.functional as F
-from paddlenlp import transformers
+from library import FORMERS, transformers
 
 from tunebench.flags import Flags
 
@@ -35,6 +35,8 @@ class Samples:
 
 def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
     """Names in a model's config the attention to build. For ChatGLMv2 `use_one_kernel` chooses it."""
+    if FORMERS:  # it leaves a mask out that it is not given
+        config._attn_implementation = "eager" if flags.attention == "eager" else "sdpa"
     config.use_flash_attention = flags.attention != "eager" and config.model_type != "chatglm_v2"
     # PaddleNLP's variable, spelled so: with it Llama and Qwen2 leave their mask out.
     os.environ["USE_CASUAL_MASK"] = str(config.use_flash_attention)

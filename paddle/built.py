@@ -4,21 +4,22 @@ import functools
 import sys
 from types import SimpleNamespace
 
+import losses
 import paddle
-from paddlenlp import peft
+from library import DEGREE, FORMERS, peft
 
 from tunebench.models.readback import PROBES, activation_name, only
 from tunebench.record import Built
 
-ATTENTIONS = ("LlamaAttention", "Qwen2Attention", "SelfAttention", "BloomAttention")
+ATTENTIONS = ("LlamaAttention", "LLamaAttention", "Qwen2Attention", "SelfAttention", "BloomAttention")
 
 
 def read(model: paddle.nn.Layer) -> Built:
     """The numbers of a built model, with or without adapters. A sliced model gives those of the whole."""
     model = model.model if isinstance(model, peft.LoRAModel) else model
-    degree = model.config.tensor_parallel_degree
+    degree = getattr(model.config, DEGREE)
     norms = [layer for name, layer in named(model) if name.endswith(("RMSNorm", "LayerNorm"))]
-    embedding, head, tied = embedding_and_head(model)
+    embedding, head, tied, transposed = embedding_and_head(model)
     attentions = [layer for name, layer in named(model) if name in ATTENTIONS]
     heads, key_value_heads, head_size = only(heads_of(layer, degree) for layer in attentions)
     angles, scale = rotary_of(model)
@@ -27,11 +28,11 @@ def read(model: paddle.nn.Layer) -> Built:
         heads=heads,
         key_value_heads=key_value_heads,
         head_size=head_size,
-        vocabulary=only([whole(embedding.weight, degree)[0], whole(head, degree)[0 if tied else 1]]),
+        vocabulary=only([whole(embedding.weight, degree)[0], whole(head, degree)[0 if transposed else 1]]),
         activation=only(activation_of(layer) for name, layer in named(model) if name.endswith("MLP")),
         norm_epsilon=only(epsilon_of(norm) for norm in norms),
         tied=tied,
-        window=None,  # PaddleNLP's models of these families have none, whatever their config says
+        window=None,  # the libraries' models of these families have none, whatever their config says
         padding_row=padding_row_of(embedding),
         rotary=angles,
         rotary_scale=scale,
@@ -44,13 +45,13 @@ def named(model: paddle.nn.Layer) -> list[tuple[str, paddle.nn.Layer]]:
     return [(type(layer).__name__, layer) for layer in model.sublayers()]
 
 
-def embedding_and_head(model: paddle.nn.Layer) -> tuple[paddle.nn.Layer, paddle.Tensor, bool]:
-    """The embedding, the head's weight, and whether they are one tensor."""
+def embedding_and_head(model: paddle.nn.Layer) -> tuple[paddle.nn.Layer, paddle.Tensor, bool, bool]:
+    """The embedding, the head's weight, whether they are one tensor, and whether the head's is (vocabulary, hidden)."""
     base = getattr(model, model.base_model_prefix)
     embedding = base.get_input_embeddings()
     head = base.output_layer if hasattr(base, "output_layer") else model.lm_head
     weight = head.decoder_weight if hasattr(head, "decoder_weight") else head.weight
-    return embedding, weight, weight is embedding.weight
+    return embedding, weight, weight is embedding.weight, losses.is_transposed(head)
 
 
 def padding_row_of(embedding: paddle.nn.Layer) -> int | None:
@@ -84,6 +85,9 @@ def rotary_of(model: paddle.nn.Layer) -> tuple[list[float] | None, float | None]
         if name in ATTENTIONS and hasattr(layer, "rotary_emb"):  # (1, positions, 1, head size), each angle twice
             cos, sin = layer.rotary_emb(paddle.ones([1]), seq_len=2)
             tables.append([half(table[0, 1, 0]) for table in (cos, sin)])
+        elif name == "LlamaModel" and FORMERS:  # (1, positions, head size)
+            cos, sin = layer.rotary_emb(paddle.ones([1]), paddle.arange(2)[None])
+            tables.append([half(table[0, 1]) for table in (cos, sin)])
         elif name == "ChatGLMv2Model":
             rotary = layer.rotary_pos_emb  # its own function, but without the cast to low precision that follows
             table = type(rotary).forward_impl(SimpleNamespace(default_dtype="float32"), 2, rotary.dim)
@@ -123,8 +127,8 @@ def activation_of(layer: paddle.nn.Layer) -> str:
     plain = {"gate_proj": lambda x: x, "up_proj": lambda x: ones, "down_proj": lambda x: x}
     plain |= {"gate_up_fused_proj": lambda x: paddle.concat([x, ones])}
     plain |= {"dense_h_to_4h": lambda x: paddle.concat([x, ones]), "dense_4h_to_h": lambda x: x}
-    names = ("act_fn", "fuse_swiglu", "fuse_attention_ffn")
-    own = {name: vars(layer)[name] for name in names if name in vars(layer)}
+    names = ("act_fn", "fuse_swiglu", "fuse_attention_ffn", "fuse_up_gate")
+    own = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
     replaced = vars(layer).get("forward")  # --lean replaces it
     forward = replaced.func if isinstance(replaced, functools.partial) else type(layer).forward
     return activation_name(forward(SimpleNamespace(**plain, **own), probes).tolist())

@@ -1,4 +1,4 @@
-"""Fine-tunes every parameter of a language model with PaddlePaddle: PaddleNLP's model, paddle's AdamW.
+"""Fine-tunes every parameter of a language model with PaddlePaddle: its library's model, paddle's AdamW.
 
     python paddle/finetune_full.py --model llama-tiny --bsz 8
 
@@ -30,6 +30,7 @@ with importing(FRAMEWORK, METHOD, JOB):
     import cpu_kernels
     import device
     import kernels_seen
+    import library
     import losses
     import numpy as np
     import paddle
@@ -38,18 +39,17 @@ with importing(FRAMEWORK, METHOD, JOB):
     import profiling
     import rms_norm
     import weights
-    from paddlenlp import transformers
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> paddle.nn.Layer:
-    """The checkpoint as PaddleNLP's model, with every parameter trainable."""
+    """The checkpoint as the library's model, with every parameter trainable."""
     config = weights.read_config(checkpoint)
     attention.configure(flags, config)
     config.use_cache = False
     config.fuse_attention_qkv = config.fuse_attention_ffn = flags.fuse_projections
     for name, value in parallel.slicing(group).items():
         setattr(config, name, value)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
+    model = library.transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
     weights.load(model, checkpoint)
     attention.use_one_kernel(flags, model)
     losses.sum_in_head(flags, model)
@@ -57,8 +57,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     rms_norm.use_one_kernel(flags, model)
     precision.autocast_forward(flags, model)
     if flags.recompute:
-        model.config.recompute = True
-        model.recompute_enable()
+        library.recompute_layers(model)
     model.train()
     return model
 
@@ -89,7 +88,7 @@ def to_device(flags: Flags, batch: MicroBatch, device: str) -> tuple[dict[str, A
     if flags.padding_free:
         inputs["position_ids"] = tensor(batch.position_ids)
         inputs["attn_mask_startend_row_indices"] = attention.Samples(batch.lengths, device)
-    else:
+    elif not (library.FORMERS and flags.attention != "eager"):  # PaddleFormers' fused attention is causal without
         inputs["attention_mask"] = tensor(batch.attention_mask)
     if flags.head == "labels":
         inputs |= {"labelled": tensor(batch.labelled), "targets": tensor(batch.targets)}

@@ -1,4 +1,4 @@
-"""Fine-tunes LoRA adapters of a language model with PaddlePaddle: PaddleNLP's model and adapters, paddle's AdamW.
+"""Fine-tunes LoRA adapters of a language model with PaddlePaddle: its library's model and adapters, paddle's AdamW.
 
     python paddle/finetune_lora.py --model llama-tiny --bsz 8
 
@@ -33,6 +33,7 @@ with importing(FRAMEWORK, METHOD, JOB):
     import device
     import kernels_seen
     import layer_norm
+    import library
     import losses
     import numpy as np
     import paddle
@@ -41,17 +42,16 @@ with importing(FRAMEWORK, METHOD, JOB):
     import profiling
     import rms_norm
     import weights
-    from paddlenlp import peft, transformers
 
 
 def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> paddle.nn.Layer:
-    """The checkpoint as PaddleNLP's model, with its LoRA adapters, which alone are trainable."""
+    """The checkpoint as the library's model, with its LoRA adapters, which alone are trainable."""
     config = weights.read_config(checkpoint)
     attention.configure(flags, config)
     config.use_cache = False
     for name, value in parallel.slicing(group).items():
         setattr(config, name, value)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
+    model = library.transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
     weights.load(model, checkpoint)
     attention.use_one_kernel(flags, model)
     losses.sum_in_head(flags, model)
@@ -59,20 +59,18 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     rms_norm.use_one_kernel(flags, model)
     precision.autocast_forward(flags, model)
     targets = {weights.module_name(t, checkpoint.config): t for t in checkpoint.family.lora_targets}
-    config = peft.LoRAConfig(
+    config = library.peft.LoRAConfig(
         r=flags.lora_r,
         lora_alpha=flags.lora_alpha,
         lora_dropout=0.0,
-        use_quick_lora=flags.quick_lora,
         target_modules=[f".*{name}" for name in targets],
-        tensor_parallel_degree=flags.mp,
         dtype=flags.weights_dtype,
+        **library.lora_fields(flags),
     )
     if flags.recompute:
         model.get_input_embeddings().register_forward_post_hook(require_gradient)
-        model.config.recompute = True
-        model.recompute_enable()
-    model = peft.LoRAModel(model, config)
+        library.recompute_layers(model)
+    model = library.peft.LoRAModel(model, config)
     model.mark_only_lora_as_trainable()
     for name, parameter in model.named_parameters():
         if name.endswith(".lora_A"):
@@ -84,7 +82,7 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
 
 
 def require_gradient(layer: paddle.nn.Layer, inputs: tuple, output: paddle.Tensor) -> None:
-    """A hook of the embedding, as peft sets one on the other side: without it PaddleNLP does not recompute layer 0."""
+    """A hook of the embedding, as peft sets one on the other side: without it layer 0 is not recomputed."""
     output.stop_gradient = False
 
 
@@ -115,7 +113,7 @@ def to_device(flags: Flags, batch: MicroBatch, device: str) -> tuple[dict[str, A
     if flags.padding_free:
         inputs["position_ids"] = tensor(batch.position_ids)
         inputs["attn_mask_startend_row_indices"] = attention.Samples(batch.lengths, device)
-    else:
+    elif not (library.FORMERS and flags.attention != "eager"):  # PaddleFormers' fused attention is causal without
         inputs["attention_mask"] = tensor(batch.attention_mask)
     if flags.head == "labels":
         inputs |= {"labelled": tensor(batch.labelled), "targets": tensor(batch.targets)}

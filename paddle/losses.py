@@ -6,6 +6,7 @@ from typing import Any
 import paddle
 import paddle.nn.functional as F
 import parallel
+from library import FORMERS
 from paddle.autograd import PyLayer
 from paddle.distributed.fleet.meta_parallel import ParallelCrossEntropy
 
@@ -90,10 +91,16 @@ def forward_head_to_loss(
     head: paddle.nn.Layer, hidden: paddle.Tensor, labelled: paddle.Tensor, targets: paddle.Tensor
 ) -> paddle.Tensor:
     """The head's forward pass: a scalar, from (rows, width, hidden)."""
-    # A tied weight is the embedding's, (vocabulary, hidden). Bloom's is always tied; other configs may ask for it.
     weight = head.decoder_weight if hasattr(head, "decoder_weight") else head.weight
-    tied = hasattr(head, "decoder_weight") or head.transpose_y
-    return SumOfLosses.apply(hidden.flatten(0, 1).index_select(labelled), weight, targets, tied)
+    return SumOfLosses.apply(hidden.flatten(0, 1).index_select(labelled), weight, targets, is_transposed(head))
+
+
+def is_transposed(head: paddle.nn.Layer) -> bool:
+    """Whether the head's weight is (vocabulary, hidden).
+
+    A tied weight is the embedding's. Bloom's is always tied; other configs may ask for it. PaddleFormers has it always.
+    """
+    return hasattr(head, "decoder_weight") or getattr(head, "transpose_y", FORMERS)
 
 
 class SumOfLosses(PyLayer):
@@ -105,8 +112,10 @@ class SumOfLosses(PyLayer):
     """
 
     @staticmethod
-    def forward(ctx, hidden: paddle.Tensor, weight: paddle.Tensor, labels: paddle.Tensor, tied: bool) -> paddle.Tensor:
-        """A scalar, from (n, hidden), (hidden, vocabulary) or, where it is tied, its transpose, and (n,)."""
+    def forward(
+        ctx, hidden: paddle.Tensor, weight: paddle.Tensor, labels: paddle.Tensor, transposed: bool
+    ) -> paddle.Tensor:
+        """A scalar, from (n, hidden), (hidden, vocabulary) or its transpose, and (n,)."""
         total, by_hidden = paddle.zeros([]), []
         frozen, weight = weight.stop_gradient, weight.detach()
         weight.stop_gradient = frozen
@@ -116,7 +125,7 @@ class SumOfLosses(PyLayer):
             some = hidden[stretch].detach()
             some.stop_gradient = False
             with paddle.enable_grad():
-                logits = paddle.matmul(some, weight, transpose_y=tied).astype("float32")
+                logits = paddle.matmul(some, weight, transpose_y=transposed).astype("float32")
                 loss = F.cross_entropy(logits, labels[stretch], reduction="sum")
             gradient, *rest = paddle.grad(loss, [some, weight][: 2 - frozen])
             by_hidden.append(gradient)

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import library
 import numpy as np
 import paddle
 import precision
@@ -134,11 +135,11 @@ def join(flags: Flags, world: World) -> Group:
 
 
 def slicing(group: Group) -> dict[str, Any]:
-    """The fields of a model's config with which PaddleNLP builds this process's slice."""
+    """The fields of a model's config with which the library builds this process's slice."""
     if group.mp == 1:
         return {}
     return {
-        "tensor_parallel_degree": group.mp,
+        library.DEGREE: group.mp,
         "tensor_parallel_rank": group.mp_rank,
         "tensor_parallel_output": True,  # logits stay sliced over the vocabulary, for `losses.total`
     }

@@ -1,13 +1,15 @@
-"""Loads a Hugging Face checkpoint into a PaddleNLP model.
+"""Loads a Hugging Face checkpoint into a model of PaddleNLP or PaddleFormers.
 
 PaddleNLP's `convert_from_torch=True` does the same for most families, but leaves a second copy of the weights in the
 folder and only warns when a weight is missing. Here a missing or unused weight is an error.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import paddle
-from paddlenlp import transformers
+from library import DEGREE, FORMERS, transformers
 from safetensors import safe_open
 
 from tunebench.models.checkpoint import Checkpoint, canonical_name, is_computed
@@ -30,11 +32,7 @@ GLM_REST = {
     "model.norm": "chatglm_v2.encoder.final_layernorm",
     "lm_head": "chatglm_v2.output_layer",
 }
-CONFIGS = {
-    "llama": (transformers.LlamaConfig, "LlamaForCausalLM"),
-    "qwen2": (transformers.Qwen2Config, "Qwen2ForCausalLM"),
-    "bloom": (transformers.BloomConfig, "BloomForCausalLM"),
-}
+CONFIGS = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "bloom": "BloomConfig"}
 # Keys of the checkpoint's config that PaddleNLP names otherwise or derives, and token ids, no part of the model.
 NOT_PASSED = ("model_type", "eos_token_id", "pad_token_id", "rope_scaling", "partial_rotary_factor", "head_dim")
 QKV, GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
@@ -51,7 +49,7 @@ class Target(NamedTuple):
 
 
 def read_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
-    """PaddleNLP's config of the checkpoint's model."""
+    """The library's config of the checkpoint's model."""
     config = checkpoint.config
     if config["model_type"] == "glm":
         return transformers.ChatGLMv2Config(
@@ -67,10 +65,15 @@ def read_config(checkpoint: Checkpoint) -> transformers.PretrainedConfig:
             layernorm_epsilon=config["rms_norm_eps"],
             add_qkv_bias=True,
         )
-    make, architecture = CONFIGS[config["model_type"]]
+    name = CONFIGS[config["model_type"]]
+    make, architecture = getattr(transformers, name), name.replace("Config", "ForCausalLM")
     fields = {name: value for name, value in config.items() if name not in NOT_PASSED}
     scaling = config.get("rope_scaling")
-    if scaling and scaling["rope_type"] == "linear":
+    if FORMERS:
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")} | (scaling or {})
+        # Separate kernels, and an embedding of which every row is trained, as in PaddleNLP.
+        fields |= {"fuse_rms_norm": False, "pad_token_id": None}
+    elif scaling and scaling["rope_type"] == "linear":
         fields |= {"rope_scaling_type": "linear", "rope_scaling_factor": scaling["factor"]}
     elif scaling:
         fields["rope_scaling"] = scaling
@@ -85,9 +88,9 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
     """
     targets = name_targets(model, checkpoint.config)
     state = model.state_dict()
-    slices = {}
-    if model.config.tensor_parallel_degree > 1:
-        slices = model.get_tensor_parallel_convert_actions(model.config, state)
+    slices: dict[str, Callable[[paddle.Tensor], paddle.Tensor]] = {}
+    if getattr(model.config, DEGREE) > 1:
+        slices = slices_by_axis(model) if FORMERS else model.get_tensor_parallel_convert_actions(model.config, state)
         slices = {name: cut for name, cut in slices.items() if name.split(".")[-2] not in FUSED}
     # A tied head is the embedding; ChatGLMv2's table of rotary frequencies is computed.
     tied = ("lm_head.decoder_weight", HEAD) if checkpoint.config["tie_word_embeddings"] else ()
@@ -120,6 +123,19 @@ def load(model: paddle.nn.Layer, checkpoint: Checkpoint) -> None:
         raise RuntimeError(f"{checkpoint.folder}: no weight for {', '.join(sorted(left))}")
 
 
+def slices_by_axis(model: paddle.nn.Layer) -> dict[str, Callable[[paddle.Tensor], paddle.Tensor]]:
+    """For each sliced parameter the function that cuts this process's slice out of the whole."""
+
+    def cut(whole: paddle.Tensor, axis: int) -> paddle.Tensor:
+        return whole.split(getattr(model.config, DEGREE), axis=axis)[model.config.tensor_parallel_rank]
+
+    return {
+        name: functools.partial(cut, axis=parameter.split_axis)
+        for name, parameter in model.state_dict().items()
+        if parameter.is_distributed
+    }
+
+
 def joined(config: transformers.PretrainedConfig, module: str, parts: list[paddle.Tensor]) -> paddle.Tensor:
     """The parts of a module's weight as one, (…, outputs): with --fuse-projections this process's slices of them.
 
@@ -142,7 +158,10 @@ def module_name(source: str, config: dict[str, Any]) -> str:
 
 
 def name_targets(model: paddle.nn.Layer, config: dict[str, Any]) -> dict[str, Target]:
-    """Where each tensor of the checkpoint goes, by its Hugging Face name. The mapping is PaddleNLP's, but for Glm."""
+    """Where each tensor of the checkpoint goes, by its Hugging Face name. The mapping is the library's, but for Glm."""
+    if FORMERS:
+        transposed = type(model).transpose_weight_keys
+        return {name: Target(name, name.split(".")[-2] in transposed) for name in model.state_dict()}
     if config["model_type"] != "glm":
         fused = model.config.fuse_attention_ffn  # and fuse_attention_qkv
         joined_in = {part: module for module, parts in FUSED.items() for part in parts if fused}

@@ -24,7 +24,7 @@ OLDEST_PYTHON = (3, 11)
 # tried. NVIDIA's containers have pre-releases of torch. `check_packages` in run/start.py says what single flags need.
 PACKAGES = {
     "torch": ("torch>=2.12.0a0", "transformers>=5.2", "peft>=0.19", "accelerate>=1.12"),
-    "paddle": ("paddlepaddle-gpu or paddlepaddle>=3.3.1", "paddlenlp>=3.0.0b4"),
+    "paddle": ("paddlepaddle-gpu>=3.3.1 or paddlepaddle>=3.3.1", "paddlenlp>=3.0.0b4 or paddleformers>=1.2.0"),
 }
 # They put other libraries before the locked ones, or drop asserts and docstrings.
 UNWANTED = ("PYTHONPATH", "PYTHONHOME", "PYTHONOPTIMIZE")
@@ -153,13 +153,15 @@ def _use_own(environment: str, program: str) -> None:
     wanted = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
     missing, old = [], []
     for requirement in [*wanted, *PACKAGES[environment]]:
-        names, _, oldest = requirement.partition("==")[0].partition(">=")
-        candidates = (each for name in names.split(" or ") for each in metadata.distributions(name=name))
-        found = next((each.version for each in candidates), None)
+        choices = [choice.partition("==")[0].partition(">=") for choice in requirement.split(" or ")]
+        candidates = (
+            (name, oldest, each.version) for name, _, oldest in choices for each in metadata.distributions(name=name)
+        )
+        name, oldest, found = next(candidates, ("", "", None))
         if found is None:
             missing.append(requirement)
         elif oldest and order_of(found) < order_of(oldest):
-            old.append(f"{requirement} (it has {found})")
+            old.append(f"{name}>={oldest} (it has {found})")
     if missing or old:
         refuse(f"{said} lacks {', '.join(missing + old)}; install them there, or unset the variable")
     code = importlib.util.find_spec("tunebench")

@@ -20,6 +20,15 @@ SHARED_PACKAGES = ("numpy", "datasets", "tokenizers", "sentencepiece", "safetens
 ATTENTION_SIGNS = {"eager": ("softmax",), "sdpa": ("att",), "flash": ("flash", "varlen")}
 
 
+def other_library(versions: Mapping[str, str]) -> str | None:
+    """The library of models in place of the framework's usual one; None for that one.
+
+    `versions` are those of a record or an interpreter. Paddle's usual one is PaddleNLP. Its training of language models
+    moved to PaddleFormers in 2026.
+    """
+    return "PaddleFormers" if "paddleformers" in versions else None
+
+
 class Launch(NamedTuple):
     """What a launcher starts: the command `worker`, `nproc` times, on node `node_rank` of `nnodes`.
 
@@ -159,7 +168,7 @@ FRAMEWORKS: dict[str, Framework] = {
     "paddle": Framework(
         name="paddle",
         title="Paddle",
-        packages=("paddlepaddle", "paddlepaddle-gpu", "paddlenlp"),
+        packages=("paddlepaddle", "paddlepaddle-gpu", "paddlenlp", "paddleformers"),
         version_of="paddlenlp",
         build_file="version/__init__.py",
         launcher="python -m paddle.distributed.launch",

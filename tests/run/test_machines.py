@@ -288,17 +288,22 @@ def test_a_shell_of_slurms_gets_a_hint():
 def test_what_need_not_run_again(tmp_path, monkeypatch):
     path = tmp_path / "series" / "a.json"
     argv = ["finetune_full.py", "--steps=30", f"--out={path}"]
-    assert record_before(path, argv, nproc=1) == (None, "")
+    assert record_before(path, argv, 1, Path(sys.executable)) == (None, "")
     written = record(argv=argv, status="unsupported")
     written.write(path)
-    assert record_before(path, [*argv[:-1], "--out=elsewhere"], nproc=1) == (written, "")
-    assert record_before(path, [*argv[:1], *argv[-1:]], nproc=1)[1] == "its flags changed"
+    assert record_before(path, [*argv[:-1], "--out=elsewhere"], 1, Path(sys.executable)) == (written, "")
+    assert record_before(path, [*argv[:1], *argv[-1:]], 1, Path(sys.executable))[1] == "its flags changed"
+    written.model_copy(update={"versions": written.versions | {"numpy": "1.0"}}).write(path)
+    assert record_before(path, argv, 1, Path(sys.executable)) == (None, "the packages changed (numpy)")
+    assert record_before(path, argv, 1, Path("/no/python"))[1] == ""  # it is refused when it is to start
     environment = written.hardware.environment | {"ATEN_CPU_CAPABILITY": "default"}
     then = written.hardware.model_copy(update={"environment": environment})
     written.model_copy(update={"hardware": then}).write(path)
-    assert record_before(path, argv, nproc=1)[1] == "the machine changed (environment.ATEN_CPU_CAPABILITY)"
+    assert (
+        record_before(path, argv, 1, Path(sys.executable))[1] == "the machine changed (environment.ATEN_CPU_CAPABILITY)"
+    )
     written.model_copy(update={"git": written.git.model_copy(update={"revision": "0" * 40})}).write(path)
-    assert record_before(path, argv, nproc=1)[1].startswith("the code is of another commit")
+    assert record_before(path, argv, 1, Path(sys.executable))[1].startswith("the code is of another commit")
     assert (set_aside(path.parent, path) / "a.json").exists()
     assert not path.exists()
 

@@ -209,6 +209,21 @@ def test_an_interpreter_of_the_users_own(own, alone, short, tmp_path, other):
 
 
 @pytest.mark.frameworks
+def test_a_record_of_other_packages_is_not_taken_for_a_run_s(own, mini):
+    """A suite that is run again with another interpreter measures its runs with it."""
+    python = own(True)
+    (site,) = python.parents[1].glob("lib/python*/site-packages")
+    finish_suite(start_suite(mini, "--only=full/*"), 0)
+    again = finish_suite(start_suite(mini, "--only=full/*", TUNEBENCH_TORCH=str(python)), 0)
+    assert "runs: 2, done already: 2" in again  # the same packages by another path
+    ask_uv("install", "--quiet", "--no-deps", f"--target={site}", "peft==0.20.0")
+    changed = finish_suite(start_suite(mini, "--only=full/*", TUNEBENCH_TORCH=str(python)), 0)
+    assert "runs: 2, done already: 1" in changed
+    assert "full/torch r1: again, since the packages changed (peft)" in changed
+    assert read_record(mini / "results" / "mini" / "full" / "torch-r1.json").versions["peft"] == "0.20.0"
+
+
+@pytest.mark.frameworks
 def test_an_interpreter_without_deepspeed_refuses_zero(own, mini):
     python = own(False)
     (site,) = python.parents[1].glob("lib/python*/site-packages")
@@ -276,7 +291,7 @@ def test_packages_that_are_too_old_are_named(own):
     ]
     # PaddlePaddle 3.3.0 starts several processes only beside protobuf 6. PaddleNLP 3.0.0b3 has no LoRA for Bloom.
     lines = [line_with("paddle", *old) for old in (("paddlepaddle_gpu", "3.3.0"), ("paddlenlp", "3.0.0b3"))]
-    lacks = ("paddlepaddle-gpu or paddlepaddle>=3.3.1 (it has 3.3.0)", "paddlenlp>=3.0.0b4 (it has 3.0.0b3)")
+    lacks = ("paddlepaddle-gpu>=3.3.1 (it has 3.3.0)", "paddlenlp>=3.0.0b4 (it has 3.0.0b3)")
     assert lines == [
         f"finetune_full.py: TUNEBENCH_PADDLE=PYTHON lacks {each}; install them there, or unset the variable"
         for each in lacks

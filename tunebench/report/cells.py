@@ -7,8 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from tunebench.frameworks import other_library
 from tunebench.record import DISTURBED, Record
-from tunebench.report.identity import as_key, attempt_of, setup_of, split_of, work_of
+from tunebench.report.identity import as_key, attempt_of, heading_of, setup_of, split_of, work_of
 from tunebench.report.rounds import turn
 
 
@@ -32,6 +33,16 @@ class Cell:
     def setup(self) -> str:
         """The words of its setup."""
         return setup_of(self.first)
+
+    @functools.cached_property
+    def library(self) -> str | None:
+        """The library of models in place of the framework's usual one; None for that one."""
+        return other_library(self.first.versions)
+
+    @property
+    def heading(self) -> str:
+        """Its setup in tables, with the library where it is not the usual one."""
+        return heading_of(self.first)
 
     @functools.cached_property
     def split(self) -> tuple[str, ...]:

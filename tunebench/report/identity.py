@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tunebench.frameworks import other_library
 from tunebench.models.presets import PRESETS
 from tunebench.record import Record
 from tunebench.report.rounds import flags_of, out_of
@@ -15,6 +16,12 @@ VARYING = ("--plan-seed", "--until", "--profile=")  # flags that differ between 
 def setup_of(record: Record) -> str:
     """The words for a run's setup, as in the published record."""
     return ", ".join([*split_of(record), f"{record.setup.dtype} {record.setup.amp or ''}".strip()])
+
+
+def heading_of(record: Record) -> str:
+    """The words for a run's setup in tables, with its library of models where it is not the framework's usual one."""
+    library = other_library(record.versions)
+    return ", ".join([setup_of(record), *([library] if library else [])])
 
 
 def model_of(record: Record) -> tuple[str, str]:
@@ -45,7 +52,7 @@ def attempt_of(record: Record) -> tuple[Any, ...]:
     """The key of an attempt: the setup, the commit, and the command without what changes from round to round."""
     out = out_of(record)
     words = (w for w in record.argv if w not in ("--out", out, f"--out={out}") and not w.startswith(VARYING))
-    return setup_of(record), record.git.revision, *words
+    return heading_of(record), record.git.revision, *words
 
 
 def split_of(record: Record) -> list[str]:

@@ -75,9 +75,9 @@ def memory_rows(records: list[Record]) -> list[Row]:
     rows = []
     for group in sorted(groups, key=place_of):
         cells = [cell for members in groups[group].values() for cell in cells_of(members)]
-        cells.sort(key=lambda cell: (cell.setup, cell.first.framework))
-        counts = Counter((cell.setup, cell.first.framework) for cell in cells)
-        rows += [_row(group, cell, told_apart=counts[cell.setup, cell.first.framework] > 1) for cell in cells]
+        cells.sort(key=lambda cell: (cell.heading, cell.first.framework))
+        counts = Counter((cell.heading, cell.first.framework) for cell in cells)
+        rows += [_row(group, cell, told_apart=counts[cell.heading, cell.first.framework] > 1) for cell in cells]
     return rows
 
 
@@ -126,7 +126,7 @@ def _row(group: tuple[Any, ...], cell: Cell, told_apart: bool) -> Row:
         num_gpus=devices,
         batch_size=bsz,
         framework=largest.framework,
-        setup=cell.setup,
+        setup=cell.heading,
         status=largest.status,
         predicted_peak_memory_bytes=predicted,
         measured_peak_memory_bytes=measured,

@@ -154,7 +154,7 @@ def join_cells(records: list[Record]) -> list[Joined]:
         same_work = {framework: _by(members, "work") for framework, members in cells.items()}
         pairs = _pairs(**cells, near=near)
         members = [[cell for cell in pair if cell] for _, *pair in pairs]
-        headings = [(pair[0] == BEST_OF_EACH, sides[0].setup) for pair, sides in zip(pairs, members, strict=True)]
+        headings = [(pair[0] == BEST_OF_EACH, sides[0].heading) for pair, sides in zip(pairs, members, strict=True)]
         counts = Counter(headings)
         for (compared, paddle, torch), sides, heading in zip(pairs, members, headings, strict=True):
             row, rounds = _row(group, compared, paddle, torch, told_apart=counts[heading] > 1, near=near)
@@ -205,7 +205,7 @@ def against_itself(records: list[Record]) -> list[SelfComparison]:
                         num_gpus=devices,
                         batch_size=bsz,
                         framework=framework,
-                        setup=cell.setup,
+                        setup=cell.heading,
                         machine=cell.first.hardware.place,
                         log_ratios=ratios,
                         dropped=rounds.dropped,
@@ -236,11 +236,13 @@ def _pairs(paddle: list[Cell], torch: list[Cell], near: Near) -> list[tuple[str 
     ours, theirs = (sorted(cells, key=lambda cell: -(cell.rate or 0.0)) for cells in (paddle, torch))
     pairs: list[tuple[str | None, Cell | None, Cell | None]] = []
     timed = [cell for cell in theirs if cell.rate]
-    same_work, alike = _by(timed, "work"), _by(timed, "work", "setup")
+    same_work = _by(timed, "work")
+    # Each library of a framework has its own pairs with the other side's cells.
+    alike = {library: _by(timed, "work", "setup") for library in {cell.library for cell in ours}}
     like: list[tuple[Cell, Cell]] = []
     best: dict[str, tuple[Cell, Cell]] = {}
     for a in (cell for cell in ours if cell.rate):
-        if waiting := alike[a.work, a.setup]:
+        if waiting := alike[a.library][a.work, a.setup]:
             like.append((a, waiting.popleft()))
     for a in sorted((cell for cell in ours if cell.rate), key=lambda cell: cell.wholly_disturbed):
         if a.work not in best:
@@ -375,7 +377,7 @@ def _side(framework: str, cell: Cell | None, rates: list[float]) -> dict[str, An
     """The fields of a row for one side. `rates` are those of the complete rounds."""
     rates = rates or (cell.rates if cell else [])
     return {
-        f"{framework}_setup": cell.setup if cell else None,
+        f"{framework}_setup": cell.heading if cell else None,
         f"{framework}_status": cell.first.status if cell else None,
         f"{framework}_effective_tokens_per_second": statistics.geometric_mean(rates) if rates else None,
         f"{framework}_spread": spread(rates),

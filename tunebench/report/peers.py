@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.record import Record
 from tunebench.report.cells import Cell
-from tunebench.report.identity import METHODS, model_of, rank_of, setup_of
+from tunebench.report.identity import METHODS, heading_of, model_of, rank_of
 from tunebench.report.markdown import figure, markdown, measured_on
 from tunebench.report.rounds import Near, Rounds, in_one_series, round_of, turn
 from tunebench.report.stats import spread
@@ -88,7 +88,7 @@ def _place(about: tuple[str, str, str, str]) -> tuple:
 def _lines(members: list[Record], baseline: str, near: Near) -> list[list[str]]:
     rows: dict[str, list[Record]] = defaultdict(list)
     for record in members:
-        rows[record.peer or f"ours: {setup_of(record)}"].append(record)
+        rows[record.peer or f"ours: {heading_of(record)}"].append(record)
     cells = {
         name: Cell(sorted((r for r in runs if r.status == "ok" and not r.disturbed), key=turn))
         for name, runs in rows.items()

@@ -8,7 +8,7 @@ from typing import Any
 
 from tunebench.models.families import FAMILIES
 from tunebench.record import KERNEL_KINDS, Kernel, RankProfile, Record, Shares
-from tunebench.report.identity import METHODS, group_of, place_of, setup_of
+from tunebench.report.identity import METHODS, group_of, heading_of, place_of
 from tunebench.report.markdown import NOT_AVAILABLE, markdown, measured_on
 from tunebench.report.pairing import SIDES
 from tunebench.report.tables import Column, as_csv
@@ -87,7 +87,7 @@ def _by_setup(records: list[Record]) -> list[tuple[tuple[Any, ...], dict[str, Re
     found: dict[tuple[Any, ...], dict[str, Record]] = defaultdict(dict)
     for record in sorted(records, key=lambda record: record.started_at):
         if record.profile is not None:
-            found[(*group_of(record), setup_of(record))][record.framework] = record
+            found[(*group_of(record), heading_of(record))][record.framework] = record
     return sorted(found.items(), key=lambda item: (place_of(item[0][:-1]), item[0][-1]))
 
 

@@ -14,7 +14,7 @@ from tunebench.bootstrap import ROOT
 from tunebench.errors import BadInput
 from tunebench.record import Record, first_fault
 from tunebench.record import Strict as Part
-from tunebench.report.identity import METHODS, model_of, rank_of, setup_of
+from tunebench.report.identity import METHODS, heading_of, model_of, rank_of
 from tunebench.report.load import load_files, record_files
 from tunebench.report.markdown import NOT_AVAILABLE, figure
 from tunebench.report.pairing import BEST_OF_EACH, LIKE_FOR_LIKE, Row, join
@@ -420,7 +420,7 @@ def _tried_several(runs: list[PublishedRecord]) -> bool:
 
 def _sides(records: list[Record]) -> dict[tuple[Any, ...], list[Row]]:
     """The own rows by (`like`, framework). Each side's rate is there once, from a like-for-like row if there is one."""
-    likes = {(*_like(record)[:4], setup_of(record)): _like(record) for record in records}
+    likes = {(*_like(record)[:4], heading_of(record)): _like(record) for record in records}
     rows = sorted(join(records), key=lambda row: row.compared == BEST_OF_EACH)
     found, seen = defaultdict(list), set()
     for row, side in itertools.product(rows, ("paddle", "torch")):

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from tunebench.frameworks import FRAMEWORKS
+from tunebench.frameworks import FRAMEWORKS, other_library
 from tunebench.record import DISTURBED, MARKED, Record
 from tunebench.report.cells import Cell
 from tunebench.report.rounds import Near, Rounds, out_of, pair_rounds, round_of
@@ -101,8 +101,9 @@ def on_what(record: Record) -> str:
     assert record.plan is not None
     assert record.steps is not None
     plan, timed = record.plan, len(record.steps.seconds) - record.timed_from
-    version = record.versions.get(FRAMEWORKS[record.framework].version_of, "?")
+    library = other_library(record.versions)
+    version = record.versions.get((library or FRAMEWORKS[record.framework].version_of).lower(), "?")
     return (
-        f"{timed} steps of {plan.data} (plan {plan.sha256[:8]}), {record.framework} {version}, "
+        f"{timed} steps of {plan.data} (plan {plan.sha256[:8]}), {library or record.framework} {version}, "
         f"revision {(record.git.revision or 'no git')[:10]}"
     )

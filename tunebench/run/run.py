@@ -19,7 +19,7 @@ from tunebench.errors import NO_ROOM, BadInput, forget_stdout
 from tunebench.files import results_folder
 from tunebench.flags import TRACED_STEPS, Flags
 from tunebench.forecast.formula import predict
-from tunebench.frameworks import FRAMEWORKS
+from tunebench.frameworks import FRAMEWORKS, other_library
 from tunebench.hardware import Hardware, bind_to_gpu, read_hardware
 from tunebench.models.checkpoint import Checkpoint
 from tunebench.plan import Plan
@@ -91,7 +91,12 @@ class Run:
         self.written = False
 
     def _predict_peak(self) -> int | None:
-        """The predicted peak of the GPU that holds most. Where a formula fails, prints a warning. The run goes on."""
+        """The predicted peak of the GPU that holds most; None where no formula knows such runs.
+
+        Where a formula fails, prints a warning. The run goes on.
+        """
+        if other_library(self.about["versions"]):
+            return None
         try:
             memory = predict(self.framework, self.method, self.flags, self.checkpoint, self.plan)
         except Exception as error:

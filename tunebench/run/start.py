@@ -19,7 +19,7 @@ from tunebench.forecast import sweep
 from tunebench.forecast.calibrate import machine_of
 from tunebench.forecast.job import describe
 from tunebench.forecast.report import refused, say
-from tunebench.frameworks import FRAMEWORKS
+from tunebench.frameworks import FRAMEWORKS, other_library
 from tunebench.hardware import keep_freed_memory, read_environment, read_hardware, visible_accelerators
 from tunebench.installed import explained
 from tunebench.models.checkpoint import Checkpoint, find_checkpoint
@@ -60,14 +60,15 @@ def start_run(framework: str, method: str) -> Job:
                 check_folder(flags.profile.expanduser(), f"--profile {flags.profile}")
             checkpoint = find_checkpoint(flags.model, flags.weights, flags.seed, flags.layers)
             check_tensor_parallel(flags, checkpoint)
-            check_packages(framework, flags, FRAMEWORKS[framework].versions(), sys.executable)
+            versions = FRAMEWORKS[framework].versions()
+            check_packages(framework, flags, versions, sys.executable)
             prepare_compiler(framework, flags)
             plan = load_plan(flags, checkpoint)
             flags = fit_to_steps(flags, plan.steps)
     if flags.keep_memory:
         keep_freed_memory()
     job = Job(flags, checkpoint, plan, world or ALONE)
-    reason = not_offered(framework, method, flags, checkpoint)
+    reason = not_offered(framework, method, flags, checkpoint, other_library(versions))
     if reason:
         Run(framework, method, job).fail("unsupported", reason)
         sys.exit(1)
@@ -85,7 +86,10 @@ def describe_job(framework: str, method: str, flags: Flags) -> Job:
     """The job of a forecast. Where no framework is needed for the answer, it is printed, and the process ends."""
     flags, checkpoint, plan, remarks = describe(flags)
     check_tensor_parallel(flags, checkpoint)
-    check_packages(framework, flags, FRAMEWORKS[framework].versions(), sys.executable)
+    versions = FRAMEWORKS[framework].versions()
+    check_packages(framework, flags, versions, sys.executable)
+    if library := other_library(versions):
+        raise BadInput(f"--plan is of PaddleNLP's models, and {sys.executable} has {library}; unset TUNEBENCH_PADDLE")
     for remark in remarks:
         print(remark, flush=True)
     machine = machine_of(framework, flags)  # refuses records that do not go together

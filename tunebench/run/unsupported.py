@@ -3,6 +3,7 @@
 The reasons name the installed versions.
 """
 
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -19,6 +20,7 @@ NAMES = {  # how sentences name a distribution; paddlepaddle-gpu goes by paddlep
     "deepspeed": "DeepSpeed",
     "paddlepaddle": "Paddle",
     "paddlenlp": "PaddleNLP",
+    "paddleformers": "PaddleFormers",
 }
 PADDLE_MOST_TABLES = 32 * 2**30  # bytes: a model of 8 billion parameters with a million positions needs this much
 PADDLE_LARGEST_EPSILON = 1e-3  # paddle/phi/infermeta/ternary.cc, LayerNormInferMeta
@@ -45,15 +47,19 @@ def heads_left(flags: Flags, checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def not_offered(framework: str, method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
-    """Why the framework does not support the run; None where it does."""
+def not_offered(
+    framework: str, method: str, flags: Flags, checkpoint: Checkpoint, library: str | None = None
+) -> str | None:
+    """Why the framework does not support the run; None where it does. `library` is `other_library`'s."""
     if reason := heads_left(flags, checkpoint):
         return reason
     families = FRAMEWORKS[framework].families
     if families is not None and checkpoint.config["model_type"] not in families:
         return f"{FRAMEWORKS[framework].title} has no {checkpoint.family.title} here, but {', '.join(families)}"
-    lacks = OF_A_FRAMEWORK.get(framework)
-    return lacks(method, flags, checkpoint) if lacks else None
+    lacks = OF_A_FRAMEWORK.get(framework, ())
+    if library:
+        lacks = (_paddleformers_lacks, _paddle_lacks)
+    return next((reason for each in lacks if (reason := each(method, flags, checkpoint))), None)
 
 
 def _torch_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
@@ -78,15 +84,10 @@ def _torch_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | Non
     return None
 
 
-def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
-    config, family = checkpoint.config, checkpoint.config["model_type"]
-    if lacking := paddle_lacks(config):
+def _paddlenlp_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
+    family = checkpoint.config["model_type"]
+    if lacking := paddle_lacks(checkpoint.config):
         return lacking
-    for name, width in checkpoint.widths.items():
-        if width % flags.mp:  # transformers allows a shorter last slice
-            return (
-                f"{named('paddlepaddle')} slices into equal parts, and --mp {flags.mp} does not divide {width} ({name})"
-            )
     if family in ("bloom", "glm") and flags.padding_free:
         return f"{named('paddlenlp')} has no function for attention alone in this model, to call for each sample"
     if family == "glm" and flags.head == "labels":
@@ -99,6 +100,31 @@ def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | No
         return f"LoRA adapts q, k and v each here, and {named('paddlenlp')} would make them one weight"
     if flags.fuse_projections and family not in ("llama", "qwen2"):
         return f"{named('paddlenlp')} has no choice of projections in this model"
+    return None
+
+
+def _paddleformers_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
+    former, config = named("paddleformers"), checkpoint.config
+    if config["model_type"] == "qwen2":
+        return f"{former} has q, k and v of Qwen2 in one weight, where these runs have three"
+    if config["model_type"] != "llama":
+        return f"{former} has no {checkpoint.family.title}"
+    if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
+        return f"{former} derives the head size from hidden_size, and head_dim is {config['head_dim']} here"
+    if flags.tuned:
+        return f"--tuned is of PaddleNLP's models, not of {former}'s; name the flags that are wanted"
+    of_paddlenlp = ("padding_free", "lean", "fuse_projections", "quick_lora")
+    if found := next((name for name in of_paddlenlp if vars(flags)[name]), None):
+        return f"--{found.replace('_', '-')} is of PaddleNLP's layers, not of {former}'s"
+    return None
+
+
+def _paddle_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
+    for name, width in checkpoint.widths.items():
+        if width % flags.mp:  # transformers allows a shorter last slice
+            return (
+                f"{named('paddlepaddle')} slices into equal parts, and --mp {flags.mp} does not divide {width} ({name})"
+            )
     if flags.sharding:
         return f"{named('paddlepaddle')} has a sharding of its own, neither DeepSpeed's nor FSDP2; leave --sharding out"
     if flags.compile:
@@ -163,4 +189,7 @@ def paddle_table_bytes(config: dict[str, Any]) -> int:
     return int(positions * layers * config["head_dim"] * config["partial_rotary_factor"]) * 2 * 4
 
 
-OF_A_FRAMEWORK = {"torch": _torch_lacks, "paddle": _paddle_lacks}
+OF_A_FRAMEWORK: dict[str, tuple[Callable[[str, Flags, Checkpoint], str | None], ...]] = {
+    "torch": (_torch_lacks,),
+    "paddle": (_paddlenlp_lacks, _paddle_lacks),
+}

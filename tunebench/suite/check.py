@@ -22,6 +22,7 @@ from tunebench.bootstrap import ROOT, own_python, python_of
 from tunebench.errors import BadInput
 from tunebench.files import cache_folder, free_bytes, results_folder
 from tunebench.flags import HUB
+from tunebench.frameworks import other_library
 from tunebench.hardware import Hardware, ask, read_hardware, visible_gpus
 from tunebench.models.checkpoint import describe_checkpoint, random_folder
 from tunebench.models.presets import PRESETS
@@ -251,7 +252,8 @@ def check_runs(runs: Collection[Planned], packages: dict[str, dict[str, str]]) -
             continue
         if framework not in packages:  # it does not start, as another line says
             continue
-        reason = not_offered(framework, run.entry.method, run.flags, checkpoint)
+        library = other_library(packages[framework])
+        reason = not_offered(framework, run.entry.method, run.flags, checkpoint, library)
         if reason:
             reasons.setdefault(("note", f"unsupported: {reason}"), []).append(run.entry.name)
         else:

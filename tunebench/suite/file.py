@@ -209,6 +209,11 @@ class Planned:
         return [str(python), str(self.root / ("peers" if peer else framework) / self.argv[0]), *self.argv[1:]]
 
     @property
+    def interpreter(self) -> Path:
+        """The Python whose packages train."""
+        return self.other.python_of(self.entry.framework) if self.other else python_of(self.entry.environment)
+
+    @property
     def root(self) -> Path:
         """The checkout that runs it."""
         return self.other.root if self.other else ROOT

@@ -1,7 +1,11 @@
-"""Finds the finished runs of a series: those with a record of the same flags, commit and machine. Others move away."""
+"""Finds the finished runs of a series: those with a record of the same flags, commit, machine and packages. Others
+move away.
+"""
 
 import datetime
 import functools
+import json
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,14 +17,28 @@ from tunebench.record import Git, Record, read_record
 from tunebench.run.run import as_workers_have_it
 
 FINAL = ("ok", "oom", "unsupported")  # statuses that another try would not change
+# What an interpreter says of the distributions that it is asked for, with the standard library alone.
+ASK = """
+import json, platform, sys
+from importlib import metadata
+found = {"python": platform.python_version()}
+for name in sys.argv[1:]:
+    try:
+        found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        pass
+print(json.dumps(found))
+"""
 NOW = f"{datetime.datetime.now():%Y%m%d-%H%M%S}"
 
 
-def record_before(path: Path, argv: Sequence[str], nproc: int, root: Path = ROOT) -> tuple[Record | None, str]:
+def record_before(
+    path: Path, argv: Sequence[str], nproc: int, python: Path, root: Path = ROOT
+) -> tuple[Record | None, str]:
     """The record of a finished run. Or None, with the reason why an existing record does not count.
 
-    `argv` is what the run's record will hold, with --out last. `nproc` is its number of processes. `root` is the
-    checkout that runs it.
+    `argv` is what the run's record will hold, with --out last. `nproc` is its number of processes. `python` is the
+    interpreter whose packages train, and `root` the checkout.
     """
     if not path.exists():
         return None, ""
@@ -41,7 +59,21 @@ def record_before(path: Path, argv: Sequence[str], nproc: int, root: Path = ROOT
         changed = [name for name in changed if not name.startswith("environment.")]
     if changed:
         return None, f"the machine changed ({', '.join(changed)})"
+    installed = versions_in(python, tuple(record.versions))
+    changed = [name for name, version in record.versions.items() if installed.get(name) != version]
+    if installed and changed:
+        return None, f"the packages changed ({', '.join(changed)})"
     return record, ""
+
+
+@functools.cache
+def versions_in(python: Path, names: tuple[str, ...]) -> dict[str, str]:
+    """The versions of an interpreter and of those distributions that it has; empty where it does not start."""
+    try:
+        done = subprocess.run([python, "-P", "-c", ASK, *names], capture_output=True, text=True, check=True)
+        return json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}
 
 
 def set_aside(folder: Path, *paths: Path) -> Path:

@@ -142,7 +142,7 @@ def main() -> int:
         if options.until:
             print(f"at most these rounds: a pair ends after {', '.join(map(str, LOOKS[:-1]))} or {LOOKS[-1]}")
         for run in runs:
-            done = record_before(run.record, run.argv, run.flags.nproc, run.root)[0] is not None
+            done = record_before(run.record, run.argv, run.flags.nproc, run.interpreter, run.root)[0] is not None
             print(f"{run.name}{': done already' * done}\n  {shlex.join(run.command)}")
         return 0
     for environment in sorted({run.entry.environment for run in runs}):
@@ -264,7 +264,7 @@ def run_all(
 
     A failed run does not stop the others. `expected` is the usual length of a run in seconds; None where not known.
     """
-    before = [record_before(run.record, run.argv, run.flags.nproc, run.root) for run in runs]
+    before = [record_before(run.record, run.argv, run.flags.nproc, run.interpreter, run.root) for run in runs]
     rounds = [list(group) for _, group in itertools.groupby(range(len(runs)), key=lambda i: runs[i].measured_with)]
     again = 0
     if not anyway:

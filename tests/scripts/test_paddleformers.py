@@ -1,0 +1,81 @@
+"""The scripts in paddle/ on PaddleFormers' models, in an environment of their own: losses are those on PaddleNLP's."""
+
+import os
+import subprocess
+
+import pytest
+from conftest import ROOT, assert_one_curve, assert_one_model, refusal, run_program, train
+from filelock import FileLock
+
+from tunebench.record import read_record
+from tunebench.report.pairing import LIKE_FOR_LIKE, join
+
+pytestmark = pytest.mark.frameworks
+PYTHON = ROOT / ".venv" / "paddleformers" / "bin" / "python"
+HERE = {"TUNEBENCH_PADDLE": str(PYTHON)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """Makes the environment, which run_tests.sh does not."""
+    with FileLock(ROOT / ".venv" / "paddleformers.lock"):
+        own = {name: value for name, value in os.environ.items() if not name.startswith("TUNEBENCH_")}
+        subprocess.run(["bash", ROOT / "setup.sh", "paddleformers", "--cpu"], check=True, env=own, timeout=600)
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "setup"),
+    [
+        ("llama", "full", []),
+        ("llama", "lora", ["--recompute"]),
+        ("llama", "full", ["--zero=3", "--nproc=2"]),
+        ("llama", "lora", ["--mp=2", "--micro-bsz=4"]),
+        ("llama", "full", ["--zero=2", "--nproc=2", "--micro-bsz=2", "--overlap"]),
+        ("llama-3.2-1b", "full", ["--mp=2", "--recompute", "--overlap"]),
+        ("llama-3.2-1b", "lora", ["--attention=sdpa", "--head=labels"]),
+    ],
+    ids=lambda part: "".join(part),
+)
+def test_paddleformers_does_the_arithmetic_of_paddlenlp(alone, short, tmp_path, family, method, setup):
+    record = train("paddle", method, tmp_path / "r.json", f"--model={family}-tiny", *short, *setup, env=HERE)
+    assert record.versions["paddleformers"]
+    assert "paddlenlp" not in record.versions
+    assert record.predicted_peak_memory_bytes is None  # the formula is of PaddleNLP's layers
+    pinned = alone("paddle", family, method)
+    assert_one_model(record, pinned)
+    assert_one_curve(record, pinned)
+
+
+def test_both_libraries_have_a_row_beside_torch(alone, short, tmp_path):
+    ours = train("paddle", "full", tmp_path / "r.json", "--model=llama-tiny", *short, env=HERE)
+    rows = join([alone("torch", "llama", "full"), alone("paddle", "llama", "full"), ours])
+    assert {(row.paddle_setup, row.torch_setup, row.compared) for row in rows} == {
+        ("fp32", "fp32", LIKE_FOR_LIKE),
+        ("fp32, PaddleFormers", "fp32", LIKE_FOR_LIKE),
+    }
+    assert len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--model=qwen2-tiny"], "has q, k and v of Qwen2 in one weight"),
+        (["--model=bloom-tiny"], "has no Bloom"),
+        (["--model=llama-tiny", "--tuned"], "--tuned is of PaddleNLP's models"),
+        (["--model=llama-tiny", "--padding-free"], "--padding-free is of PaddleNLP's layers"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, list) else "",
+)
+def test_what_the_scripts_do_not_train_on_it(tmp_path, flags, reason):
+    run_program("paddle/finetune_full.py", *flags, f"--out={tmp_path / 'r.json'}", env=HERE)
+    record = read_record(tmp_path / "r.json")
+    assert record.status == "unsupported"
+    assert reason in record.reason
+    assert record.reason.count("PaddleFormers 1.") == 1
+
+
+def test_a_forecast_is_refused():
+    line = refusal(run_program("paddle/finetune_full.py", "--model=llama-7b", "--plan", env=HERE))
+    assert line == (
+        f"finetune_full.py: --plan is of PaddleNLP's models, and {PYTHON} has PaddleFormers; unset TUNEBENCH_PADDLE"
+    )
