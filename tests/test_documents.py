@@ -143,6 +143,13 @@ RUN_ELSEWHERE = {
     "bash setup.sh": "test_setup.py",
     "bash setup.sh --cpu": "needs PyTorch's CPU index",
     "bash run_all.sh --suite peers": "downloads the trainers' environments; test_peers.py runs one of its peers",
+    "bash setup.sh paddleformers": "test_paddleformers.py",
+    "TUNEBENCH_PADDLE=.venv/paddleformers/bin/python python3 paddle/finetune_full.py --model llama-tiny": "takes two "
+    "minutes; test_paddleformers.py trains fewer steps",
+    "TUNEBENCH_RESULTS=results/formers bash run_all.sh --only 'llama*' --paddle .venv/paddleformers/bin/python": "20 "
+    "minutes; test_paddleformers.py trains with it, test_check.py runs a suite with an interpreter",
+    "bash run_all.sh --suite quick --only 'llama*' --versus .venv/paddleformers/bin/python": "takes ten minutes; "
+    "test_versus.py plans such a run",
     "bash setup.sh peers": "downloads an environment; test_setup.py makes others",
     "rm -r .venv/torch": "test_setup.py builds an environment anew",
     ".venv/torch/bin/torchrun --standalone --nproc-per-node 2 torch/finetune_full.py": "test_launch.py",

@@ -49,6 +49,8 @@ def enter_environment(*environments: str, module: str = "") -> None:
     folder = str(Path(sys.argv[0]).resolve().parent)
     if not module and folder not in (str(ROOT), *sys.path):
         sys.path.insert(0, folder)
+    # Absolute, because a suite starts its runs in the folder of its file.
+    os.environ.update({variable_of(name): str(own_python(name)) for name in environments if own_python(name)})
     os.environ.update(maths_settings())
     os.environ.update(home_settings("paddle" in environments[:1]))
     if str(ROOT / ".venv") in os.path.abspath(sys.executable):  # noqa: PTH100 (links keep their names)

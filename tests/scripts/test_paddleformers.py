@@ -6,6 +6,7 @@ import subprocess
 import pytest
 from conftest import ROOT, assert_one_curve, assert_one_model, refusal, run_program, train
 from filelock import FileLock
+from helpers import SUITE
 
 from tunebench.record import read_record
 from tunebench.report.pairing import LIKE_FOR_LIKE, join
@@ -54,6 +55,20 @@ def test_both_libraries_have_a_row_beside_torch(alone, short, tmp_path):
         ("fp32, PaddleFormers", "fp32", LIKE_FOR_LIKE),
     }
     assert len(rows) == 2
+
+
+def test_a_suite_with_its_interpreter(tmp_path):
+    """As docs/running.md has it: the interpreter is named by a path from here, and runs start in another folder."""
+    (tmp_path / "mini.toml").write_text(SUITE)
+    command = ["bash", "run_all.sh", f"--suite={tmp_path / 'mini.toml'}", "--only=full/*", "--anyway"]
+    own = os.environ | {"TUNEBENCH_RESULTS": str(tmp_path / "results"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--paddle", PYTHON.relative_to(ROOT)], capture_output=True, text=True, env=own, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| fp32, PaddleFormers |" in done.stdout
+    (record,) = (read_record(file) for file in (tmp_path / "results").rglob("paddle-r1.json"))
+    assert record.versions["paddleformers"]
 
 
 @pytest.mark.parametrize(
