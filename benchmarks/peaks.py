@@ -6,6 +6,7 @@ Each point is a LoRA run on one GPU that the flags can express. A source's count
 another's.
 """
 
+import argparse
 import json
 import pathlib
 import runpy
@@ -24,6 +25,7 @@ COLUMNS = ("Model", "Flags", "Published GB", "Forecast GB", "Error", "What diffe
 
 def main() -> None:
     """Prints a table for each source, with the median and the largest error."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     content = json.loads((ROOT / "tests" / "data" / "peaks.json").read_text())
     for source in dict.fromkeys(point["source"] for point in content["points"]):
         points = [point for point in content["points"] if point["source"] == source]

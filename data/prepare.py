@@ -204,7 +204,8 @@ def fixed(tokenizer: Any, options: dict[str, Any], positions: int | None, eos_id
     count = options["samples"] or min(DEFAULT_FIXED_SAMPLES, MOST_TOKENS // size)
     if positions is not None and size > positions:
         raise BadInput(
-            f"--data {options['data']}: max_position_embeddings of the model is {positions}; use at most that"
+            f"--data {options['data']}: the model takes at most {positions} tokens (max_position_embeddings, or "
+            "Mistral's sliding_window); use at most that"
         )
     if size * count > MOST_TOKENS:
         raise BadInput(f"--samples {count} of {options['data']} are too many; use at most {MOST_TOKENS // size}")

@@ -35,11 +35,17 @@ class Samples:
 
 def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
     """Names in a model's config the attention to build. For ChatGLMv2 `use_one_kernel` chooses it."""
-    if FORMERS:  # it leaves a mask out that it is not given
+    if FORMERS:
         config._attn_implementation = "eager" if flags.attention == "eager" else "sdpa"
+        return
     config.use_flash_attention = flags.attention != "eager" and config.model_type != "chatglm_v2"
     # PaddleNLP's variable, spelled so: with it Llama and Qwen2 leave their mask out.
     os.environ["USE_CASUAL_MASK"] = str(config.use_flash_attention)
+
+
+def takes_mask(flags: Flags) -> bool:
+    """Whether the model is given a mask of padding. PaddleFormers' fused attention is causal without it."""
+    return flags.attention == "eager" or not FORMERS
 
 
 def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:

@@ -113,7 +113,7 @@ def to_device(flags: Flags, batch: MicroBatch, device: str) -> tuple[dict[str, A
     if flags.padding_free:
         inputs["position_ids"] = tensor(batch.position_ids)
         inputs["attn_mask_startend_row_indices"] = attention.Samples(batch.lengths, device)
-    elif not (library.FORMERS and flags.attention != "eager"):  # PaddleFormers' fused attention is causal without
+    elif attention.takes_mask(flags):
         inputs["attention_mask"] = tensor(batch.attention_mask)
     if flags.head == "labels":
         inputs |= {"labelled": tensor(batch.labelled), "targets": tensor(batch.targets)}

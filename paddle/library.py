@@ -1,6 +1,7 @@
 """The library that has Paddle's models here: PaddleNLP, or PaddleFormers, to which its training moved in 2026.
 
-An environment has one of both. Their modules for models and adapters are alike. What differs in few words stands here.
+Where an environment has both, it is PaddleNLP. Their modules for models and adapters are alike. What differs in few
+words stands here.
 """
 
 import importlib.util

@@ -152,7 +152,7 @@ def joined(config: transformers.PretrainedConfig, module: str, parts: list[paddl
 
 
 def module_name(source: str, config: dict[str, Any]) -> str:
-    """PaddleNLP's name of the module `source` of the checkpoint, such as `o_proj`."""
+    """The library's name of the module `source` of the checkpoint, such as `o_proj`."""
     names = {here.rpartition(".")[2]: there.rpartition(".")[2] for here, there in GLM_LAYER.items()}
     return names[source] if config["model_type"] == "glm" else source
 

@@ -146,7 +146,7 @@ RUN_ELSEWHERE = {
     "bash setup.sh paddleformers": "test_paddleformers.py",
     "TUNEBENCH_PADDLE=.venv/paddleformers/bin/python python3 paddle/finetune_full.py --model llama-tiny": "takes two "
     "minutes; test_paddleformers.py trains fewer steps",
-    "TUNEBENCH_RESULTS=results/formers bash run_all.sh --only 'llama*' --paddle .venv/paddleformers/bin/python": "20 "
+    "TUNEBENCH_RESULTS=results-formers bash run_all.sh --only 'llama*' --paddle .venv/paddleformers/bin/python": "20 "
     "minutes; test_paddleformers.py trains with it, test_check.py runs a suite with an interpreter",
     "bash run_all.sh --suite quick --only 'llama*' --versus .venv/paddleformers/bin/python": "takes ten minutes; "
     "test_versus.py plans such a run",

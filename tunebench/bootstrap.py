@@ -271,7 +271,9 @@ def home_settings(paddle: bool) -> dict:
         home = own_home()
         settings["HOME"] = str(home)
     elif not os.access(str(home), os.W_OK):
-        for name, usual, own in (("HF_HOME", ".cache/huggingface", "huggingface"), ("TRITON_HOME", ".triton", ".")):
+        own_folders = [("HF_HOME", ".cache/huggingface", "huggingface"), ("TRITON_HOME", ".triton", ".")]
+        own_folders += [("PF_HOME", ".paddleformers", ".paddleformers")] * paddle
+        for name, usual, own in own_folders:
             if not os.environ.get(name) and not os.access(str(home / usual), os.F_OK):
                 settings[name] = str(own_home() / own)
     if paddle:

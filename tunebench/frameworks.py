@@ -24,9 +24,9 @@ def other_library(versions: Mapping[str, str]) -> str | None:
     """The library of models in place of the framework's usual one; None for that one.
 
     `versions` are those of a record or an interpreter. Paddle's usual one is PaddleNLP. Its training of language models
-    moved to PaddleFormers in 2026.
+    moved to PaddleFormers in 2026. Where both are installed, the scripts take PaddleNLP (paddle/library.py).
     """
-    return "PaddleFormers" if "paddleformers" in versions else None
+    return "PaddleFormers" if "paddleformers" in versions and "paddlenlp" not in versions else None
 
 
 class Launch(NamedTuple):

@@ -225,7 +225,10 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
             raise BadInput(f"--model {flags.model}: its tokenizer gives token {token}, its vocabulary has {vocabulary}")
     longest = int(np.diff(plan.offsets).max())
     if positions is not None and longest > positions:
-        raise BadInput(f"--model {flags.model}: a sample has {longest} tokens, max_position_embeddings is {positions}")
+        raise BadInput(
+            f"--model {flags.model}: a sample has {longest} tokens, and the model takes at most {positions} "
+            "(max_position_embeddings, or Mistral's sliding_window)"
+        )
     return plan
 
 

@@ -203,6 +203,9 @@ class TestRefusals:
             written(conditions=conditions.model_copy(update={"busy_core_seconds": taken})), "r.json: others took"
         )
 
+    def test_a_run_of_another_library(self, written):
+        self.refused(written(versions={"paddleformers": "1.2.0"}), "r.json: its layers are of PaddleFormers")
+
     def test_an_older_record(self, written):
         self.refused(written(matmul_flops=[]), "without rates of matrix products")
 

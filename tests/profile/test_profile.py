@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from conftest import FRAMEWORKS, HERE, ROOT, refusal, run_program, train
@@ -138,6 +139,16 @@ def test_the_tables_have_both_sides_beside_each_other(profiled, shared_folder):
     one_side = profile_rows(records[:1])
     assert {row.paddle for row in one_side} == {None}
     assert all(row.torch is not None for row in one_side)
+
+
+@pytest.mark.frameworks
+def test_each_library_of_models_stands_beside_the_same_profile_of_torch(profiled):
+    torch, paddle = (profiled(framework, "full")[0] for framework in FRAMEWORKS)
+    formers = paddle.model_copy(update={"versions": {"paddleformers": "1.2.0"}})
+    alone, both = profile_rows([torch, paddle]), profile_rows([formers, torch, paddle])
+    assert [row for row in both if row.setup == "fp32"] == alone
+    assert [replace(row, setup="fp32") for row in both if row.setup == "fp32, PaddleFormers"] == alone
+    assert len(both) == 2 * len(alone)
 
 
 def test_records_without_a_profile_say_how_to_get_one():

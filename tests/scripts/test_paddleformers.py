@@ -28,8 +28,8 @@ def environment():
     ("family", "method", "setup"),
     [
         ("llama", "full", []),
-        ("llama", "lora", ["--recompute"]),
-        ("llama", "full", ["--zero=3", "--nproc=2"]),
+        ("llama", "lora", ["--recompute", "--nproc=2"]),
+        ("llama", "full", ["--zero=3", "--nproc=2", "--recompute"]),
         ("llama", "lora", ["--mp=2", "--micro-bsz=4"]),
         ("llama", "full", ["--zero=2", "--nproc=2", "--micro-bsz=2", "--overlap"]),
         ("llama-3.2-1b", "full", ["--mp=2", "--recompute", "--overlap"]),

@@ -22,6 +22,7 @@ from tunebench.forecast.gpus import DEFAULT_GPU, GB, Gpu, Link, kind_of
 from tunebench.forecast.job import describe
 from tunebench.forecast.machine import Calibration, Machine, Traits, machine_of_kind
 from tunebench.forecast.memory import Memory
+from tunebench.frameworks import other_library
 from tunebench.models.checkpoint import Checkpoint
 from tunebench.plan import Plan
 from tunebench.record import ALLOCATED, RESIDENT, Record, read_record
@@ -109,6 +110,8 @@ def known_run(file: Path, record: Record) -> Known:
     """The run of a record. Raises `BadInput` where it cannot calibrate."""
     if record.disturbed and record.disturbance:
         raise BadInput(f"{file}: {record.disturbance[1]}; measure it again, or name other records")
+    if library := other_library(record.versions):
+        raise BadInput(f"{file}: its layers are of {library} and not forecast; name records of other runs")
     if not record.matmul_flops and record.hardware.device == "cpu":
         raise BadInput(f"{file}: an older record without rates of matrix products; measure it again")
     return rebuilt(file, record)

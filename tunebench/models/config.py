@@ -90,7 +90,7 @@ def _llama_of_mistral(raw: dict[str, Any]) -> dict[str, Any]:
     window does nothing, are what the Llama takes. Raises ValueError. The defaults are transformers' MistralConfig's.
     """
     raw = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096} | raw
-    if raw.get("architectures") not in (None, ["MistralForCausalLM"]):
+    if raw.get("architectures") not in (None, [], ["MistralForCausalLM"]):
         raise ValueError(f"architectures {_shown(raw['architectures'])} is not offered; use MistralForCausalLM")
     window, positions = raw.pop("sliding_window"), raw["max_position_embeddings"]
     if window is not None:

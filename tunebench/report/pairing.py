@@ -240,18 +240,20 @@ def _pairs(paddle: list[Cell], torch: list[Cell], near: Near) -> list[tuple[str 
     # Each library of a framework has its own pairs with the other side's cells.
     alike = {library: _by(timed, "work", "setup") for library in {cell.library for cell in ours}}
     like: list[tuple[Cell, Cell]] = []
-    best: dict[str, tuple[Cell, Cell]] = {}
+    best: dict[tuple[str | None, str], tuple[Cell, Cell]] = {}
     for a in (cell for cell in ours if cell.rate):
         if waiting := alike[a.library][a.work, a.setup]:
             like.append((a, waiting.popleft()))
     for a in sorted((cell for cell in ours if cell.rate), key=lambda cell: cell.wholly_disturbed):
-        if a.work not in best:
+        if (a.library, a.work) not in best:
             # Cells are sorted by rate, so that the first ones of the same work are the best. Disturbed ones come last.
             calm = sorted(same_work[a.work], key=lambda cell: cell.wholly_disturbed)
             b = next((b for b in calm if _is_one_training(a, b, near)), None)
             if b:
-                best[a.work] = a, b
-    pairs += [(LIKE_FOR_LIKE, a, b) for a, b in sorted(like, key=lambda pair: _order(pair[0].first))]
+                best[a.library, a.work] = a, b
+    pairs += [
+        (LIKE_FOR_LIKE, a, b) for a, b in sorted(like, key=lambda pair: (pair[0].library or "", _order(pair[0].first)))
+    ]
     pairs += [(BEST_OF_EACH, a, b) for a, b in best.values() if a.setup != b.setup]
     shown = {id(cell) for _, *pair in pairs for cell in pair}
     same_setup, same_split = _by(theirs, "setup"), _by(theirs, "split")

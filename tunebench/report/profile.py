@@ -8,7 +8,7 @@ from typing import Any
 
 from tunebench.models.families import FAMILIES
 from tunebench.record import KERNEL_KINDS, Kernel, RankProfile, Record, Shares
-from tunebench.report.identity import METHODS, group_of, heading_of, place_of
+from tunebench.report.identity import METHODS, group_of, heading_of, place_of, setup_of
 from tunebench.report.markdown import NOT_AVAILABLE, markdown, measured_on
 from tunebench.report.pairing import SIDES
 from tunebench.report.tables import Column, as_csv
@@ -83,11 +83,21 @@ def render_profiles(records: list[Record], form: str) -> str:
 
 
 def _by_setup(records: list[Record]) -> list[tuple[tuple[Any, ...], dict[str, Record]]]:
-    """The last profiled run of each side, by the key of the model and the words of the setup."""
+    """The last profiled run of each side, by the key of the model and the words of the setup.
+
+    Each library of models of Paddle's has a key of its own, beside the same run of Torch.
+    """
     found: dict[tuple[Any, ...], dict[str, Record]] = defaultdict(dict)
-    for record in sorted(records, key=lambda record: record.started_at):
-        if record.profile is not None:
-            found[(*group_of(record), heading_of(record))][record.framework] = record
+    profiled = [record for record in sorted(records, key=lambda record: record.started_at) if record.profile]
+    headings: dict[tuple[Any, ...], set[str]] = defaultdict(set)
+    for record in profiled:
+        if record.framework == "paddle":
+            headings[*group_of(record), setup_of(record)].add(heading_of(record))
+    for record in profiled:
+        group, setup = group_of(record), setup_of(record)
+        beside = {heading_of(record)} if record.framework == "paddle" else headings[*group, setup] or {setup}
+        for heading in beside:
+            found[*group, heading][record.framework] = record
     return sorted(found.items(), key=lambda item: (place_of(item[0][:-1]), item[0][-1]))
 
 

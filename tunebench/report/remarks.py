@@ -53,7 +53,7 @@ def until_in_words(target: float, reached: bool, rounds: int) -> str:
 
 def runner_up(best: Cell, same_work: Iterable[Cell], near: Near) -> str | None:
     """A remark on the second fastest of a framework's setups of the same work: whether it ties with the best one."""
-    others = [cell for cell in same_work if cell is not best and cell.rate]
+    others = [cell for cell in same_work if cell is not best and cell.rate and cell.library == best.library]
     others = [cell for cell in others if cell.setup != best.setup and not cell.disturbed]
     if not others:
         return None

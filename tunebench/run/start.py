@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tunebench import processes
-from tunebench.bootstrap import order_of, own_home
+from tunebench.bootstrap import order_of, own_home, own_python, variable_of
 from tunebench.errors import BadInput, one_line_refusals
 from tunebench.files import cache_folder, results_folder
 from tunebench.flags import Flags, check_folder, fit_to_steps, parse_flags
@@ -135,7 +135,9 @@ def check_build(framework: str) -> None:
     if not names:
         return
     machine, built = read_hardware(), FRAMEWORKS[framework].cuda_of_build()
-    works = f"run: rm -r .venv/{framework}; bash setup.sh {framework}; or hide the GPUs: CUDA_VISIBLE_DEVICES="
+    works = f"name an interpreter with one by {variable_of(framework)}; or hide the GPUs: CUDA_VISIBLE_DEVICES="
+    if not own_python(framework):
+        works = f"run: rm -r .venv/{framework}; bash setup.sh {framework}; or hide the GPUs: CUDA_VISIBLE_DEVICES="
     if built is None:
         raise BadInput(f"{framework} is a build for CPUs, and {len(names)} GPU(s) are here ({names[0]}); {works}")
     if machine.cuda and int(built.partition(".")[0]) > int(machine.cuda.partition(".")[0]):

@@ -110,7 +110,7 @@ def _paddleformers_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> s
     if config["model_type"] != "llama":
         return f"{former} has no {checkpoint.family.title}"
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
-        return f"{former} derives the head size from hidden_size, and head_dim is {config['head_dim']} here"
+        return f"{former} has heads of hidden_size ÷ their number alone, and head_dim is {config['head_dim']} here"
     if flags.tuned:
         return f"--tuned is of PaddleNLP's models, not of {former}'s; name the flags that are wanted"
     of_paddlenlp = ("padding_free", "lean", "fuse_projections", "quick_lora")

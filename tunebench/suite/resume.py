@@ -16,6 +16,7 @@ from tunebench.hardware import Hardware, read_hardware
 from tunebench.record import Git, Record, read_record
 from tunebench.run.run import as_workers_have_it
 
+PROBE_SECONDS = 60
 FINAL = ("ok", "oom", "unsupported")  # statuses that another try would not change
 # What an interpreter says of the distributions that it is asked for, with the standard library alone.
 ASK = """
@@ -70,7 +71,14 @@ def record_before(
 def versions_in(python: Path, names: tuple[str, ...]) -> dict[str, str]:
     """The versions of an interpreter and of those distributions that it has; empty where it does not start."""
     try:
-        done = subprocess.run([python, "-P", "-c", ASK, *names], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [python, "-P", "-c", ASK, *names],
+            capture_output=True,
+            text=True,
+            check=True,
+            stdin=subprocess.DEVNULL,
+            timeout=PROBE_SECONDS,
+        )
         return json.loads(done.stdout)
     except (OSError, subprocess.SubprocessError, ValueError):
         return {}

@@ -14,7 +14,6 @@ import datetime
 import errno
 import fcntl
 import itertools
-import json
 import math
 import os
 import shlex
@@ -31,6 +30,7 @@ from tunebench.checkout import read_git
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
 from tunebench.flags import Parser, add_forecast_flags, path_of, percentage, positive
+from tunebench.frameworks import FRAMEWORKS, SHARED_PACKAGES
 from tunebench.peers import check_environment
 from tunebench.progress import Step, in_words, read_step
 from tunebench.record import LOG_LINES, Record, read_record
@@ -46,7 +46,7 @@ from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
 from tunebench.suite.forecast import forecast_suite
 from tunebench.suite.other import find_other
 from tunebench.suite.rehearsal import rehearsal_changes, rehearsal_table
-from tunebench.suite.resume import FINAL, record_before, set_aside
+from tunebench.suite.resume import FINAL, record_before, set_aside, versions_in
 from tunebench.suite.until import check_sides, run_until
 from tunebench.suite.versus import ROUNDS, check_code, check_rounds, claim, folder_of, judge, set_up
 
@@ -412,15 +412,11 @@ def _record_for(run: Planned, started_at: str, exit_code: int | None, oom_kills:
         status, reason = processes.death_in_words(-exit_code, oom_kills)
     else:
         reason = f"exit code {exit_code}, last line: {log[-1] if log else 'none'}"
-    # This interpreter belongs to one environment. The run's own interpreter knows the versions in the other.
-    ask = "import json; from tunebench.frameworks import FRAMEWORKS; "
-    ask += f"print(json.dumps(FRAMEWORKS[{run.entry.framework!r}].versions()))"
-    asked = subprocess.run([run.command[0], "-P", "-c", ask], capture_output=True, text=True, check=False)
     about = describe_run(run.entry.framework, run.entry.method, run.flags, run.argv) | {"peer": run.entry.peer}
     about |= {
         "git": read_git(run.root),
         "started_at": started_at,
-        "versions": json.loads(asked.stdout) if asked.returncode == 0 else {},
+        "versions": versions_in(run.interpreter, (*FRAMEWORKS[run.entry.framework].packages, *SHARED_PACKAGES)),
     }
     unknown = dict.fromkeys(("model", "plan", "steps", "setup_seconds"))
     record = Record(status=status, reason=reason, log=log[-LOG_LINES:], peak_memory_bytes=[], **unknown, **about)

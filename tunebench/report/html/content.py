@@ -250,7 +250,7 @@ def _add_cells(joined: list[Joined], near: Near, content: Content, words: Words)
         content.cells.append(
             {
                 "framework": cell.first.framework,
-                "setup": cell.setup,
+                "setup": cell.heading,
                 "work": works[cell.work],
                 "runs": [
                     {
