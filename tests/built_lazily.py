@@ -16,7 +16,7 @@ if __name__ == "__main__":
     import paddle
     from paddlenlp.transformers.model_utils import no_init_weights
 
-    models, weights = script.transformers.AutoModelForCausalLM, script.weights
+    models, weights = script.library.transformers.AutoModelForCausalLM, script.weights
     build, fill = models.from_config, weights.load
 
     def build_without_memory(*arguments, **options):
