@@ -4,10 +4,12 @@ Where an environment has both, it is PaddleNLP. Their modules for models and ada
 words stands here.
 """
 
+import functools
 import importlib.util
 from typing import Any
 
 import paddle
+from paddle.distributed.fleet.utils import recompute
 
 from tunebench.flags import Flags
 
@@ -27,10 +29,16 @@ def lora_fields(flags: Flags) -> dict[str, Any]:
 
 
 def recompute_layers(model: paddle.nn.Layer) -> None:
-    """Lets each decoder layer compute its activations again for the backward pass."""
+    """Lets each decoder layer compute its activations again for the backward pass.
+
+    PaddleFormers' own call starts a backward pass within the backward pass. Data parallelism takes it for a second one
+    and fails. PaddleNLP's call does not.
+    """
     if FORMERS:
         model.config.recompute_granularity, model.config.recompute_method = "full", "uniform"
         model.config.recompute_num_layers = 1
+        again = functools.partial(recompute, use_reentrant=False)
+        vars(getattr(model, model.base_model_prefix))["recompute_training"] = again
     else:
         model.config.recompute = True
         model.recompute_enable()

@@ -208,10 +208,11 @@ def test_a_home_of_someone_else_is_left_alone(monkeypatch, tmp_path):
     cache.chmod(0o777)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("TUNEBENCH_CACHE", str(cache))
-    for name in ("HF_HOME", "TRITON_HOME", "PPNLP_HOME"):
+    for name in ("HF_HOME", "TRITON_HOME", "PF_HOME", "PPNLP_HOME"):
         monkeypatch.delenv(name, raising=False)
     own = cache / f"home-{OTHER_USER}"
-    named = {"HF_HOME": own / "huggingface", "TRITON_HOME": own, "PPNLP_HOME": own / ".paddlenlp"}
+    named = {"HF_HOME": own / "huggingface", "TRITON_HOME": own, "PF_HOME": own / ".paddleformers"}
+    named["PPNLP_HOME"] = own / ".paddlenlp"
     said = as_other_user(lambda: bootstrap.home_settings(paddle=True))
     assert said == str({name: str(folder) for name, folder in named.items()})
 
