@@ -40,6 +40,7 @@ SLOWEST = (
     "suite/test_gpu_suites.py",
     "suite/test_versus.py",
     "test_conditions.py",
+    "scripts/test_paddleformers.py",
     "scripts/test_scripts.py",
     "suite/test_suite.py",
     "run/test_faults.py",
