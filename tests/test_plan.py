@@ -403,7 +403,11 @@ def test_fixed_length_goes_with_the_other_flags():
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--data=fixed:2049"], "--data fixed:2049: the model takes at most 2048 tokens (max_position_embeddings, "),
+        (
+            ["--data=fixed:2049"],
+            "--data fixed:2049: the model takes at most 2048 tokens (max_position_embeddings, or Mistral's "
+            "sliding_window); use at most that",
+        ),
         (["--data=fixed:64", "--packing=63"], "--packing 63: a sample has 64 tokens; use at least 64"),
         (["--data=fixed:2048", "--samples=2147483647"], "--samples 2147483647 of fixed:2048 are too many"),
         (["--data=fixed"], "--data fixed: use synthetic-en, "),

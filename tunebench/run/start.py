@@ -135,9 +135,9 @@ def check_build(framework: str) -> None:
     if not names:
         return
     machine, built = read_hardware(), FRAMEWORKS[framework].cuda_of_build()
-    works = f"name an interpreter with one by {variable_of(framework)}; or hide the GPUs: CUDA_VISIBLE_DEVICES="
-    if not own_python(framework):
-        works = f"run: rm -r .venv/{framework}; bash setup.sh {framework}; or hide the GPUs: CUDA_VISIBLE_DEVICES="
+    anew = f"run: rm -r .venv/{framework}; bash setup.sh {framework}"
+    mended = f"name an interpreter with one by {variable_of(framework)}" if own_python(framework) else anew
+    works = f"{mended}; or hide the GPUs: CUDA_VISIBLE_DEVICES="
     if built is None:
         raise BadInput(f"{framework} is a build for CPUs, and {len(names)} GPU(s) are here ({names[0]}); {works}")
     if machine.cuda and int(built.partition(".")[0]) > int(machine.cuda.partition(".")[0]):

@@ -56,9 +56,7 @@ def not_offered(
     families = FRAMEWORKS[framework].families
     if families is not None and checkpoint.config["model_type"] not in families:
         return f"{FRAMEWORKS[framework].title} has no {checkpoint.family.title} here, but {', '.join(families)}"
-    lacks = OF_A_FRAMEWORK.get(framework, ())
-    if library:
-        lacks = (_paddleformers_lacks, _paddle_lacks)
+    lacks = OF_A_LIBRARY.get(library or framework, ())
     return next((reason for each in lacks if (reason := each(method, flags, checkpoint))), None)
 
 
@@ -189,7 +187,9 @@ def paddle_table_bytes(config: dict[str, Any]) -> int:
     return int(positions * layers * config["head_dim"] * config["partial_rotary_factor"]) * 2 * 4
 
 
-OF_A_FRAMEWORK: dict[str, tuple[Callable[[str, Flags, Checkpoint], str | None], ...]] = {
+# By `other_library`, or by the framework with its usual library.
+OF_A_LIBRARY: dict[str, tuple[Callable[[str, Flags, Checkpoint], str | None], ...]] = {
     "torch": (_torch_lacks,),
     "paddle": (_paddlenlp_lacks, _paddle_lacks),
+    "PaddleFormers": (_paddleformers_lacks, _paddle_lacks),
 }

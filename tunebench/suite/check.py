@@ -198,8 +198,8 @@ def check_framework(framework: str, seen: dict[str, Any], hardware: Hardware) ->
         f"{seen['version']}, built for {seen['built_for']}, finds {seen['gpus']} GPU(s), NCCL {seen['nccl'] or 'none'}"
     )
     if seen["gpus"] != len(hardware.accelerators):
-        mended = "use another interpreter" if own_python(framework) else ""
-        mended = mended or f"rm -r .venv/{framework}; bash setup.sh {framework}"
+        anew = f"rm -r .venv/{framework}; bash setup.sh {framework}"
+        mended = "use another interpreter" if own_python(framework) else anew
         return Finding("fault", framework, f"{text}; the driver shows {len(hardware.accelerators)}: {mended}")
     return Finding("ok", framework, text)
 

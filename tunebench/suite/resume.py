@@ -15,8 +15,8 @@ from tunebench.errors import BadInput
 from tunebench.hardware import Hardware, read_hardware
 from tunebench.record import Git, Record, read_record
 from tunebench.run.run import as_workers_have_it
+from tunebench.suite.other import PROBE_SECONDS
 
-PROBE_SECONDS = 60
 FINAL = ("ok", "oom", "unsupported")  # statuses that another try would not change
 # What an interpreter says of the distributions that it is asked for, with the standard library alone.
 ASK = """
