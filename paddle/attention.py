@@ -85,9 +85,13 @@ def attend_by_sample(
     attn_mask_startend_row_indices: Samples,
     **others: Any,
 ) -> paddle.Tensor:
-    """PaddleNLP's attention to each sample alone, which is causal without a mask: (1, tokens, heads, head size)."""
+    """PaddleNLP's attention to each sample alone, which is causal without a mask.
+
+    From (1, tokens, heads, head size) to (1, tokens, hidden), with --sequence-parallel to (tokens, hidden).
+    """
     samples = zip(*(x.split(attn_mask_startend_row_indices.lengths, axis=1) for x in (query, key, value)), strict=True)
-    return paddle.concat([attend(q, config, k, v, None, *rest, **others) for q, k, v in samples], axis=1)
+    axis = 0 if config.sequence_parallel else 1
+    return paddle.concat([attend(q, config, k, v, None, *rest, **others) for q, k, v in samples], axis)
 
 
 def attend_by_flashmask(
@@ -109,8 +113,12 @@ def attend_by_flashmask(
 def attend(
     self: paddle.nn.Layer, query: paddle.Tensor, key: paddle.Tensor, value: paddle.Tensor, mask: paddle.Tensor
 ) -> paddle.Tensor:
-    """CoreAttention's forward in one kernel: from (width, batch, heads, head size) to (width, batch, hidden)."""
+    """CoreAttention's forward in one kernel: from (width, batch, heads, head size) to (width, batch, hidden).
+
+    With --sequence-parallel the result is (width · batch, hidden).
+    """
     # At O1 the float32 table of positions makes queries and keys float32. Fused kernels take inputs of one dtype.
     query, key, value = (x.transpose([1, 0, 2, 3]).astype(value.dtype) for x in (query, key, value))
     context = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-    return context.transpose([1, 0, 2, 3]).flatten(2)
+    context = context.transpose([1, 0, 2, 3]).flatten(2)
+    return context.flatten(0, 1) if self.config.sequence_parallel else context

@@ -47,11 +47,12 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     attention.configure(flags, config)
     config.use_cache = False
     config.fuse_attention_qkv = config.fuse_attention_ffn = flags.fuse_projections
-    for name, value in parallel.slicing(group).items():
+    for name, value in parallel.slicing(flags, group).items():
         setattr(config, name, value)
     model = library.transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
     weights.load(model, checkpoint)
     attention.use_one_kernel(flags, model)
+    parallel.follow_width(flags, model)
     losses.sum_in_head(flags, model)
     cpu_kernels.replace_layers(flags, model)
     rms_norm.use_one_kernel(flags, model)

@@ -49,11 +49,12 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     config = weights.read_config(checkpoint)
     attention.configure(flags, config)
     config.use_cache = False
-    for name, value in parallel.slicing(group).items():
+    for name, value in parallel.slicing(flags, group).items():
         setattr(config, name, value)
     model = library.transformers.AutoModelForCausalLM.from_config(config, dtype=flags.weights_dtype)
     weights.load(model, checkpoint)
     attention.use_one_kernel(flags, model)
+    parallel.follow_width(flags, model)
     losses.sum_in_head(flags, model)
     cpu_kernels.replace_layers(flags, model)
     rms_norm.use_one_kernel(flags, model)
@@ -81,9 +82,13 @@ def build_model(flags: Flags, checkpoint: Checkpoint, group: parallel.Group) -> 
     return model
 
 
-def require_gradient(layer: paddle.nn.Layer, inputs: tuple, output: paddle.Tensor) -> None:
-    """A hook of the embedding, as peft sets one on the other side: without it layer 0 is not recomputed."""
+def require_gradient(layer: paddle.nn.Layer, inputs: tuple, output: paddle.Tensor) -> paddle.Tensor:
+    """A hook of the embedding, as peft sets one on the other side: without it layer 0 is not recomputed.
+
+    With --sequence-parallel PaddleNLP reshapes what it returns in place, which autograd refuses for a leaf.
+    """
     output.stop_gradient = False
+    return output.unsqueeze(0).squeeze(0)
 
 
 def wrap(

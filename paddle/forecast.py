@@ -33,6 +33,7 @@ from paddle.distributed import fleet
 from paddle.distributed.communication.group import Group as ProcessGroup
 from paddle.distributed.fleet.base import topology
 from paddle.distributed.fleet.layers.mpu.random import RNGStatesTracker
+from paddle.distributed.fleet.utils.sequence_parallel_utils import AllGatherOp, GatherOp, ReduceScatterOp, ScatterOp
 from paddle.jit.dy2static.utils import _convert_into_value as to_value
 from paddle.jit.dy2static.utils import graph_tracing_guard
 from paddle.nn.functional import sdpa
@@ -202,6 +203,7 @@ def as_on_a_gpu(flags: Flags) -> Iterator[None]:
             stack.enter_context(patch.object(module, "get_flags", read))
         if flags.mp > 1:
             stack.enter_context(patch.object(topology, "_HYBRID_PARALLEL_GROUP", hybrid))
+            stack.enter_context(patch.object(fleet.fleet, "_hcg", hybrid, create=True))
             strategy = fleet.DistributedStrategy()
             stack.enter_context(patch.object(fleet.fleet, "_user_defined_strategy", strategy, create=True))
             stack.enter_context(patch.object(RNGStatesTracker, "rng_state", lambda *_: contextlib.nullcontext()))
@@ -330,7 +332,7 @@ class Tracer:
     """Writes down a model's passes."""
 
     def __init__(self, model: paddle.nn.Layer, vocabulary: int, flags: Flags) -> None:
-        self.model, self.vocabulary = model, vocabulary
+        self.model, self.vocabulary, self.mp = model, vocabulary, flags.mp
         self.low = LowPrecision(flags.compute_dtype) if flags.amp else None
         self.own = {id(each) for each in model.parameters()}
         self.main = paddle.static.Program()
@@ -395,6 +397,12 @@ class Tracer:
         for name, write in stand_ins.items():
             yield paddle._C_ops, name, functools.partial(self.low.call, name, write) if self.low else write
         yield paddle._C_ops, "c_identity", lambda x, *_: paddle.assign(x)  # a copy too; programs know no gradient of it
+        yield paddle, "reshape_", paddle.reshape  # programs refuse to reshape a view in place
+        # One process's share stands for all processes' shares: programs have no collectives of --sequence-parallel.
+        yield ScatterOp, "apply", lambda x: x[: x.shape[0] // self.mp]
+        yield ReduceScatterOp, "apply", lambda x: paddle.assign(x[: x.shape[0] // self.mp])
+        for gather in (GatherOp, AllGatherOp):
+            yield gather, "apply", lambda x: paddle.concat([x] * self.mp)
         yield losses, "ParallelCrossEntropy", lambda **options: functools.partial(F.cross_entropy, reduction="none")
         for function in vars(losses).values():
             if isinstance(function, type) and issubclass(function, PyLayer) and function is not PyLayer:

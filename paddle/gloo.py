@@ -94,14 +94,36 @@ def set_timeout(group_id: int, rank: int, size: int, seconds: float) -> None:
 
 
 def complete_tensor_parallelism() -> None:
-    """Adds the three operations of fleet's tensor-parallel layers that have no CPU kernel."""
+    """Adds the four operations of fleet's tensor-parallel layers that have no CPU kernel."""
 
     def all_reduce(group: core.ProcessGroupGloo, tensor: paddle.Tensor, operation: Any) -> None:
         group.all_reduce(tensor, operation, True).wait()
 
     core.ProcessGroupGloo.all_reduce_on_calc_stream = all_reduce
+    paddle.distributed.stream.reduce_scatter = reduce_scatter
     paddle._C_ops.c_identity = lambda tensor, *_: paddle.assign(tensor)
     mp_ops._c_softmax_with_cross_entropy = cross_entropy
+
+
+class Done:
+    """A collective that has ended."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+
+def reduce_scatter(
+    tensor: paddle.Tensor,
+    whole: paddle.Tensor,
+    op: Any = paddle.distributed.ReduceOp.SUM,
+    group: paddle.distributed.communication.group.Group | None = None,
+    sync_op: bool = True,
+) -> Done:
+    """Sets a tensor to this process's share, along the first dimension, of the sum of the processes' tensors."""
+    whole = whole.clone()
+    paddle.distributed.all_reduce(whole, op, group)
+    paddle.assign(whole.chunk(group.nranks)[group.rank], tensor)
+    return Done()
 
 
 def cross_entropy(

@@ -3,6 +3,7 @@
 The functions stand in the order in which a script calls them. With one process none of them changes anything.
 """
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,8 @@ from paddle.distributed import fleet
 from paddle.distributed.communication.group import Group as ProcessGroup
 from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_stage2 import GroupShardedStage2
 from paddle.distributed.fleet.meta_parallel.sharding.group_sharded_stage3 import GroupShardedStage3, _release_param
+from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients_with_group
+from paddle.distributed.fleet.utils.sequence_parallel_utils import is_sequence_parallel_parameter
 from paddle.distributed.sharding import group_sharded_parallel
 from paddle.nn.clip import ClipGradBase, _squared_l2_norm
 
@@ -123,6 +126,8 @@ def join(flags: Flags, world: World) -> Group:
                 "need_broadcast_data": False,  # all ranks of a tensor-parallel group read the same batch
                 "mp_async_allreduce": sums_beside,
                 "mp_skip_c_identity": sums_beside,
+                "sp_async_reduce_scatter": sums_beside,
+                "mp_fused_linear_param_grad_add": sums_beside and gpu,  # its kernel is for GPUs alone
             },
         }
         fleet.init(is_collective=True, strategy=strategy, log_level="WARNING")
@@ -134,7 +139,7 @@ def join(flags: Flags, world: World) -> Group:
     return Group(device, world.rank, world.size, flags.zero, flags.mp, Clip(flags.zero, sharers), loss_scale)
 
 
-def slicing(group: Group) -> dict[str, Any]:
+def slicing(flags: Flags, group: Group) -> dict[str, Any]:
     """The fields of a model's config with which the library builds this process's slice."""
     if group.mp == 1:
         return {}
@@ -142,7 +147,24 @@ def slicing(group: Group) -> dict[str, Any]:
         library.DEGREE: group.mp,
         "tensor_parallel_rank": group.mp_rank,
         "tensor_parallel_output": True,  # logits stay sliced over the vocabulary, for `losses.total`
+        "sequence_parallel": flags.sequence_parallel,
     }
+
+
+def follow_width(flags: Flags, model: paddle.nn.Layer) -> None:
+    """With --sequence-parallel tells the model's layers the width of each micro-batch.
+
+    PaddleNLP has all rows of one width. Its attention and head find the rows among the tokens by it.
+    """
+    if flags.sequence_parallel:
+        told = [model.config, *(layer for layer in model.sublayers() if hasattr(layer, "seq_length"))]
+        model.get_input_embeddings().register_forward_pre_hook(functools.partial(tell_width, told))
+
+
+def tell_width(told: list[Any], embedding: paddle.nn.Layer, inputs: tuple) -> None:
+    """A hook of the embedding, which comes first and sees token ids (rows, width)."""
+    for each in told:
+        each.seq_length = inputs[0].shape[1]
 
 
 def fill(parameter: paddle.Tensor, values: Callable[[tuple[int, int]], np.ndarray], group: Group) -> None:
@@ -238,6 +260,7 @@ def update(model: paddle.nn.Layer, optimizer: Any, trainable: Sequence[paddle.Te
 
     A step of fp16 whose gradients overflowed is skipped: its norm is not finite.
     """
+    sum_partial_gradients(trainable)
     group.loss_scale.step(optimizer)  # the optimizer clips by `group.clip` after the gradients are reduced
     group.loss_scale.update()
     if group.zero < 2:
@@ -245,6 +268,14 @@ def update(model: paddle.nn.Layer, optimizer: Any, trainable: Sequence[paddle.Te
     else:
         optimizer.clear_grad()  # keeps the buffer that holds its share of the gradients
     return group.clip.norm
+
+
+def sum_partial_gradients(trainable: Sequence[paddle.Tensor]) -> None:
+    """Sums the gradients of which each process of a tensor-parallel group has found a part (--sequence-parallel)."""
+    parts = [p for p in trainable if is_sequence_parallel_parameter(p)]
+    if parts:
+        sharers = fleet.get_hybrid_communicate_group().get_model_parallel_group()
+        fused_allreduce_gradients_with_group(parts, sharers, scale=1.0)
 
 
 def sum_over_replicas(losses: Sequence[paddle.Tensor], group: Group) -> list[float]:

@@ -84,6 +84,11 @@ def test_a_suites_table_as_a_command_line():
         ),
         (["--mp=2", "--nproc=3"], "--mp 2 does not divide the 3 process(es) of a node; use --nproc 4 or --mp 1, 3"),
         (["--mp=2", "--zero=1"], "--zero 1 with --mp 2: not combined here"),
+        (["--sequence-parallel"], "--sequence-parallel splits what --mp leaves whole; add --mp 2 or more"),
+        (
+            ["--mp=2", "--sequence-parallel", "--sweep"],
+            "--sequence-parallel with --sweep: no formula knows such runs; leave it out, or use --plan",
+        ),
         (["--sharding=fsdp"], "--sharding fsdp says what shards with --zero; add --zero 2 or 3, or leave it out"),
         (
             ["--sharding=fsdp", "--zero=1"],

@@ -364,6 +364,26 @@ def prepared(*extra):
     return load_plan(flags, find_checkpoint(flags.model, flags.weights, flags.seed))
 
 
+@pytest.mark.parametrize("extra", [[], ["--padding-free"]])
+def test_widths_are_multiples_where_processes_share_the_tokens(extra):
+    flags = ["--bsz=8", "--micro-bsz=2", "--nproc=8", "--mp=4", "--steps=6", *extra]
+    plan, whole = prepared(*flags, "--sequence-parallel"), prepared(*flags)
+    wider = 0
+    for step in range(6):
+        passes, plain = ([b for r in range(2) for _, b in each.passes(step, 2, r, 2)] for each in (plan, whole))
+        assert all(each.input_ids.shape[1] % 4 == 0 for each in passes)
+        assert sum(each.input_ids.size for each in passes) == plan.padded_tokens(step)
+        wider += plan.padded_tokens(step) - whole.padded_tokens(step)
+        for each, other in zip(passes, plain, strict=True):
+            assert each.labels[each.labels != IGNORED].tolist() == other.labels[other.labels != IGNORED].tolist()
+            assert (
+                each.input_ids[each.attention_mask == 1].tolist() == other.input_ids[other.attention_mask == 1].tolist()
+            )
+            assert each.lengths is None or sum(each.lengths) == each.input_ids.size
+        assert plan.effective_tokens(step) == whole.effective_tokens(step)
+    assert wider
+
+
 def test_samples_of_fixed_length():
     plan = prepared("--data=fixed:512", "--bsz=4", "--steps=6")
     assert (plan.info().data, plan.info().samples) == ("fixed:512", 1000)

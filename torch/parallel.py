@@ -113,7 +113,7 @@ def sharding_arguments(flags: Flags, checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     from transformers.distributed import DistributedConfig
 
-    tensor_parallel.register_styles()
+    tensor_parallel.register_styles(flags.sequence_parallel)
     family = checkpoint.config["model_type"]
     # Each process has a slice of the logits: `losses` sums over the slices.
     rules: dict[str, Any] = {"tp_plan": TENSOR_PARALLEL_RULES.get(family, {}) | {"lm_head": "colwise"}}
@@ -156,8 +156,9 @@ def optimizer_groups(trainable: Sequence[torch.nn.Parameter]) -> list[dict[str, 
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers, by transformers' names of their classes."""
-    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+    """The layers, by transformers' names of their classes. FSDP2 makes subclasses, also for replicas of --mp."""
+    names = {*model._no_split_modules}
+    return [module for module in model.modules() if names.intersection(each.__name__ for each in type(module).__mro__)]
 
 
 def place(flags: Flags, model: torch.nn.Module, group: Group) -> torch.nn.Module:
@@ -199,7 +200,12 @@ def wrap(
         return engine, optimizer
     optimizer = precision.MasterWeights(optimizer)
     if group.mp > 1:
-        tensor_parallel.sum_input_gradients(model, group.mesh)
+        layers = layers_of(model)
+        tensor_parallel.join_layers(model, layers, group.mesh, flags.sequence_parallel)
+        if flags.sequence_parallel:  # each process finds the gradients of its tokens
+            for parameter in itertools.chain.from_iterable(layer.parameters() for layer in layers):
+                if not is_sliced(parameter):
+                    parameter.is_partial = True
     if group.mp == 1 and group.replicas > 1 and not flags.fsdp:
         # The buffers are constants. Paddle does not broadcast them in each forward pass.
         return DistributedDataParallel(model, forward_sync_buffers=False), optimizer
@@ -282,7 +288,7 @@ def update(
 
 def sum_partial_gradients(trainable: Sequence[torch.nn.Parameter], group: Group) -> None:
     """Sums the gradients of which each process of a tensor-parallel group has found a part."""
-    parts = [p.grad for p in trainable if hasattr(p, "is_partial")]
+    parts = [local(p.grad) for p in trainable if hasattr(p, "is_partial")]
     if parts:
         flat = torch.cat([part.flatten() for part in parts])
         torch.distributed.all_reduce(flat, group=group.mesh.get_group("tp"))

@@ -7,9 +7,13 @@ them too. They compute with each process's own tensors, and communicate where th
 - layers that are cut by their outputs sum the gradient of their input in the backward pass, once for one input;
 - a layer that is cut by its inputs, or an embedding that is cut by its rows, sums its output in the forward pass;
 - the loss sums over the slices of the logits.
+
+With --sequence-parallel each process has some tokens of each row between these layers. Then the first kind of layer
+gathers the tokens of its input, and the second kind sums and cuts. That sends as many bytes as the two sums.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,14 +31,18 @@ from transformers.distributed.tensor_parallel import (
 
 from tunebench.plan import IGNORED
 
+# Of one tensor. The names are torch's since 2.13, or those before.
+ALL_GATHER = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
+REDUCE_SCATTER = getattr(torch.distributed, "reduce_scatter_single", torch.distributed.reduce_scatter_tensor)
 
-def register_styles() -> None:
-    """Makes transformers and peft use the styles of this file."""
+
+def register_styles(by_tokens: bool) -> None:
+    """Makes transformers and peft use the styles of this file. `by_tokens`: with --sequence-parallel."""
     for name, style in {
         "colwise": CutByOutputs(),
         "colwise_gather_output": CutByOutputs(output_layouts=Replicate()),
-        "rowwise": CutByInputs(),
-        "rowwise_split_input": CutByInputs(input_layouts=Replicate()),
+        "rowwise": CutByInputs(by_tokens),
+        "rowwise_split_input": CutByInputs(by_tokens, input_layouts=Replicate()),
         "embedding_rowwise": CutByRows(),
     }.items():
         ALL_PARALLEL_STYLES.register(name, style)
@@ -43,7 +51,7 @@ def register_styles() -> None:
 class CutByOutputs(ColwiseParallel):
     """A linear layer of which each process has some outputs. `Replicate` as output layout gathers them.
 
-    Its input's gradient is the process's part: `sum_input_gradients` has the parts summed.
+    Its input's gradient is the process's part: `join_layers` has the parts summed.
     """
 
     def install_forward(self, module: torch.nn.Linear, mesh: DeviceMesh) -> torch.nn.Module:
@@ -60,15 +68,26 @@ class CutByOutputs(ColwiseParallel):
 
 
 class CutByInputs(RowwiseParallel):
-    """A linear layer of which each process has some inputs. `Replicate` as input layout cuts a whole input first."""
+    """A linear layer of which each process has some inputs. `Replicate` as input layout cuts a whole input first.
+
+    `by_tokens`: each process has the output of its share of the tokens.
+    """
+
+    def __init__(self, by_tokens: bool, **layouts: Any) -> None:
+        super().__init__(**layouts)
+        self.by_tokens = by_tokens
 
     def install_forward(self, module: torch.nn.Linear, mesh: DeviceMesh) -> torch.nn.Module:
-        """Replaces the forward function: from (…, own inputs) or (…, inputs) to (…, outputs)."""
+        """Replaces the forward function: from (…, own inputs) or (…, inputs) to (…, outputs).
+
+        By tokens it is from (rows, width, …) to (rows, own width, outputs).
+        """
         group, cuts = group_of(mesh), not isinstance(self.input_layouts, Shard)
+        add_up = SumAndCutTokens if self.by_tokens else Sum
 
         def multiply(given: torch.Tensor) -> torch.Tensor:
             own = Cut.apply(given, group) if cuts else given
-            output = Sum.apply(F.linear(own, module.weight.to_local()), group)
+            output = add_up.apply(F.linear(own, module.weight.to_local()), group)
             return output if module.bias is None else output + module.bias.to_local().to(output.dtype)
 
         module.forward = multiply
@@ -92,11 +111,13 @@ class CutByRows(EmbeddingParallel):
         return module
 
 
-def sum_input_gradients(model: torch.nn.Module, mesh: DeviceMesh) -> None:
+def join_layers(model: torch.nn.Module, layers: Sequence[torch.nn.Module], mesh: DeviceMesh, by_tokens: bool) -> None:
     """Has the gradients of the inputs of layers cut by their outputs summed, once for the layers of one module.
 
     Such layers have one input. The head's is summed by itself. LoRA's A of such a layer then has a part of its gradient
     on each process: its parameter gets the attribute `is_partial`.
+
+    `by_tokens`: between the modules of `layers`, the model's decoder layers, each process has some tokens of each row.
     """
     group, head = group_of(mesh), model.get_output_embeddings()
     head.register_forward_pre_hook(lambda _, args: (SumGradient.apply(args[0], group), *args[1:]))
@@ -105,10 +126,15 @@ def sum_input_gradients(model: torch.nn.Module, mesh: DeviceMesh) -> None:
             continue  # an adapted layer, and its adapters: they are seen as the child of a module
         cut = [child for child in module.children() if child is not head and is_cut_by_outputs(child)]
         if cut:
-            module.register_forward_pre_hook(functools.partial(sum_gradient_of_input, group), with_kwargs=True)
+            join = functools.partial(change_input, GatherTokens if by_tokens else SumGradient, group)
+            module.register_forward_pre_hook(join, with_kwargs=True)
         for child in cut:
             for adapter in getattr(child, "lora_A", {}).values():
                 adapter.weight.is_partial = True
+    if not by_tokens:
+        return
+    layers[0].register_forward_pre_hook(functools.partial(change_input, CutTokens, group), with_kwargs=True)
+    layers[-1].register_forward_hook(functools.partial(gather_output, group))
 
 
 def is_cut_by_outputs(layer: torch.nn.Module) -> bool:
@@ -119,13 +145,26 @@ def is_cut_by_outputs(layer: torch.nn.Module) -> bool:
     return any(isinstance(place, Shard) and place.dim == 0 for place in layer.weight.placements)
 
 
-def sum_gradient_of_input(
-    group: ProcessGroup, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]
+def change_input(
+    change: type[torch.autograd.Function],
+    group: ProcessGroup,
+    module: torch.nn.Module,
+    args: tuple,
+    kwargs: dict[str, Any],
 ) -> tuple[tuple, dict[str, Any]]:
-    """A forward pre-hook for attention and feed-forward modules, whose first argument is `hidden_states`."""
+    """A forward pre-hook for layers, and their attention and feed-forward modules: the first argument, `hidden_states`,
+    goes through the function `change`.
+    """
     if args:
-        return (SumGradient.apply(args[0], group), *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": SumGradient.apply(kwargs["hidden_states"], group)}
+        return (change.apply(args[0], group), *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": change.apply(kwargs["hidden_states"], group)}
+
+
+def gather_output(group: ProcessGroup, module: torch.nn.Module, args: tuple, output: Any) -> Any:
+    """A forward hook for the last layer: all tokens of its output, which some families have in a tuple."""
+    if isinstance(output, tuple):
+        return GatherOutput.apply(output[0], group), *output[1:]
+    return GatherOutput.apply(output, group)
 
 
 class Sum(torch.autograd.Function):
@@ -159,6 +198,66 @@ class SumGradient(torch.autograd.Function):
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient, group=ctx.group)
         return gradient, None
+
+
+class GatherTokens(torch.autograd.Function):
+    """Puts the processes' tokens together, and sums the gradient, of which each process finds a part."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        """From (rows, own width, size) to (rows, width, size)."""
+        ctx.group = group
+        return gathered_tokens(own, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """By the own tokens."""
+        return summed_tokens(gradient, ctx.group), None
+
+
+class SumAndCutTokens(torch.autograd.Function):
+    """Sums the processes' tensors. Each process has its share of the tokens of the sum."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        """From (rows, width, size) to (rows, own width, size)."""
+        ctx.group = group
+        return summed_tokens(tensor, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """By the process's own tensor."""
+        return gathered_tokens(gradient, ctx.group), None
+
+
+class CutTokens(torch.autograd.Function):
+    """Takes the process's share of the tokens of a tensor that all processes have."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        """From (rows, width, size) to (rows, own width, size)."""
+        ctx.group = group
+        return own_tokens(whole, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """By the whole tensor: each process has found the gradient of its tokens."""
+        return gathered_tokens(gradient, ctx.group), None
+
+
+class GatherOutput(torch.autograd.Function):
+    """Puts the processes' tokens together for what all processes compute alike."""
+
+    @staticmethod
+    def forward(ctx: Any, own: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        """From (rows, own width, size) to (rows, width, size)."""
+        ctx.group = group
+        return gathered_tokens(own, group)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """By the own tokens: each process has the whole gradient."""
+        return own_tokens(gradient, ctx.group), None
 
 
 class Gather(torch.autograd.Function):
@@ -234,6 +333,31 @@ def gathered(own: torch.Tensor, width: int, group: ProcessGroup) -> torch.Tensor
     slices = [torch.empty_like(own, memory_format=torch.contiguous_format) for _ in range(size)]
     torch.distributed.all_gather(slices, own.contiguous(), group=group)
     return torch.cat(slices, dim=-1)[..., :width]
+
+
+def gathered_tokens(own: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """The processes' tokens (rows, own width, size) together: (rows, width, size)."""
+    size = torch.distributed.get_world_size(group)
+    rows, width, channels = own.shape
+    parts = own.new_empty(size * rows, width, channels)
+    ALL_GATHER(parts, own.contiguous(), group=group)
+    return parts.unflatten(0, (size, rows)).transpose(0, 1).reshape(rows, size * width, channels)
+
+
+def summed_tokens(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """This process's share (rows, own width, size) of the sum of the processes' tensors (rows, width, size)."""
+    size = torch.distributed.get_world_size(group)
+    rows, width, channels = tensor.shape
+    parts = tensor.unflatten(1, (size, width // size)).transpose(0, 1).flatten(0, 1).contiguous()
+    own = tensor.new_empty(rows, width // size, channels)
+    REDUCE_SCATTER(own, parts, group=group)
+    return own
+
+
+def own_tokens(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+    """This process's share (rows, own width, size) of a tensor (rows, width, size), as a copy."""
+    width = tensor.shape[1] // torch.distributed.get_world_size(group)
+    return tensor.narrow(1, torch.distributed.get_rank(group) * width, width).contiguous()
 
 
 def own_part(width: int, group: ProcessGroup) -> tuple[int, int]:

@@ -38,7 +38,7 @@ TUNED: dict[str, Any] = {
     "keep_memory": True,
     "overlap": True,
 }
-WITHOUT_FORMULA = ("quick_lora", "fuse_projections")  # runs whose memory no formula knows
+WITHOUT_FORMULA = ("sequence_parallel", "quick_lora", "fuse_projections")  # runs whose memory no formula knows
 NAMED_DATA = f"{', '.join(DATA_NAMES)}, {FIXED}N (samples of N tokens)"
 BSZ, WARMUP_STEPS, STEPS = 4, 8, 30  # defaults; other flags may change the first two
 SWEEP_ROWS = 1000  # of the plan whose lengths --sweep looks at
@@ -72,6 +72,7 @@ class Flags(BaseModel):
     zero: int
     sharding: str | None = None
     mp: int
+    sequence_parallel: bool
     dtype: str
     amp: str | None
     recompute: bool
@@ -200,6 +201,12 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
         help="what shards with --zero in PyTorch (default: deepspeed); fsdp: torch's FSDP2, for --zero 2 and 3",
     )
     add("--mp", type=positive, default=1, help="tensor-parallel degree")
+    add(
+        "--sequence-parallel",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="with --mp: split the tokens between the sliced products too, so that no process holds all activations",
+    )
     add("--dtype", choices=list(DTYPES), default="fp32", help="in which matrices are multiplied")
     add(
         "--amp",
@@ -387,6 +394,8 @@ def parse_flags(
             f"--zero {options['zero']} with --mp {mp}: not combined here, since DeepSpeed does not shard transformers' "
             "tensor-parallel models; use --zero 0 or --mp 1"
         )
+    if options["sequence_parallel"] and mp == 1:
+        raise BadInput("--sequence-parallel splits what --mp leaves whole; add --mp 2 or more, or leave it out")
     if options["sharding"]:
         check_sharding(options)
     if options["sweep"]:

@@ -41,8 +41,9 @@ class MicroBatch:
 
     Padded arrays have the shape (micro_bsz, width), where `width` is the longest sample of the global batch.
     Padding-free arrays have the shape (1, tokens): all samples end to end, with the tokens of each in `lengths`.
-    Positions count from 0 in each sample. `labels` are shifted: the label at t is the token at t + 1, or -100 where the
-    position is not trained on. `labelled` are the indices of the labels, in the flattened array.
+    `width` and `tokens` are rounded up to a multiple that the plan names. In the latter the padding is one more sample
+    without labels. Positions count from 0 in each sample. `labels` are shifted: the label at t is the token at t + 1,
+    or -100 where the position is not trained on. `labelled` are the indices of the labels, in the flattened array.
     """
 
     input_ids: np.ndarray
@@ -70,6 +71,8 @@ class Plan:
     prompt_lengths: np.ndarray  # int32, (samples,)
     rows: np.ndarray  # each row's first sample, and the number of samples; int64, (steps × bsz + 1,)
     padding_free: bool = False  # whether the run computes the samples without padding
+    micro_bsz: int = 1  # rows of a micro-batch
+    multiple: int = 1  # of which the width of a micro-batch is a multiple
     _ahead: dict[tuple, "Future[Passes]"] = field(default_factory=dict, repr=False)
     _worker: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "batches"), repr=False)
 
@@ -98,8 +101,17 @@ class Plan:
     def padded_tokens(self, step: int) -> int:
         """Input tokens of a step, padding included."""
         if self.padding_free:
-            return self.effective_tokens(step)
-        return int(self.row_lengths(step).max()) * self.bsz
+            return int(self.rounded_up(self.row_lengths(step).reshape(-1, self.micro_bsz).sum(axis=1)).sum())
+        return int(self.rounded_up(self.row_lengths(step).max())) * self.bsz
+
+    def rounded_up(self, tokens: Any) -> Any:
+        """The next multiple of `multiple`, for a number or an array."""
+        return -(-tokens // self.multiple) * self.multiple
+
+    def of_run(self, flags: Flags) -> Self:
+        """The same plan, computed as these flags say. Sequence parallelism gives each process as many tokens."""
+        multiple = flags.mp if flags.sequence_parallel else 1
+        return replace(self, padding_free=flags.padding_free, micro_bsz=flags.micro_bsz, multiple=multiple)
 
     def label_tokens(self, step: int) -> int:
         """Positions of a step with a label: responses and their EOS."""
@@ -125,12 +137,12 @@ class Plan:
 
     def passes(self, step: int, micro_bsz: int, replica: int, replicas: int) -> Iterator[tuple[bool, MicroBatch]]:
         """The micro-batches of `micro_batches`, made as they are asked for."""
-        width, share = int(self.row_lengths(step).max()), self.bsz // replicas
+        width, share = int(self.rounded_up(self.row_lengths(step).max())), self.bsz // replicas
         first = step * self.bsz + replica * share
         for start in range(first, first + share, micro_bsz):
             samples = range(self.rows[start], self.rows[start + micro_bsz])
             lengths = [int(self.offsets[i + 1] - self.offsets[i]) for i in samples]
-            shape = (1, sum(lengths)) if self.padding_free else (micro_bsz, width)
+            shape = (1, self.rounded_up(sum(lengths))) if self.padding_free else (micro_bsz, width)
             arrays: dict[str, np.ndarray] = {
                 name: np.zeros(shape, dtype=np.int64) for name in ("position_ids", "attention_mask")
             }
@@ -144,6 +156,9 @@ class Plan:
                 arrays["position_ids"][row, at : at + length] = np.arange(length)
                 arrays["labels"][row, at + prompt - 1 : at + length - 1] = tokens[prompt:]
                 row, at = (row, at + length) if self.padding_free else (row + 1, 0)
+            if self.padding_free and (rest := shape[1] - at):
+                arrays["position_ids"][0, at:] = np.arange(rest)
+                lengths.append(rest)
             arrays["labelled"] = np.flatnonzero(arrays["labels"] != IGNORED)
             last = start + micro_bsz == first + share
             yield last, MicroBatch(**arrays, lengths=lengths if self.padding_free else None)
@@ -218,7 +233,7 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
     except (FileNotFoundError, BadInput):
         _prepare(flags)  # it prints the remarks itself
         plan = read_plan(path)
-    plan = replace(plan, padding_free=flags.padding_free)
+    plan = plan.of_run(flags)
     vocabulary, positions = checkpoint.config["vocab_size"], checkpoint.config.get("max_position_embeddings")
     for token in (int(plan.tokens.min()), int(plan.tokens.max()), plan.about["pad_id"]):
         if not 0 <= token < vocabulary:

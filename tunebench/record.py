@@ -135,6 +135,7 @@ class Setup(Strict):
     zero: Literal[0, 1, 2, 3]
     sharding: Literal["deepspeed", "fsdp"] | None = None
     mp: Count
+    sequence_parallel: bool = False
     bsz: Count
     micro_bsz: Count
     accumulation: Count

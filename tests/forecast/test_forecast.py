@@ -48,6 +48,19 @@ def test_the_longest_batch_decides():
     assert largest_batch(free.flags, free.plan).input_ids.shape == (1, max(sums))
 
 
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_layers_keep_their_share_of_the_tokens(memory_of, method):
+    flags = ["--model=llama-7b", "--mp=4", "--bsz=4", "--data=fixed:512", "--steps=2", "--dtype=bf16", "--recompute"]
+
+    def saved(layers):
+        given = [*flags, f"--layers={layers}", "--attention=sdpa"]
+        whole, split = (memory_of(method, *given, *more) for more in ([], ["--sequence-parallel"]))
+        return whole.kept - split.kept
+
+    inputs = 4 * 512 * 4096 * 2  # bytes of a layer's inputs, which recomputation keeps
+    assert saved(5) - saved(3) == pytest.approx(2 * 3 / 4 * inputs, rel=0.01)
+
+
 def test_parts_are_of_one_moment(forecasts):
     job = job_of("full", "--model=llama-tiny", "--data=fixed:128", "--bsz=4", "--steps=2", "--dtype=bf16")
     found = answer(HERE, "full", job, forecasts["full"])

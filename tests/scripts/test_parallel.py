@@ -56,6 +56,32 @@ def test_several_processes_do_the_arithmetic_of_one(alone, forked, short, tmp_pa
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize(
+    ("framework", "family", "method", "setup"),
+    [
+        *((framework, "llama", "full", ["--micro-bsz=4"]) for framework in FRAMEWORKS),
+        *((framework, "llama", "lora", ["--nproc=4", "--recompute"]) for framework in FRAMEWORKS),
+        *((framework, "qwen2", "full", ["--padding-free", "--attention=sdpa"]) for framework in FRAMEWORKS),
+        *((framework, "chatglm2", "full", ["--attention=sdpa"]) for framework in FRAMEWORKS),
+        *((framework, "llama-3.2-1b", "full", ["--recompute"]) for framework in FRAMEWORKS),  # its heads are tied
+        ("torch", "bloom", "full", ["--nproc=4", "--micro-bsz=2"]),
+        ("torch", "bloom", "lora", []),
+        ("torch", "llama", "full", ["--tuned", "--order=plan"]),
+        ("torch", "llama", "lora", ["--tuned", "--order=plan", "--recompute"]),
+        ("paddle", "llama", "full", ["--overlap", "--lean", "--fuse-projections"]),
+    ],
+    ids=lambda part: "".join(part),
+)
+def test_tokens_may_be_split_between_sliced_products(alone, forked, short, tmp_path, framework, family, method, setup):
+    one = alone(framework, family, method)
+    flags = [f"--model={family}-tiny", *short, "--mp=2", "--sequence-parallel", *setup]
+    many = forked.train(framework, method, tmp_path / "r.json", *flags)
+    assert many.setup.sequence_parallel
+    assert_one_model(many, one)
+    assert_one_curve(many, one)
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(
     ("family", "method", "setup"),
     [
         ("llama", "full", ["--zero=3", "--micro-bsz=2"]),

@@ -91,6 +91,26 @@ def test_same_curves_with_fsdp(alone, forked, short, tmp_path, method, split):
     assert fast.setup.compile
 
 
+COMPILE_SAYS = """
+import torch
+compile = torch.compile
+def say_first(function, **how):
+    print("compiles:", function.__self__.__class__.__name__, flush=True)
+    return compile(function, **how)
+torch.compile = say_first
+"""
+
+
+@pytest.mark.frameworks
+def test_replicas_of_tensor_parallel_groups_compile_their_layers(alone, forked, short, tmp_path):
+    split = ["--mp=2", "--nproc=4", "--sequence-parallel", "--recompute"]
+    flags = ["--model=llama-tiny", *short, *IN_ORDER, *split, f"--out={tmp_path / 'r.json'}"]
+    status, printed = forked.run("torch", "full", *flags, code=COMPILE_SAYS)
+    assert status == 0, printed
+    assert re.findall("compiles: (.*)", printed) == ["FSDPLlamaDecoderLayer"] * 4 * 4, "4 layers, 4 processes"
+    same_curves(read_record(tmp_path / "r.json"), alone("torch", "llama", "full"))
+
+
 @pytest.mark.frameworks
 @pytest.mark.parametrize("framework", ["torch", "paddle"])
 def test_packed_rows_train_as_their_samples_padded(forked, short, tmp_path, framework):
@@ -390,6 +410,49 @@ def test_collectives_are_let_run_beside_the_passes(forked, tmp_path, framework, 
         assert read_record(out).setup.overlap == (given == "--overlap")
 
 
+# On a GPU --overlap adds the product to the weight's gradient in one kernel. Here its documented formula stands for it.
+FUSED_GRADIENTS = """
+import paddle
+from paddle.distributed.fleet.layers.mpu import mp_layers
+from paddle.distributed.fleet.utils import sequence_parallel_utils as by_tokens
+
+def add(x, dy, by_weight, by_bias, multi_precision, has_bias):
+    print("adds to a gradient:", by_weight is not None, "bias:", has_bias, flush=True)
+    assert not multi_precision
+    dy = dy.flatten(0, -2)
+    sums = [paddle.matmul(x.flatten(0, -2), dy, transpose_x=True)] + [dy.sum(0)] * has_bias
+    befores = [by_weight, by_bias]
+    return *(new if before is None else before + new for new, before in zip(sums, befores)), *[None] * (not has_bias)
+
+paddle._C_ops.fused_linear_param_grad_add = add
+for module, name in ((mp_layers, "ColumnParallelLinear"), (by_tokens, "ColumnSequenceParallelLinear")):
+    module.is_fused_linear_param_grad_add_supported = lambda: True
+    layer = getattr(module, name)
+    def forward(self, x, forward=layer.forward):
+        assert not self.mp_fused_linear_param_grad_add, "not on a CPU"
+        self.mp_fused_linear_param_grad_add = True
+        try:
+            return forward(self, x)
+        finally:
+            self.mp_fused_linear_param_grad_add = False
+    layer.forward = forward
+"""
+
+
+@pytest.mark.frameworks
+@pytest.mark.parametrize(("family", "split"), [("llama", []), ("qwen2", ["--sequence-parallel"])])
+def test_paddle_may_add_products_to_gradients(alone, forked, short, tmp_path, family, split):
+    out = tmp_path / "r.json"
+    flags = [f"--model={family}-tiny", *short, "--mp=2", "--micro-bsz=4", "--overlap", *split, f"--out={out}"]
+    status, printed = forked.run("paddle", "full", *flags, code=FUSED_GRADIENTS)
+    assert status == 0, printed
+    biases = {str(has) for has in ((False, True) if family == "qwen2" else (False,))}
+    assert {*re.findall("gradient: (True|False) bias: (True|False)", printed)} == {
+        (adds, bias) for adds in ("False", "True") for bias in biases
+    }
+    same_curves(read_record(out), alone("paddle", family, "full"))
+
+
 @pytest.mark.skipif(HERE != "paddle", reason="Paddle waits for a weight where the layer that holds it is called")
 @pytest.mark.parametrize("method", ["full", "lora"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "bloom", "chatglm2"])
@@ -422,6 +485,8 @@ def test_quick_lora_is_on_where_it_is_asked_for(scripts):
     [
         ("torch", "lora", "llama", "--quick-lora", "no layer that adds the adapters' product to the weights"),
         ("paddle", "lora", "llama", "--quick-lora", None),
+        ("paddle", "full", "bloom", "--mp=2 --sequence-parallel", "no sequence parallelism in Bloom"),
+        ("torch", "full", "bloom", "--mp=2 --sequence-parallel", None),
         ("paddle", "lora", "llama", "--quick-lora --mp=2", "with --mp calls a function as Paddle"),
         ("torch", "full", "llama", "--fuse-projections", "no model of these families with q, k and v in one weight"),
         ("paddle", "full", "qwen2", "--fuse-projections", None),

@@ -1,6 +1,5 @@
 """The cheapest change of a setup that makes it fit."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -58,6 +57,8 @@ def smaller_activations(framework: str, flags: Flags) -> list[dict[str, Any]]:
         single.append({"attention": "sdpa", "padding_free": True})
     if flags.head == "all" and flags.mp == 1:
         single.append({"head": "labels"})
+    if flags.mp > 1 and not flags.sequence_parallel:
+        single.append({"sequence_parallel": True})
     return single + [{"micro_bsz": size} for size in range(1, flags.micro_bsz) if flags.micro_bsz % size == 0]
 
 
@@ -74,7 +75,7 @@ def cheapest(
     ranked: list[tuple[float, dict[str, Any], Job]] = []
     for change in changes(framework, flags, of_states):
         changed = flags.model_copy(update=change)
-        plan = dataclasses.replace(job.plan, padding_free=changed.padding_free)
+        plan = job.plan.of_run(changed)
         candidate = job._replace(flags=changed, plan=plan)
         offered = not_offered(framework, method, changed, job.checkpoint) is None
         if offered and may_fit(framework, method, candidate, machine):

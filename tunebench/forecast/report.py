@@ -151,7 +151,7 @@ def lines(found: Answer) -> list[str]:
     """The answer as text."""
     setup, processes = found.setup, found.setup.nproc * found.setup.nnodes
     nodes = f" on {setup.nnodes} nodes" if setup.nnodes > 1 else ""
-    ways = setup.in_stages + [f"MP {setup.mp}"] * (setup.mp > 1)
+    ways = setup.in_stages + [f"MP {setup.mp}"] * (setup.mp > 1) + ["sequence parallel"] * setup.sequence_parallel
     types = setup.dtype + (f" {setup.amp}" if setup.amp else "")
     ways += [types, *["recompute"] * setup.recompute, setup.attention, *["padding-free"] * setup.padding_free]
     title = f"{FRAMEWORKS[found.framework].title} {found.method}, {found.model}, bsz {setup.bsz}, {', '.join(ways)}"

@@ -205,6 +205,7 @@ def unlike(framework: str, flags: Flags, parameters: float, gpu: Gpu, link: Link
         *["compiled layers"] * flags.compile,
         *["kernels of --lean"] * (flags.lean and framework == "paddle"),
         *["overlapped collectives"] * (flags.overlap and flags.world_size > 1),
+        *["sequence parallelism"] * flags.sequence_parallel,
         *["Quick LoRA"] * flags.quick_lora,
         *["fused projections"] * flags.fuse_projections,
         *["another way of splitting"] * (flags.world_size > 1 and way not in FITTED_WAYS[framework]),

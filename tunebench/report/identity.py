@@ -59,7 +59,7 @@ def split_of(record: Record) -> list[str]:
     """The words of a setup but for the precision."""
     setup = record.setup
     replicas = record.devices // setup.mp
-    parts = [f"MP {setup.mp}"] * (setup.mp > 1) + setup.in_stages
+    parts = [f"MP {setup.mp}"] * (setup.mp > 1) + ["sequence parallel"] * setup.sequence_parallel + setup.in_stages
     parts += [f"DP {replicas}"] * (replicas > 1 and not setup.zero)
     parts += [f"{setup.micro_bsz * replicas}*{setup.accumulation}"] * (setup.accumulation > 1)
     parts += ["recompute"] * setup.recompute + ["quick LoRA"] * setup.quick_lora

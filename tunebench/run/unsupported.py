@@ -90,6 +90,8 @@ def _paddlenlp_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str |
         return f"{named('paddlenlp')} has no function for attention alone in this model, to call for each sample"
     if family == "glm" and flags.head == "labels":
         return f"{named('paddlenlp')} has no layer for the logits alone in ChatGLMv2"
+    if flags.sequence_parallel and family == "bloom":
+        return f"{named('paddlenlp')} has no sequence parallelism in Bloom"
     if flags.quick_lora and flags.mp > 1:  # _get_reduce_op(ReduceOp.SUM, "_c_identity") in lora_quick_layers.py
         return (
             f"Quick LoRA of {named('paddlenlp')} with --mp calls a function as {named('paddlepaddle')} does not have it"
@@ -111,9 +113,9 @@ def _paddleformers_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> s
         return f"{former} has heads of hidden_size ÷ their number alone, and head_dim is {config['head_dim']} here"
     if flags.tuned:
         return f"--tuned is of PaddleNLP's models, not of {former}'s; name the flags that are wanted"
-    of_paddlenlp = ("padding_free", "lean", "fuse_projections", "quick_lora")
+    of_paddlenlp = ("padding_free", "lean", "sequence_parallel", "fuse_projections", "quick_lora")
     if found := next((name for name in of_paddlenlp if vars(flags)[name]), None):
-        return f"--{found.replace('_', '-')} is of PaddleNLP's layers, not of {former}'s"
+        return f"--{found.replace('_', '-')} is offered with PaddleNLP's layers here, not with {former}'s"
     return None
 
 
