@@ -1,7 +1,7 @@
 """Measures how cost grows with the model, the batch, the length of samples, processes, and the number of samples and
 records.
 
-python benchmarks/growth.py [--only model|batch|length|processes|samples|records] [--rounds 3] [--samples 1000000]
+python benchmarks/growth.py [--only model batch length processes samples records] [--rounds 3] [--samples 1000000]
                             [--nproc 1 2 4] [--zero 2] [--method full|lora] [--model llama-tiny] [--tuned]
                             [--steps 14] [--warmup-steps 8] [--quick] [--out FILE]
 
@@ -93,7 +93,7 @@ Setting = tuple[str, str]  # the processes and the size of a training
 def main() -> None:
     """Runs the series one after the other, in a temporary folder."""
     parser = Parser(prog="growth.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--only", choices=list(SERIES), help="one of them (default: all)")
+    parser.add_argument("--only", choices=list(SERIES), nargs="+", default=list(SERIES), help="some (default: all)")
     parser.add_argument("--rounds", type=positive, help="of training, in alternating order (default: 3, quick: 1)")
     parser.add_argument("--method", choices=["full", "lora"], default="full", help="what is trained (default: full)")
     parser.add_argument("--model", choices=list(PRESETS), default="llama-tiny", help="by batch, length and processes")
@@ -128,7 +128,7 @@ def main() -> None:
         os.environ |= {"TUNEBENCH_CACHE": f"{folder}/cache", "CUDA_VISIBLE_DEVICES": ""}
         tables = []
         for name, series in SERIES.items():
-            if options.only in (None, name):
+            if name in options.only:
                 tables.append(series(options, pathlib.Path(folder)))
                 print(f"\n{tables[-1].text()}", flush=True)
     if options.out:

@@ -128,9 +128,7 @@ RUN_ELSEWHERE = {
     "bash run_all.sh --suite a100x4 --plan --calibrate results/gpu1-80g": "needs records of an A100; "
     "test_calibrate.py calibrates a plan, test_suite_forecast.py plans a suite",
     "bash run_all.sh --suite calibration": "takes five minutes; test_suite.py checks its flags",
-    ".venv/torch/bin/python -P benchmarks/calibration.py results/measured/20261128-epyc-2-cores/quick": "takes a "
-    "minute; test_calibrate.py runs it on two records",
-    ".venv/torch/bin/python -P benchmarks/calibration.py results/measured/20261129-xeon-2-cores/calibration": "takes "
+    ".venv/torch/bin/python -P benchmarks/calibration.py results/measured/20261130-epyc-2-cores/calibration": "takes "
     "ten seconds; test_calibrate.py runs it on two records",
     ".venv/torch/bin/python -P -m tunebench.forecast.speed_points": "test_speed.py fits the constants anew",
     ".venv/torch/bin/python benchmarks/peaks.py": "test_forecast.py asks for the same points",
