@@ -40,7 +40,7 @@ def main() -> None:
     plan = load_plan(flags, checkpoint)
     run = Run("torch", "full", Job(flags, checkpoint, plan, ALONE))
     run.describe("cpu", checkpoint.parameters, checkpoint.parameters, checkpoint.expected)
-    batches = [seconds(lambda i=i: list(plan._passes(i, flags.micro_bsz, 0, 1))) for i in range(plan.steps)]
+    batches = [seconds(lambda i=i: list(plan.passes(i, flags.micro_bsz, 0, 1))) for i in range(plan.steps)]
     with pathlib.Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         run.start(lambda: None)
         meter = [seconds(lambda: run.end_step(1.0, 1.0)) for _ in range(plan.steps)]

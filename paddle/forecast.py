@@ -203,7 +203,8 @@ def as_on_a_gpu(flags: Flags) -> Iterator[None]:
             stack.enter_context(patch.object(module, "get_flags", read))
         if flags.mp > 1:
             stack.enter_context(patch.object(topology, "_HYBRID_PARALLEL_GROUP", hybrid))
-            stack.enter_context(patch.object(fleet.fleet, "_hcg", hybrid, create=True))
+            if flags.sequence_parallel:
+                stack.enter_context(patch.object(fleet.fleet, "_hcg", hybrid, create=True))
             strategy = fleet.DistributedStrategy()
             stack.enter_context(patch.object(fleet.fleet, "_user_defined_strategy", strategy, create=True))
             stack.enter_context(patch.object(RNGStatesTracker, "rng_state", lambda *_: contextlib.nullcontext()))

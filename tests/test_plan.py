@@ -384,6 +384,15 @@ def test_widths_are_multiples_where_processes_share_the_tokens(extra):
     assert wider
 
 
+def test_a_width_beyond_the_models_positions_is_refused():
+    positions = find_checkpoint("llama-tiny", "random", 0).config["max_position_embeddings"]
+    flags = [f"--data=fixed:{positions}", "--samples=4", "--bsz=1", "--steps=2", "--sequence-parallel", "--mp=2"]
+    assert prepared(*flags).padded_tokens(0) == positions
+    with pytest.raises(BadInput, match=f"has {positions} tokens, rounded up to .* for --sequence-parallel, and"):
+        prepared(*flags, "--mp=3")
+    assert prepared(*flags, "--mp=3", "--padding-free").padded_tokens(0) > positions
+
+
 def test_samples_of_fixed_length():
     plan = prepared("--data=fixed:512", "--bsz=4", "--steps=6")
     assert (plan.info().data, plan.info().samples) == ("fixed:512", 1000)

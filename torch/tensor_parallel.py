@@ -9,7 +9,7 @@ them too. They compute with each process's own tensors, and communicate where th
 - the loss sums over the slices of the logits.
 
 With --sequence-parallel each process has some tokens of each row between these layers. Then the first kind of layer
-gathers the tokens of its input, and the second kind sums and cuts. That sends as many bytes as the two sums.
+gathers the tokens of its input, and the second kind sums and cuts. A gather and such a sum send as many bytes as a sum.
 """
 
 import functools

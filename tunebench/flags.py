@@ -205,7 +205,7 @@ def flag_parser(method: str, prog: str | None = None) -> Parser:
         "--sequence-parallel",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="with --mp: split the tokens between the sliced products too, so that no process holds all activations",
+        help="with --mp: split the tokens between the sliced products, where norms and residuals are",
     )
     add("--dtype", choices=list(DTYPES), default="fp32", help="in which matrices are multiplied")
     add(

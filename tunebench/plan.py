@@ -109,9 +109,9 @@ class Plan:
         return -(-tokens // self.multiple) * self.multiple
 
     def of_run(self, flags: Flags) -> Self:
-        """The same plan, computed as these flags say. Sequence parallelism gives each process as many tokens."""
+        """The same plan, computed as these flags say. Sequence parallelism gives all processes equally many tokens."""
         multiple = flags.mp if flags.sequence_parallel else 1
-        return replace(self, padding_free=flags.padding_free, micro_bsz=flags.micro_bsz, multiple=multiple)
+        return replace(self, padding_free=flags.padding_free, micro_bsz=flags.micro_bsz, multiple=multiple, _ahead={})
 
     def label_tokens(self, step: int) -> int:
         """Positions of a step with a label: responses and their EOS."""
@@ -239,9 +239,11 @@ def load_plan(flags: Flags, checkpoint: Checkpoint) -> Plan:
         if not 0 <= token < vocabulary:
             raise BadInput(f"--model {flags.model}: its tokenizer gives token {token}, its vocabulary has {vocabulary}")
     longest = int(np.diff(plan.offsets).max())
-    if positions is not None and longest > positions:
+    wide = longest if plan.padding_free else int(plan.rounded_up(longest))
+    if positions is not None and wide > positions:
+        rounded = f", rounded up to {wide} for --sequence-parallel" if wide > longest else ""
         raise BadInput(
-            f"--model {flags.model}: a sample has {longest} tokens, and the model takes at most {positions} "
+            f"--model {flags.model}: a sample has {longest} tokens{rounded}, and the model takes at most {positions} "
             "(max_position_embeddings, or Mistral's sliding_window)"
         )
     return plan

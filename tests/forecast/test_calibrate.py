@@ -93,7 +93,8 @@ def test_processes_share_a_cpu(written):
 def test_each_new_trait_widens_the_interval(written):
     machine = machine_of_records(HERE, written(), None, None)
     ((traits, parameters),) = machine.seen
-    assert traits == Traits(1, 1, 0, fsdp=False, mp=1, low=False, compiled=False, lean=False, overlap=False)
+    plain = Traits(1, 1, 0, fsdp=False, mp=1, low=False, compiled=False, lean=False, overlap=False, others=(False,) * 3)
+    assert traits == plain
     flags = parse_flags(
         "full", ["--model=llama-tiny", "--plan", "--gpu=h100", "--dtype=bf16", "--nproc=1"], framework=HERE
     )

@@ -8,8 +8,9 @@ import pytest
 from conftest import HERE, ROOT, job_of, run_program
 
 from tunebench.flags import parse_flags
-from tunebench.forecast.changes import changes
+from tunebench.forecast.changes import changes, may_fit
 from tunebench.forecast.gpus import GPUS, kind_of
+from tunebench.forecast.machine import machine_of_kind
 from tunebench.forecast.memory import PARTS, largest_batch
 from tunebench.forecast.report import Answer, answer, forked, lines
 from tunebench.forecast.symbols import Kind, symbolic
@@ -115,6 +116,23 @@ def test_the_fastest_change_that_fits_is_named(forecasts):
     assert "--attention sdpa" in found.change.flags
     assert judge(found.change.peak, GPUS["rtx-4090"], 1).verdict == "fits"
     assert f"what fits: {found.change.flags}" in "\n".join(lines(found))
+
+
+def test_sequence_parallelism_is_a_change_of_tensor_parallel_runs():
+    """At 24 GB a run that --sequence-parallel lets fit may fit, and one whose weights are too many may not."""
+    one, four = (parse_flags("full", ["--model=llama-7b", "--plan", "--gpu=rtx-4090", *mp]) for mp in ([], ["--mp=4"]))
+    assert {"sequence_parallel": True} not in changes(HERE, one, of_states=False)
+    assert {"sequence_parallel": True} in changes(HERE, four, of_states=False)
+    assert {"sequence_parallel": True} not in changes(HERE, four, of_states=True)
+    flags = ["--data=fixed:1024", "--samples=64", "--steps=2", "--bsz=4", "--mp=4", "--dtype=bf16", "--attention=sdpa"]
+    machine = machine_of_kind("rtx-4090", None)
+    for layers, more, fits in (
+        (24, [], False),
+        (24, ["--sequence-parallel"], True),
+        (48, ["--sequence-parallel"], False),
+    ):
+        job = job_of("full", "--model=llama-7b", f"--layers={layers}", *flags, *more, gpu="rtx-4090")
+        assert may_fit(HERE, "full", job, machine) == fits, (layers, more)
 
 
 def test_lean_is_a_change_of_paddle_alone():

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from tunebench.flags import Flags, in_words
+from tunebench.flags import WITHOUT_FORMULA, Flags, in_words
 from tunebench.forecast.formula import tensors_of
 from tunebench.forecast.machine import Machine
 from tunebench.forecast.memory import Memory
@@ -90,6 +90,14 @@ def cheapest(
 
 
 def may_fit(framework: str, method: str, job: Job, machine: Machine) -> bool:
-    """Whether a job fits by formula, with its error to spare, or no formula knows it."""
-    found = tensors_of(framework, method, job.flags, job.checkpoint, job.plan)
-    return found is None or machine.judge(int(0.97 * machine.memory(found).peak), job.flags).verdict == "fits"
+    """Whether a job fits by formula, with its error to spare, or no formula knows runs like it.
+
+    Sequence parallelism has no formula. It leaves a process at least its share of the activations.
+    """
+    flags = job.flags
+    like = flags.model_copy(update=dict.fromkeys(WITHOUT_FORMULA, False))
+    found = tensors_of(framework, method, like, job.checkpoint, job.plan.of_run(like))
+    if found is None:
+        return True
+    saved = found.parts["activations"] * (1 - 1 / flags.mp) if flags.sequence_parallel else 0
+    return machine.judge(int(0.97 * (machine.memory(found).peak - saved)), flags).verdict == "fits"

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tunebench.flags import Flags
+from tunebench.flags import WITHOUT_FORMULA, Flags
 from tunebench.forecast.gpus import DEFAULT_GPU, GPUS, LINKS, Gpu, Link
 from tunebench.forecast.memory import Memory, with_more, with_unseen
 from tunebench.forecast.speed import Speed, fitted, forecast_speed, interval_of, unlike
@@ -65,13 +65,15 @@ class Traits(NamedTuple):
     compiled: bool
     lean: bool
     overlap: bool
+    others: tuple[bool, ...]  # the flags of WITHOUT_FORMULA
 
     @classmethod
     def of(cls, flags: Flags) -> "Traits":
         """Those of a run."""
         low = flags.dtype != "fp32"
         split = (flags.nnodes, flags.world_size, flags.zero, flags.fsdp, flags.mp)
-        return cls(*split, low, flags.compile, flags.lean, flags.overlap and flags.world_size > 1)
+        others = tuple(vars(flags)[name] for name in WITHOUT_FORMULA)
+        return cls(*split, low, flags.compile, flags.lean, flags.overlap and flags.world_size > 1, others)
 
 
 @dataclasses.dataclass(frozen=True)
