@@ -77,7 +77,7 @@ def test_a_suite_with_its_interpreter(tmp_path):
         (["--model=qwen2-tiny"], "has q, k and v of Qwen2 in one weight"),
         (["--model=bloom-tiny"], "has no Bloom"),
         (["--model=llama-tiny", "--tuned"], "--tuned is of PaddleNLP's models"),
-        (["--model=llama-tiny", "--padding-free"], "--padding-free is of PaddleNLP's layers"),
+        (["--model=llama-tiny", "--padding-free"], "--padding-free is offered with PaddleNLP's layers here"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )
