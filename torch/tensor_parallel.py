@@ -13,7 +13,7 @@ gathers the tokens of its input, and the second kind sums and cuts. A gather and
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from transformers.distributed.tensor_parallel import (
 
 from tunebench.plan import IGNORED
 
+Exchange = Callable[[torch.Tensor, ProcessGroup], torch.Tensor]
 # Of one tensor. The names are torch's since 2.13, or those before.
 ALL_GATHER = getattr(torch.distributed, "all_gather_single", torch.distributed.all_gather_into_tensor)
 REDUCE_SCATTER = getattr(torch.distributed, "reduce_scatter_single", torch.distributed.reduce_scatter_tensor)
@@ -200,66 +201,6 @@ class SumGradient(torch.autograd.Function):
         return gradient, None
 
 
-class GatherTokens(torch.autograd.Function):
-    """Puts the processes' tokens together, and sums the gradient, of which each process finds a part."""
-
-    @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        """From (rows, own width, size) to (rows, width, size)."""
-        ctx.group = group
-        return gathered_tokens(own, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """By the own tokens."""
-        return summed_tokens(gradient, ctx.group), None
-
-
-class SumAndCutTokens(torch.autograd.Function):
-    """Sums the processes' tensors. Each process has its share of the tokens of the sum."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        """From (rows, width, size) to (rows, own width, size)."""
-        ctx.group = group
-        return summed_tokens(tensor, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """By the process's own tensor."""
-        return gathered_tokens(gradient, ctx.group), None
-
-
-class CutTokens(torch.autograd.Function):
-    """Takes the process's share of the tokens of a tensor that all processes have."""
-
-    @staticmethod
-    def forward(ctx: Any, whole: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        """From (rows, width, size) to (rows, own width, size)."""
-        ctx.group = group
-        return own_tokens(whole, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """By the whole tensor: each process has found the gradient of its tokens."""
-        return gathered_tokens(gradient, ctx.group), None
-
-
-class GatherOutput(torch.autograd.Function):
-    """Puts the processes' tokens together for what all processes compute alike."""
-
-    @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
-        """From (rows, own width, size) to (rows, width, size)."""
-        ctx.group = group
-        return gathered_tokens(own, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """By the own tokens: each process has the whole gradient."""
-        return own_tokens(gradient, ctx.group), None
-
-
 class Gather(torch.autograd.Function):
     """Puts the processes' slices of the last dimension together. The last ones may be shorter, or empty."""
 
@@ -358,6 +299,30 @@ def own_tokens(tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     """This process's share (rows, own width, size) of a tensor (rows, width, size), as a copy."""
     width = tensor.shape[1] // torch.distributed.get_world_size(group)
     return tensor.narrow(1, torch.distributed.get_rank(group) * width, width).contiguous()
+
+
+def exchange(forth: Exchange, back: Exchange) -> type[torch.autograd.Function]:
+    """A function that exchanges tokens by `forth` in the forward pass and gradients by `back` in the backward pass."""
+
+    class OfTokens(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, tensor: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+            ctx.group = group
+            return forth(tensor, group)
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return back(gradient, ctx.group), None
+
+    return OfTokens
+
+
+# Each process finds a part of the gradient of the gathered tokens, and has its tokens' gradient of the sum.
+GatherTokens = exchange(gathered_tokens, summed_tokens)
+SumAndCutTokens = exchange(summed_tokens, gathered_tokens)
+# For what all processes compute alike: each has the whole gradient of the gathered tokens.
+CutTokens = exchange(own_tokens, gathered_tokens)
+GatherOutput = exchange(gathered_tokens, own_tokens)
 
 
 def own_part(width: int, group: ProcessGroup) -> tuple[int, int]:

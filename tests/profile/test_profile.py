@@ -50,7 +50,7 @@ def check_profile(record, traces):
         total = sum(profile.kinds.values())
         assert profile.kinds["other"] < MOST_OTHER * total
         for kind in ("matrix products", "attention", "norms", "elementwise", "loss", "optimizer", "copies"):
-            assert 0 < profile.kinds[kind] < total, kind
+            assert 0 < profile.kinds[kind] < total * 0.95, kind
         # One thread computes; gloo has threads of its own on Torch's side.
         busy = total - profile.kinds["communication"]
         alone = shares["computing"] + shares["communication_hidden"] + shares["copies"]
