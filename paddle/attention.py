@@ -18,11 +18,16 @@ from library import FORMERS, transformers
 
 from tunebench.flags import Flags
 
+if FORMERS:
+    from paddleformers.nn.attention.interface import AttentionInterface
+
+OF_SAMPLES = "samples_end_to_end"  # PaddleFormers looks attention up by name; this is ours
+
 
 class Samples:
     """Where the samples of a padding-free micro-batch stand.
 
-    PaddleNLP hands this to its attention unread, as `attn_mask_startend_row_indices`, and then makes no mask.
+    The libraries hand this to their attention unread, as `attn_mask_startend_row_indices`, and then make no mask.
     """
 
     __slots__ = ("ends", "lengths")
@@ -36,11 +41,29 @@ class Samples:
 def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
     """Names in a model's config the attention to build. For ChatGLMv2 `use_one_kernel` chooses it."""
     if FORMERS:
-        config._attn_implementation = "eager" if flags.attention == "eager" else "sdpa"
+        config._attn_implementation = name_in_formers(flags)
         return
     config.use_flash_attention = flags.attention != "eager" and config.model_type != "chatglm_v2"
     # PaddleNLP's variable, spelled so: with it Llama and Qwen2 leave their mask out.
     os.environ["USE_CASUAL_MASK"] = str(config.use_flash_attention)
+
+
+def name_in_formers(flags: Flags) -> str:
+    """The name of PaddleFormers' attention. Where samples stand end to end, it is one that this function adds."""
+    kernel = "eager" if flags.attention == "eager" else "sdpa"
+    if not flags.padding_free:
+        return kernel
+    if takes_flashmask(flags):
+        function = functools.partial(formers_by_flashmask, AttentionInterface()["flashmask"])
+    else:
+        function = functools.partial(formers_by_sample, AttentionInterface()[kernel], kernel == "sdpa")
+    AttentionInterface.register(OF_SAMPLES, function)
+    return OF_SAMPLES
+
+
+def takes_flashmask(flags: Flags) -> bool:
+    """Whether one kernel takes all samples. It is for GPUs and low precision."""
+    return paddle.get_device() != "cpu" and flags.attention != "eager" and flags.dtype != "fp32"
 
 
 def takes_mask(flags: Flags) -> bool:
@@ -54,9 +77,8 @@ def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:
     PaddleNLP's own `use_flash_attention` mixes up the rows of ChatGLMv2's batch. It reshapes a result of
     (batch, width, …) to (width, batch, …) where it should transpose it.
     """
-    if flags.padding_free:
-        flashmask = paddle.get_device() != "cpu" and flags.attention != "eager" and flags.dtype != "fp32"
-        function = attend_by_flashmask if flashmask else attend_by_sample
+    if flags.padding_free and not FORMERS:  # `configure` has named PaddleFormers'
+        function = attend_by_flashmask if takes_flashmask(flags) else attend_by_sample
         for layer in getattr(model, model.base_model_prefix).layers:
             layer.self_attn.attn_func = functools.partial(function, layer.self_attn.attn_func)
     if flags.attention == "eager" or model.config.model_type != "chatglm_v2":
@@ -108,6 +130,39 @@ def attend_by_flashmask(
     query, key = (x.astype(value.dtype) for x in (query, key))  # at O1 the rotary embedding leaves them in float32
     others["attn_mask_startend_row_indices"] = attn_mask_startend_row_indices.ends
     return attend(query, config, key, value, *rest, **others)
+
+
+def formers_by_sample(
+    attend: Callable[..., tuple[paddle.Tensor, Any]],
+    causal: bool,
+    layer: paddle.nn.Layer,
+    query: paddle.Tensor,
+    key: paddle.Tensor,
+    value: paddle.Tensor,
+    attn_mask_startend_row_indices: Samples,
+    **others: Any,
+) -> tuple[paddle.Tensor, None]:
+    """PaddleFormers' attention to each sample alone: from (1, heads, tokens, head size) to (1, tokens, hidden).
+
+    `causal` says whether it is so by itself. Else indices that hide no key from later queries make it causal.
+    """
+    parts = []
+    split = (x.split(attn_mask_startend_row_indices.lengths, axis=2) for x in (query, key, value))
+    for length, *sample in zip(attn_mask_startend_row_indices.lengths, *split, strict=True):
+        indices = None if causal else paddle.full([1, 1, length, 1], length, "int32")
+        parts.append(attend(layer, *sample, attn_mask_startend_row_indices=indices, **others)[0])
+    return paddle.concat(parts, axis=1), None
+
+
+def formers_by_flashmask(
+    attend: Callable[..., tuple[paddle.Tensor, Any]],
+    *inputs: Any,
+    attn_mask_startend_row_indices: Samples,
+    **others: Any,
+) -> tuple[paddle.Tensor, Any]:
+    """PaddleFormers' call of flashmask, one kernel for all samples. It takes the indices as (1, 1, tokens)."""
+    ends = attn_mask_startend_row_indices.ends.unsqueeze(1)
+    return attend(*inputs, attn_mask_startend_row_indices=ends, **others)
 
 
 def attend(

@@ -1,5 +1,7 @@
 """Kernels for Llama on a CPU (`--lean`): the same mathematics in fewer and cheaper operations of Paddle's.
 
+They take the place of layers of PaddleNLP's and of PaddleFormers' Llama.
+
 On a CPU, Paddle's matrix products and its elementwise kernels of equal shapes run on all threads. Its broadcasts,
 copies, reductions and activations run on one. So matrix products with ones sum and broadcast here, and a matrix product
 swaps the halves for the rotary embedding. Attention keeps one layout, (heads, rows, head size), whose copies are fast.
@@ -12,6 +14,7 @@ import math
 from typing import Any, NamedTuple
 
 import paddle
+from library import FORMERS
 from paddle import _C_ops
 from paddle.autograd import PyLayer
 
@@ -38,19 +41,27 @@ def replace_layers(flags: Flags, model: paddle.nn.Layer) -> None:
     if not flags.lean or paddle.get_device() != "cpu" or flags.mp > 1 or model.config.model_type != "llama":
         return
     for layer in model.sublayers():
-        if type(layer).__name__ == "LlamaRMSNorm":
+        if type(layer).__name__ in ("LlamaRMSNorm", "RMSNorm"):
             layer.forward = functools.partial(normalise, layer)
-        elif type(layer).__name__ == "LlamaMLP" and not flags.fuse_projections:
+        elif type(layer).__name__ in ("LlamaMLP", "MLP") and not flags.fuse_projections:
             layer.forward = functools.partial(feed_forward, layer)
     config = model.config
     if config.num_attention_heads == config.num_key_value_heads and not flags.fuse_projections:
-        layers = model.llama.layers
-        for layer in layers:
-            layer.self_attn.forward = functools.partial(attend, layer.self_attn)
-        rotary = layers[0].self_attn.rotary_emb
-        tables = [table.reshape([-1, table.shape[-1]]) for table in (rotary.cos_cached, rotary.sin_cached)]
+        llama = getattr(model, model.base_model_prefix)
+        for layer in llama.layers:
+            layer.self_attn.forward = functools.partial(attend_in_formers if FORMERS else attend, layer.self_attn)
+        tables = [table.reshape([-1, table.shape[-1]]) for table in rotary_tables(llama)]
         hook = functools.partial(put_layout_in, *tables, config.num_attention_heads)
-        model.llama.register_forward_pre_hook(hook, with_kwargs=True)
+        llama.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@paddle.no_grad()
+def rotary_tables(llama: paddle.nn.Layer) -> tuple[paddle.Tensor, paddle.Tensor]:
+    """The cosines and sines of all positions, (…, positions, …, head size). PaddleNLP keeps them in each layer."""
+    if FORMERS:
+        return llama.rotary_emb(paddle.ones([1]), paddle.arange(llama.config.max_position_embeddings)[None])
+    rotary = llama.layers[0].self_attn.rotary_emb
+    return rotary.cos_cached, rotary.sin_cached
 
 
 def put_layout_in(
@@ -58,7 +69,7 @@ def put_layout_in(
 ) -> tuple[tuple, dict[str, Any]]:
     """A forward pre-hook of the model without its head: puts a `Layout` in place of flashmask's input.
 
-    PaddleNLP hands that input to each layer, and then makes no mask.
+    The libraries hand that input to each layer, and then make no mask.
     """
     rows, width = (args[0] if args else kwargs["input_ids"]).shape
     samples = kwargs.get("attn_mask_startend_row_indices")
@@ -76,12 +87,12 @@ def lay_out(cos: paddle.Tensor, sin: paddle.Tensor, heads: int, lengths: list[in
 
 
 def normalise(layer: paddle.nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
-    """LlamaRMSNorm's forward."""
+    """The forward pass of LlamaRMSNorm and PaddleFormers' RMSNorm."""
     return RMSNorm.apply(x, layer.weight, layer.variance_epsilon)
 
 
 def feed_forward(layer: paddle.nn.Layer, x: paddle.Tensor) -> paddle.Tensor:
-    """LlamaMLP's forward."""
+    """The forward pass of LlamaMLP and PaddleFormers' MLP."""
     return layer.down_proj(SwiGLU.apply(layer.gate_proj(x), layer.up_proj(x)))
 
 
@@ -97,6 +108,13 @@ def attend(
     projections = (layer.q_proj, layer.k_proj, layer.v_proj)
     q, k, v = (project(hidden_states).reshape([-1, shape[-1]]) for project in projections)
     return layer.o_proj(RotaryAttention.apply(q, k, v, layer.num_heads, attn_mask_startend_row_indices).reshape(shape))
+
+
+def attend_in_formers(
+    layer: paddle.nn.Layer, hidden_states: paddle.Tensor, **others: Any
+) -> tuple[paddle.Tensor, None]:
+    """LLamaAttention's forward, which gives the weights of attention too, or none."""
+    return attend(layer, hidden_states, **others), None
 
 
 class RMSNorm(PyLayer):

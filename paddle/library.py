@@ -19,8 +19,10 @@ if FORMERS:
 else:
     from paddlenlp import peft, transformers
 
-__all__ = ["DEGREE", "FORMERS", "lora_fields", "peft", "recompute_layers", "transformers"]
-DEGREE = "tensor_model_parallel_size" if FORMERS else "tensor_parallel_degree"  # the field of configs
+__all__ = ["DEGREE", "FORMERS", "WIDTH", "lora_fields", "peft", "recompute_layers", "transformers"]
+# Fields of configs: into how many slices weights are cut, and tokens in a row of a micro-batch.
+DEGREE = "tensor_model_parallel_size" if FORMERS else "tensor_parallel_degree"
+WIDTH = "max_sequence_length" if FORMERS else "seq_length"
 
 
 def lora_fields(flags: Flags) -> dict[str, Any]:

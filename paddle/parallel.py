@@ -154,7 +154,7 @@ def slicing(flags: Flags, group: Group) -> dict[str, Any]:
 def follow_width(flags: Flags, model: paddle.nn.Layer) -> None:
     """With --sequence-parallel tells the model's layers the width of each micro-batch.
 
-    PaddleNLP has all rows of one width. Its attention and head find the rows among the tokens by it.
+    The libraries have all rows of one width. Their attention and head find the rows among the tokens by it.
     """
     if flags.sequence_parallel:
         told = [model.config, *(layer for layer in model.sublayers() if hasattr(layer, "seq_length"))]
@@ -164,7 +164,7 @@ def follow_width(flags: Flags, model: paddle.nn.Layer) -> None:
 def tell_width(told: list[Any], embedding: paddle.nn.Layer, inputs: tuple) -> None:
     """A hook of the embedding, which comes first and sees token ids (rows, width)."""
     for each in told:
-        each.seq_length = inputs[0].shape[1]
+        setattr(each, library.WIDTH, inputs[0].shape[1])
 
 
 def fill(parameter: paddle.Tensor, values: Callable[[tuple[int, int]], np.ndarray], group: Group) -> None:

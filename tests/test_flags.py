@@ -115,6 +115,7 @@ def test_a_suites_table_as_a_command_line():
         (["--packing=1024", "--no-padding-free"], "--packing has no padding; leave --no-padding-free out"),
         (["--out=/tmp"], "--out /tmp is a folder; name a file"),
         (["--out=/dev/null/r.json"], "--out /dev/null/r.json: "),
+        (["--layers=5"], "--layers 5: llama-tiny has 4; use at most 4"),
         (["--weights=pretrained"], "--weights pretrained needs a checkpoint: llama-tiny is a preset"),
     ],
 )

@@ -14,6 +14,30 @@ from tunebench.report.pairing import LIKE_FOR_LIKE, join
 pytestmark = pytest.mark.frameworks
 PYTHON = ROOT / ".venv" / "paddleformers" / "bin" / "python"
 HERE = {"TUNEBENCH_PADDLE": str(PYTHON)}
+SAMPLES = """
+import sys
+from types import SimpleNamespace
+
+sys.path = ["paddle", *sys.path, "."]
+import attention
+import paddle
+from paddleformers.nn.attention.interface import AttentionInterface
+
+known = AttentionInterface()
+samples = attention.Samples([3, 1, 2], "cpu")
+samples.ends = paddle.to_tensor(attention.sample_ends([3, 1, 2]))  # as on a GPU
+one = paddle.rand([1, 4, 6, 16])
+given = {"query": one, "key": one, "value": one, "attention_mask": None, "scaling": 0.25}
+layer = SimpleNamespace(training=True)
+expected = known["eager"](layer, **given, attn_mask_startend_row_indices=samples.ends.unsqueeze(1))[0]
+for kernel in ("eager", "sdpa"):
+    attended = attention.formers_by_sample(
+        known[kernel], kernel == "sdpa", layer, **given, attn_mask_startend_row_indices=samples
+    )[0]
+    assert paddle.allclose(attended, expected, rtol=1e-5), kernel
+print("equal")
+attention.formers_by_flashmask(known["flashmask"], layer, **given, attn_mask_startend_row_indices=samples)
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -34,6 +58,11 @@ def environment():
         ("llama", "full", ["--zero=2", "--nproc=2", "--micro-bsz=2", "--overlap"]),
         ("llama-3.2-1b", "full", ["--mp=2", "--recompute", "--overlap"]),
         ("llama-3.2-1b", "lora", ["--attention=sdpa", "--head=labels"]),
+        ("llama", "full", ["--padding-free", "--recompute", "--nproc=2"]),
+        ("llama", "full", ["--tuned", "--order=plan", "--recompute"]),
+        ("llama-3.2-1b", "lora", ["--tuned", "--order=plan", "--nproc=2"]),
+        ("llama", "full", ["--mp=2", "--sequence-parallel", "--attention=sdpa", "--padding-free"]),
+        ("llama-3.2-1b", "lora", ["--mp=2", "--sequence-parallel", "--recompute"]),
     ],
     ids=lambda part: "".join(part),
 )
@@ -45,6 +74,13 @@ def test_paddleformers_does_the_arithmetic_of_paddlenlp(alone, short, tmp_path, 
     pinned = alone("paddle", family, method)
     assert_one_model(record, pinned)
     assert_one_curve(record, pinned)
+
+
+def test_samples_end_to_end_see_themselves_alone():
+    """PaddleFormers gives the indices the same meaning. Its flashmask takes them up to a check for GPUs."""
+    done = subprocess.run([PYTHON, "-P", "-c", SAMPLES], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith("equal\n"), done.stderr
+    assert "FLAGS_cudnn_deterministic" in done.stderr.splitlines()[-1]
 
 
 def test_both_libraries_have_a_row_beside_torch(alone, short, tmp_path):
@@ -76,8 +112,7 @@ def test_a_suite_with_its_interpreter(tmp_path):
     [
         (["--model=qwen2-tiny"], "has q, k and v of Qwen2 in one weight"),
         (["--model=bloom-tiny"], "has no Bloom"),
-        (["--model=llama-tiny", "--tuned"], "--tuned is of PaddleNLP's models"),
-        (["--model=llama-tiny", "--padding-free"], "--padding-free is offered with PaddleNLP's layers here"),
+        (["--model=llama-tiny", "--fuse-projections"], "has no choice of projections in this model"),
     ],
     ids=lambda part: " ".join(part) if isinstance(part, list) else "",
 )

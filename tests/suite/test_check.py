@@ -152,6 +152,8 @@ def test_what_a_whole_run_would_take(tmp_path):
     steps = record.steps.model_copy(update={"seconds": [0.25] * count})
     record = record.model_copy(update={"steps": steps, "setup_seconds": 30.0})
     assert whole_minutes(record, flags) == pytest.approx((30 + 60 * 4) / 60)
+    cut = flags.model_copy(update={"layers": 8})
+    assert whole_minutes(record, cut) == pytest.approx((30 + 60) / 60), "8 layers are all of this run's"
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ class Checkpoint:
 def find_checkpoint(model: str, weights: str, seed: int, layers: int | None = None) -> Checkpoint:
     """The checkpoint of a preset (written when missing), a local folder, or a hub name.
 
-    Of a preset it has at most so many `layers`.
+    Of a preset it has so many `layers`, where they are given.
 
     Raises `BadInput` where there is no such model or its folder is incomplete.
     """

@@ -63,10 +63,8 @@ class Preset:
     checkpoint_dtype: str
 
     def cut(self, layers: int | None) -> "Preset":
-        """The same model with at most so many layers; None: all."""
-        if layers is None:
-            return self
-        return replace(self, config=self.config | {self._layers_name: min(layers, self.layers)})
+        """The same model with so many layers; None: all."""
+        return self if layers is None else replace(self, config=self.config | {self._layers_name: layers})
 
     @property
     def layers(self) -> int:

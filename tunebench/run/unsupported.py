@@ -111,11 +111,10 @@ def _paddleformers_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> s
         return f"{former} has no {checkpoint.family.title}"
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         return f"{former} has heads of hidden_size ÷ their number alone, and head_dim is {config['head_dim']} here"
-    if flags.tuned:
-        return f"--tuned is of PaddleNLP's models, not of {former}'s; name the flags that are wanted"
-    of_paddlenlp = ("padding_free", "lean", "sequence_parallel", "fuse_projections", "quick_lora")
-    if found := next((name for name in of_paddlenlp if vars(flags)[name]), None):
-        return f"--{found.replace('_', '-')} is offered with PaddleNLP's layers here, not with {former}'s"
+    if flags.quick_lora:
+        return f"{former} has no layer that adds the adapters' product to the weights in each pass"
+    if flags.fuse_projections:
+        return f"{former} has no choice of projections in this model"
     return None
 
 

@@ -24,7 +24,7 @@ def rehearsal_changes(whole: Sequence[Planned]) -> dict[str, dict[str, Any]]:
 
 def _changes(flags: Flags) -> dict[str, Any]:
     warmup = COMPILED_STEPS if flags.compile else 1
-    layers = {"layers": LAYERS} if flags.weights == "random" else {}
+    layers = {"layers": min(LAYERS, flags.layers or LAYERS)} if flags.weights == "random" else {}
     return layers | {"steps": warmup + STEPS - 1, "epochs": None, "warmup-steps": warmup}
 
 
@@ -87,5 +87,5 @@ def whole_minutes(record: Record, flags: Flags) -> float | None:
 
 
 def layers_of(flags: Flags) -> int | None:
-    """The layers of a preset; None of a checkpoint, which a rehearsal does not cut."""
-    return PRESETS[flags.model].layers if flags.weights == "random" else None
+    """The layers of a preset's run; None of a checkpoint, which a rehearsal does not cut."""
+    return (flags.layers or PRESETS[flags.model].layers) if flags.weights == "random" else None
