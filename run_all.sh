@@ -20,7 +20,7 @@
 # --anyway       do not wait for a quiet machine, nor measure rounds again that other programs disturbed
 # --dry-run      print the runs, start none
 # --check        look at the machine and at what each run needs, start none; exit code 1 where something is wrong
-# --rehearse     each run for a few steps with two layers: what would fail, and how long the suite would take
+# --rehearse     each run for a few steps with at most two layers: what would fail, and how long the suite would take
 # --plan         say what each run would take on GPUs, start none: memory, tokens per second, time; needs no GPU
 # --gpu KIND, --link KIND, --price DOLLARS, --calibrate RECORDS, --out FILE
 #                with --plan: the kind of GPU, what joins them, the price per GPU and hour, records of runs on the machine,

@@ -77,7 +77,7 @@ def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:
     PaddleNLP's own `use_flash_attention` mixes up the rows of ChatGLMv2's batch. It reshapes a result of
     (batch, width, …) to (width, batch, …) where it should transpose it.
     """
-    if flags.padding_free and not FORMERS:  # `configure` has named PaddleFormers'
+    if flags.padding_free and not FORMERS:  # PaddleFormers looks its function up by the name that `configure` gave
         function = attend_by_flashmask if takes_flashmask(flags) else attend_by_sample
         for layer in getattr(model, model.base_model_prefix).layers:
             layer.self_attn.attn_func = functools.partial(function, layer.self_attn.attn_func)
@@ -139,19 +139,25 @@ def formers_by_sample(
     query: paddle.Tensor,
     key: paddle.Tensor,
     value: paddle.Tensor,
+    attention_mask: None,
     attn_mask_startend_row_indices: Samples,
     **others: Any,
 ) -> tuple[paddle.Tensor, None]:
     """PaddleFormers' attention to each sample alone: from (1, heads, tokens, head size) to (1, tokens, hidden).
 
-    `causal` says whether it is so by itself. Else indices that hide no key from later queries make it causal.
+    `causal`: `attend` is causal without a mask. If not, it is given one, as PaddleNLP's makes it.
     """
     parts = []
     split = (x.split(attn_mask_startend_row_indices.lengths, axis=2) for x in (query, key, value))
     for length, *sample in zip(attn_mask_startend_row_indices.lengths, *split, strict=True):
-        indices = None if causal else paddle.full([1, 1, length, 1], length, "int32")
-        parts.append(attend(layer, *sample, attn_mask_startend_row_indices=indices, **others)[0])
+        mask = None if causal else causal_mask(length, query.dtype)
+        parts.append(attend(layer, *sample, attention_mask=mask, **others)[0])
     return paddle.concat(parts, axis=1), None
+
+
+def causal_mask(length: int, dtype: paddle.dtype) -> paddle.Tensor:
+    """What is added to the scores of one sample, (1, 1, length, length): it hides later keys."""
+    return paddle.triu(paddle.full([1, 1, length, length], paddle.finfo(dtype).min, dtype), 1)
 
 
 def formers_by_flashmask(

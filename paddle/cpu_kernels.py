@@ -6,13 +6,14 @@ On a CPU, Paddle's matrix products and its elementwise kernels of equal shapes r
 copies, reductions and activations run on one. So matrix products with ones sum and broadcast here, and a matrix product
 swaps the halves for the rotary embedding. Attention keeps one layout, (heads, rows, head size), whose copies are fast.
 
-tests/scripts/test_tuned.py compares losses and gradient norms with PaddleNLP's own.
+tests/scripts/test_tuned.py and test_paddleformers.py compare losses and gradient norms with PaddleNLP's own.
 """
 
 import functools
 import math
 from typing import Any, NamedTuple
 
+import built
 import paddle
 from library import FORMERS
 from paddle import _C_ops
@@ -40,32 +41,27 @@ def replace_layers(flags: Flags, model: paddle.nn.Layer) -> None:
     """Replaces layers where these kernels apply: RMSNorm, SwiGLU, and Llama's attention without grouped queries."""
     if not flags.lean or paddle.get_device() != "cpu" or flags.mp > 1 or model.config.model_type != "llama":
         return
-    for layer in model.sublayers():
-        if type(layer).__name__ in ("LlamaRMSNorm", "RMSNorm"):
-            layer.forward = functools.partial(normalise, layer)
-        elif type(layer).__name__ in ("LlamaMLP", "MLP") and not flags.fuse_projections:
-            layer.forward = functools.partial(feed_forward, layer)
+    norms = [layer for name, layer in built.named(model) if name in ("LlamaRMSNorm", "RMSNorm")]
+    feed_forwards = [layer for name, layer in built.named(model) if name in ("LlamaMLP", "MLP")]
+    llama = getattr(model, model.base_model_prefix)
+    if (len(norms), len(feed_forwards)) != (2 * len(llama.layers) + 1, len(llama.layers)):
+        raise RuntimeError(f"--lean found {len(norms)} norms and {len(feed_forwards)} feed-forward layers to replace")
+    for layer in norms:
+        layer.forward = functools.partial(normalise, layer)
+    if flags.fuse_projections:
+        return
+    for layer in feed_forwards:
+        layer.forward = functools.partial(feed_forward, layer)
     config = model.config
-    if config.num_attention_heads == config.num_key_value_heads and not flags.fuse_projections:
-        llama = getattr(model, model.base_model_prefix)
+    if config.num_attention_heads == config.num_key_value_heads:
         for layer in llama.layers:
             layer.self_attn.forward = functools.partial(attend_in_formers if FORMERS else attend, layer.self_attn)
-        tables = [table.reshape([-1, table.shape[-1]]) for table in rotary_tables(llama)]
-        hook = functools.partial(put_layout_in, *tables, config.num_attention_heads)
+        hook = functools.partial(put_layout_in, config.num_attention_heads)
         llama.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-@paddle.no_grad()
-def rotary_tables(llama: paddle.nn.Layer) -> tuple[paddle.Tensor, paddle.Tensor]:
-    """The cosines and sines of all positions, (…, positions, …, head size). PaddleNLP keeps them in each layer."""
-    if FORMERS:
-        return llama.rotary_emb(paddle.ones([1]), paddle.arange(llama.config.max_position_embeddings)[None])
-    rotary = llama.layers[0].self_attn.rotary_emb
-    return rotary.cos_cached, rotary.sin_cached
-
-
 def put_layout_in(
-    cos: paddle.Tensor, sin: paddle.Tensor, heads: int, llama: paddle.nn.Layer, args: tuple, kwargs: dict[str, Any]
+    heads: int, llama: paddle.nn.Layer, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]]:
     """A forward pre-hook of the model without its head: puts a `Layout` in place of flashmask's input.
 
@@ -73,8 +69,20 @@ def put_layout_in(
     """
     rows, width = (args[0] if args else kwargs["input_ids"]).shape
     samples = kwargs.get("attn_mask_startend_row_indices")
-    layout = lay_out(cos, sin, heads, samples.lengths if samples else [width] * rows)
+    lengths = samples.lengths if samples else [width] * rows
+    layout = lay_out(*rotary_tables(llama, max(lengths)), heads, lengths)
     return args, kwargs | {"attn_mask_startend_row_indices": layout, "attention_mask": None}
+
+
+@paddle.no_grad()
+def rotary_tables(llama: paddle.nn.Layer, positions: int) -> list[paddle.Tensor]:
+    """The cosines and the sines, each (positions or more, head size). PaddleNLP keeps those of all positions."""
+    if FORMERS:
+        tables = llama.rotary_emb(paddle.ones([1]), paddle.arange(positions)[None])
+    else:
+        rotary = llama.layers[0].self_attn.rotary_emb
+        tables = rotary.cos_cached, rotary.sin_cached
+    return [table.reshape([-1, table.shape[-1]]) for table in tables]
 
 
 @paddle.no_grad()

@@ -157,7 +157,7 @@ def follow_width(flags: Flags, model: paddle.nn.Layer) -> None:
     The libraries have all rows of one width. Their attention and head find the rows among the tokens by it.
     """
     if flags.sequence_parallel:
-        told = [model.config, *(layer for layer in model.sublayers() if hasattr(layer, "seq_length"))]
+        told = [model.config, *(layer for layer in model.sublayers() if hasattr(layer, library.WIDTH))]
         model.get_input_embeddings().register_forward_pre_hook(functools.partial(tell_width, told))
 
 

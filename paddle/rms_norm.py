@@ -1,4 +1,4 @@
-"""RMSNorm in one kernel on a GPU (`--lean`), in place of PaddleNLP's seven. Paddle has no such kernel for CPUs.
+"""RMSNorm in one kernel on a GPU (`--lean`), in place of the libraries' seven. Paddle has no such kernel for CPUs.
 
 PaddleNLP's own `use_fused_rms_norm` needs a package, `fused_ln`, that PyPI does not have. Paddle's older
 `fused_rms_norm_ext` has no kernel for float16; this one has (paddle/phi/kernels/gpu/rms_norm_cuda_kernel.cu).
@@ -12,16 +12,18 @@ import paddle.nn.functional as F
 
 from tunebench.flags import Flags
 
-NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "RMSNorm")
+NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "RMSNorm")  # the last one is ChatGLMv2's, and PaddleFormers'
 
 
 def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:
     """Replaces the RMSNorms of Llama, Qwen2 and ChatGLMv2. Bloom's LayerNorms are one kernel already."""
-    if not flags.lean or paddle.get_device() == "cpu":
+    if not flags.lean or paddle.get_device() == "cpu" or model.config.model_type == "bloom":
         return
-    for name, layer in built.named(model):
-        if name in NORMS:
-            layer.forward = functools.partial(normalise, layer, built.epsilon_of(layer))
+    norms = [layer for name, layer in built.named(model) if name in NORMS]
+    if not norms:
+        raise RuntimeError("--lean found no norm to replace")
+    for layer in norms:
+        layer.forward = functools.partial(normalise, layer, built.epsilon_of(layer))
 
 
 def normalise(layer: paddle.nn.Layer, epsilon: float, x: paddle.Tensor) -> paddle.Tensor:

@@ -14,6 +14,28 @@ from tunebench.report.pairing import LIKE_FOR_LIKE, join
 pytestmark = pytest.mark.frameworks
 PYTHON = ROOT / ".venv" / "paddleformers" / "bin" / "python"
 HERE = {"TUNEBENCH_PADDLE": str(PYTHON)}
+PRODUCTS = """
+import sys
+
+sys.path = ["paddle", *sys.path, "."]
+import kernels_seen
+import paddle
+from paddle.base import core
+from paddleformers.transformers import LlamaConfig, LlamaForCausalLM
+
+sizes = dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2, vocab_size=384)
+model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=4, fuse_rms_norm=False))
+
+
+def count(*_):
+    counts = core.get_low_precision_op_list().items()
+    products = [each for name, each in counts if any(part in name for part in kernels_seen.PRODUCTS)]
+    print(sum(int(each.split(",")[2]) for each in products), "in float32")
+
+
+kernels_seen.watch(model, count)
+model(paddle.ones([1, 5], "int64"))
+"""
 SAMPLES = """
 import sys
 from types import SimpleNamespace
@@ -60,6 +82,7 @@ def environment():
         ("llama-3.2-1b", "lora", ["--attention=sdpa", "--head=labels"]),
         ("llama", "full", ["--padding-free", "--recompute", "--nproc=2"]),
         ("llama", "full", ["--tuned", "--order=plan", "--recompute"]),
+        ("llama", "lora", ["--lean"]),
         ("llama-3.2-1b", "lora", ["--tuned", "--order=plan", "--nproc=2"]),
         ("llama", "full", ["--mp=2", "--sequence-parallel", "--attention=sdpa", "--padding-free"]),
         ("llama-3.2-1b", "lora", ["--mp=2", "--sequence-parallel", "--recompute"]),
@@ -76,9 +99,21 @@ def test_paddleformers_does_the_arithmetic_of_paddlenlp(alone, short, tmp_path, 
     assert_one_curve(record, pinned)
 
 
+def run_code(code):
+    """What the environment's Python did with some code, to which the modules of paddle/ are known."""
+    return subprocess.run([PYTHON, "-P", "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_products_of_positions_are_no_products_of_activations():
+    """Each pass multiplies positions in float32, in low precision too, which would look like an ignored --dtype."""
+    done = run_code(PRODUCTS)
+    of_layers, of_head = 2 * (7 + 2), 1
+    assert done.stdout.endswith(f"{of_layers + of_head} in float32\n"), done.stdout + done.stderr
+
+
 def test_samples_end_to_end_see_themselves_alone():
     """PaddleFormers gives the indices the same meaning. Its flashmask takes them up to a check for GPUs."""
-    done = subprocess.run([PYTHON, "-P", "-c", SAMPLES], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_code(SAMPLES)
     assert done.stdout.endswith("equal\n"), done.stderr
     assert "FLAGS_cudnn_deterministic" in done.stderr.splitlines()[-1]
 

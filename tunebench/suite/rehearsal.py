@@ -1,4 +1,4 @@
-"""A rehearsal of a suite: each run with its own widths, flags, processes and data, but two layers and a few steps.
+"""A rehearsal of a suite: each run with its own widths, flags, processes and data, but few layers and few steps.
 
 It shows in minutes what would fail, how long the whole suite would take, and what was seen of memory.
 """
