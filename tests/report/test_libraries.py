@@ -1,5 +1,8 @@
 """Runs of another library of models in the tables: real records, of which copies name PaddleFormers' package."""
 
+import csv
+import io
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,8 +10,10 @@ from conftest import ROOT
 
 from tunebench.frameworks import other_library
 from tunebench.record import parse_record
+from tunebench.report.load import load_records
 from tunebench.report.memory import memory_rows
 from tunebench.report.pairing import BEST_OF_EACH, join
+from tunebench.report.regressions import render_regressions
 
 
 def on_paddleformers(record, **changes):
@@ -58,3 +63,15 @@ def test_the_best_of_each_is_of_one_library(records):
 def test_peaks_of_memory_name_the_library(records):
     ours = next(record for record in records if record.framework == "paddle")
     assert [row.setup for row in memory_rows([ours, on_paddleformers(ours)])] == ["fp32", "fp32, PaddleFormers"]
+
+
+def test_csv_and_json_name_the_packages_of_each_side():
+    kept, _ = load_records([ROOT / "results" / "measured" / "20261130-epyc-2-cores" / "versus-paddleformers"])
+    old, new = (
+        f"{library}, paddlepaddle 3.3.1, revision 64d93a954d"
+        for library in ("paddleformers 1.2.0", "paddlenlp 3.0.0b4")
+    )
+    rows = list(csv.DictReader(io.StringIO(render_regressions(kept, "csv"))))
+    assert [(row["Old Code"], row["New Code"]) for row in rows] == [(old, new)] * 2
+    rows = json.loads(render_regressions(kept, "json"))
+    assert [(row["old_code"], row["new_code"]) for row in rows] == [(old, new)] * 2

@@ -151,7 +151,7 @@ def _caveat(records: list[Record]) -> str:
 def _commands(suite: str, records: list[Record]) -> str:
     """The commands that measured a suite's records: with their numbers of rounds, or the target of --until."""
     if suite.startswith(VERSUS):
-        return f"`bash run_all.sh --versus OTHER`, where OTHER was {suite.removeprefix(VERSUS)}"
+        return f"`run_all.sh --versus`, against {suite.removeprefix(VERSUS)}"
     commands = []
     for aa in (False, True):
         runs = [record for record in records if bool(record.aa) == aa]

@@ -31,6 +31,11 @@ def revision_of(git: Git) -> str:
     return f"{(git.revision or 'no git')[:10]}{' changed' if git.dirty else ''}"
 
 
+def packages_of(record: Record) -> list[str]:
+    """The frameworks' packages of a run, such as `torch 2.13.0`."""
+    return [f"{name} {record.versions[name]}" for name in VERSIONS_SHOWN if name in record.versions]
+
+
 def measured_on(records: list[Record]) -> str:
     """The caveat above a table: machines, versions, steps and revisions of its records."""
     done = [record for record in records if record.status == "ok"]
@@ -44,7 +49,7 @@ def measured_on(records: list[Record]) -> str:
         gpu = "no GPU" if device == "cpu" else f"one {device} per process"
         per_process = " or ".join(map(str, sorted(threads))) + f" thread{'s' * (max(threads) > 1)} per process"
         texts.append(f"{gpu}, {cpu} with {cores} cores, {per_process}")
-    versions = {f"{name} {r.versions[name]}" for r in done for name in VERSIONS_SHOWN if name in r.versions}
+    versions = {package for r in done for package in packages_of(r)}
     steps = {f"{len(r.steps.seconds) - r.timed_from} of {len(r.steps.seconds)}" for r in done if r.steps}
     caveat = (
         ""

@@ -19,7 +19,7 @@ from scipy import special
 from tunebench.record import Record
 from tunebench.report.cells import disturbed_by
 from tunebench.report.identity import METHODS, group_of, place_of, setup_of, unequal, work_of
-from tunebench.report.markdown import NOT_AVAILABLE, measured_on
+from tunebench.report.markdown import NOT_AVAILABLE, measured_on, packages_of, revision_of
 from tunebench.report.parity import disagreement
 from tunebench.report.rounds import NEW, OLD, Rounds, beside, pair_rounds, turn, versus_of
 from tunebench.report.stats import PLAIN
@@ -43,6 +43,7 @@ class Comparison:
     - `rounds`: the complete rounds. `dropped`: the others.
     - `reason`: why the row has no verdict.
     - `comparisons`: how many rows of the table were compared. `threshold`: the least change that counts, a share.
+    - `old_code`, `new_code`: the packages and the commit of a side; None where it did not run.
     """
 
     name: str
@@ -67,6 +68,8 @@ class Comparison:
     comparisons: int = 0
     threshold: float = THRESHOLD
     log_ratios: tuple[float, ...] = ()
+    old_code: str | None = None
+    new_code: str | None = None
 
 
 class Estimate(NamedTuple):
@@ -166,6 +169,7 @@ def _row(name: str, framework: str, old: list[Record], new: list[Record]) -> Com
     first = (new or old)[0]
     family, model, method, devices, bsz = group_of(first)
     row = Comparison(name, framework, family, model, method, devices, bsz, setup_of(first))
+    row = replace(row, old_code=_code_of(old), new_code=_code_of(new))
     both = {OLD: old, NEW: new}
     if old and new and all(record.status == "unsupported" for record in (*old, *new)):
         return replace(row, verdict="not offered", reason=f"on both sides: {first.reason}")
@@ -181,6 +185,11 @@ def _row(name: str, framework: str, old: list[Record], new: list[Record]) -> Com
     if reason := _fault_of_rounds(rounds, old, new):
         return replace(row, reason=reason)
     return replace(row, log_ratios=tuple(rounds.log_ratios))
+
+
+def _code_of(runs: list[Record]) -> str | None:
+    """The packages and the commit of a side's first run."""
+    return ", ".join([*packages_of(runs[0]), f"revision {revision_of(runs[0].git)}"]) if runs else None
 
 
 def _fault_of_side(side: str, runs: list[Record]) -> str | None:
@@ -240,7 +249,11 @@ COLUMNS = [
     Column("Rounds", lambda row: str(row.rounds) if row.rounds else NOT_AVAILABLE),
     Column("Verdict", lambda row: row.verdict),
 ]
-REASON = Column("Reason", lambda row: row.reason or "")
+OF_CSV = [
+    Column("Reason", lambda row: row.reason or ""),
+    Column("Old Code", lambda row: row.old_code or ""),
+    Column("New Code", lambda row: row.new_code or ""),
+]
 
 
 def render_regressions(records: list[Record], form: str, threshold: float = THRESHOLD) -> str:
@@ -254,7 +267,7 @@ def render_regressions(records: list[Record], form: str, threshold: float = THRE
     if form == "json":
         return json.dumps([asdict(row) for row in rows], indent=1)
     if form == "csv":
-        return as_csv([*COLUMNS, REASON], rows)
+        return as_csv([*COLUMNS, *OF_CSV], rows)
     parts = []
     for series, comparisons in found.items():
         name = Path(series).name
