@@ -33,7 +33,7 @@ def revision_of(git: Git) -> str:
 
 def packages_of(record: Record) -> list[str]:
     """The frameworks' packages of a run, such as `torch 2.13.0`."""
-    return [f"{name} {record.versions[name]}" for name in VERSIONS_SHOWN if name in record.versions]
+    return sorted(f"{name} {record.versions[name]}" for name in VERSIONS_SHOWN if name in record.versions)
 
 
 def measured_on(records: list[Record]) -> str:
