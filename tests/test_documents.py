@@ -141,6 +141,7 @@ RUN_ELSEWHERE = {
     "bash setup.sh": "test_setup.py",
     "bash setup.sh --cpu": "needs PyTorch's CPU index",
     "bash run_all.sh --suite peers": "downloads the trainers' environments; test_peers.py runs one of its peers",
+    "bash run_all.sh --suite peers-grouped": "takes twelve minutes; test_peers.py runs one of its peers",
     "bash setup.sh paddleformers": "test_paddleformers.py",
     "TUNEBENCH_PADDLE=.venv/paddleformers/bin/python python3 paddle/finetune_full.py --model llama-tiny": "takes two "
     "minutes; test_paddleformers.py trains fewer steps",

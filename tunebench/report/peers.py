@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tunebench.frameworks import FRAMEWORKS
+from tunebench.peers import PEERS
 from tunebench.record import Record
 from tunebench.report.cells import Cell
 from tunebench.report.identity import METHODS, heading_of, model_of, rank_of
@@ -17,8 +18,8 @@ from tunebench.report.tables import NOT_AVAILABLE
 
 COLUMNS = ("What", "Effective Tokens/s", "Spread", "Of Its Input Real", "MFU", "÷ {}", "95% Interval", "Rounds")
 CAVEAT = (
-    "Ratios to the framework's own Trainer, by rounds that alternate, each within one series of runs. The tokens of "
-    "every row were counted by us, from what the model was given. MFU: useful operations ÷ what the framework's own "
+    "Ratios to the trainer that the column names, by rounds that alternate, each within one series of runs. The tokens "
+    "of every row were counted by us, from what the model was given. MFU: useful operations ÷ what the framework's own "
     "matrix product does, the median of those timed in our runs here."
 )
 
@@ -45,7 +46,7 @@ def peer_tables(records: list[Record]) -> list[PeerTable]:
     near = in_one_series(records)
     tables = []
     for (framework, _, model, method), members in sorted(_groups(records), key=lambda group: _place(group[0])):
-        baseline = FRAMEWORKS[framework].trainer
+        baseline = _baseline(framework, members)
         columns = [column.format(baseline) for column in COLUMNS]
         remarks = [
             f"{record.peer or 'ours'} was disturbed, and left out: {record.disturbance[1]}"
@@ -78,6 +79,13 @@ def _groups(records: list[Record]) -> Iterator[tuple[tuple[str, str, str, str], 
     for (about, *_), members in groups.items():
         if any(record.peer for record in members):
             yield about, members
+
+
+def _baseline(framework: str, members: list[Record]) -> str:
+    """The trainer to which ratios are: the framework's own as it comes, or where it was not run, the first that was."""
+    ran = {record.peer for record in members}
+    own = FRAMEWORKS[framework].trainer
+    return next((name for name in (own, *PEERS) if name in ran), own)
 
 
 def _place(about: tuple[str, str, str, str]) -> tuple:
