@@ -145,7 +145,7 @@ def test_a_suite_with_its_interpreter(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (["--model=qwen2-tiny"], "has q, k and v of Qwen2 in one weight"),
+        (["--model=qwen2-tiny"], "builds Qwen2 with PaddleFleet"),
         (["--model=bloom-tiny"], "has no Bloom"),
         (["--model=llama-tiny", "--fuse-projections"], "has no choice of projections in this model"),
     ],

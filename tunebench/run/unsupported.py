@@ -106,7 +106,7 @@ def _paddlenlp_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str |
 def _paddleformers_lacks(method: str, flags: Flags, checkpoint: Checkpoint) -> str | None:
     former, config = named("paddleformers"), checkpoint.config
     if config["model_type"] == "qwen2":
-        return f"{former} has q, k and v of Qwen2 in one weight, where these runs have three"
+        return f"{former} builds Qwen2 with PaddleFleet, a package that PyPI does not have"
     if config["model_type"] != "llama":
         return f"{former} has no {checkpoint.family.title}"
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
