@@ -41,24 +41,23 @@ class Samples:
 def configure(flags: Flags, config: transformers.PretrainedConfig) -> None:
     """Names in a model's config the attention to build. For ChatGLMv2 `use_one_kernel` chooses it."""
     if FORMERS:
-        config._attn_implementation = name_in_formers(flags)
+        kernel = "eager" if flags.attention == "eager" else "sdpa"
+        if flags.padding_free:
+            register_for_samples(flags, kernel)
+        config._attn_implementation = OF_SAMPLES if flags.padding_free else kernel
         return
     config.use_flash_attention = flags.attention != "eager" and config.model_type != "chatglm_v2"
     # PaddleNLP's variable, spelled so: with it Llama and Qwen2 leave their mask out.
     os.environ["USE_CASUAL_MASK"] = str(config.use_flash_attention)
 
 
-def name_in_formers(flags: Flags) -> str:
-    """The name of PaddleFormers' attention. Where samples stand end to end, it is one that this function adds."""
-    kernel = "eager" if flags.attention == "eager" else "sdpa"
-    if not flags.padding_free:
-        return kernel
+def register_for_samples(flags: Flags, kernel: str) -> None:
+    """Adds to PaddleFormers' attention one for samples that stand end to end, by the name OF_SAMPLES."""
     if takes_flashmask(flags):
         function = functools.partial(formers_by_flashmask, AttentionInterface()["flashmask"])
     else:
         function = functools.partial(formers_by_sample, AttentionInterface()[kernel], kernel == "sdpa")
     AttentionInterface.register(OF_SAMPLES, function)
-    return OF_SAMPLES
 
 
 def takes_flashmask(flags: Flags) -> bool:

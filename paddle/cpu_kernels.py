@@ -13,11 +13,11 @@ import functools
 import math
 from typing import Any, NamedTuple
 
-import built
 import paddle
 from library import FORMERS
 from paddle import _C_ops
 from paddle.autograd import PyLayer
+from rms_norm import norms_of
 
 from tunebench.flags import Flags
 
@@ -41,17 +41,13 @@ def replace_layers(flags: Flags, model: paddle.nn.Layer) -> None:
     """Replaces layers where these kernels apply: RMSNorm, SwiGLU, and Llama's attention without grouped queries."""
     if not flags.lean or paddle.get_device() != "cpu" or flags.mp > 1 or model.config.model_type != "llama":
         return
-    norms = [layer for name, layer in built.named(model) if name in ("LlamaRMSNorm", "RMSNorm")]
-    feed_forwards = [layer for name, layer in built.named(model) if name in ("LlamaMLP", "MLP")]
-    llama = getattr(model, model.base_model_prefix)
-    if (len(norms), len(feed_forwards)) != (2 * len(llama.layers) + 1, len(llama.layers)):
-        raise RuntimeError(f"--lean found {len(norms)} norms and {len(feed_forwards)} feed-forward layers to replace")
-    for layer in norms:
+    for layer in norms_of(model):
         layer.forward = functools.partial(normalise, layer)
     if flags.fuse_projections:
         return
-    for layer in feed_forwards:
-        layer.forward = functools.partial(feed_forward, layer)
+    llama = getattr(model, model.base_model_prefix)
+    for layer in llama.layers:
+        layer.mlp.forward = functools.partial(feed_forward, layer.mlp)
     config = model.config
     if config.num_attention_heads == config.num_key_value_heads:
         for layer in llama.layers:

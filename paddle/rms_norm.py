@@ -19,11 +19,17 @@ def use_one_kernel(flags: Flags, model: paddle.nn.Layer) -> None:
     """Replaces the RMSNorms of Llama, Qwen2 and ChatGLMv2. Bloom's LayerNorms are one kernel already."""
     if not flags.lean or paddle.get_device() == "cpu" or model.config.model_type == "bloom":
         return
-    norms = [layer for name, layer in built.named(model) if name in NORMS]
-    if not norms:
-        raise RuntimeError("--lean found no norm to replace")
-    for layer in norms:
+    for layer in norms_of(model):
         layer.forward = functools.partial(normalise, layer, built.epsilon_of(layer))
+
+
+def norms_of(model: paddle.nn.Layer) -> list[paddle.nn.Layer]:
+    """All RMSNorms. Raises RuntimeError where there are not two of each layer and the last one."""
+    norms = [layer for name, layer in built.named(model) if name in NORMS]
+    expected = 2 * model.config.num_hidden_layers + 1
+    if len(norms) != expected:
+        raise RuntimeError(f"--lean found {len(norms)} norms to replace, and the model has {expected}")
+    return norms
 
 
 def normalise(layer: paddle.nn.Layer, epsilon: float, x: paddle.Tensor) -> paddle.Tensor:

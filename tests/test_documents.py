@@ -121,6 +121,7 @@ RUN_ELSEWHERE = {
     "bash run_all.sh --suite parity --only 'llama-*'": "takes 8 minutes; test_plan.py checks its runs",
     "export TUNEBENCH_TORCH=/opt/conda/bin/python": "test_check.py names an interpreter",
     "bash run_all.sh --suite a100x4": "needs four GPUs; test_gpu_suites.py builds its runs by shapes",
+    "bash run_all.sh --suite a100x4-options": "needs four GPUs; test_gpu_suites.py parses its flags",
     "bash run_all.sh --suite h100x8": "needs eight GPUs; test_gpu_suites.py builds its runs by shapes",
     "bash run_all.sh --suite a100x4-as-published": "needs four GPUs; test_gpu_suites.py builds its runs by shapes",
     "bash run_all.sh --suite a100x4 --plan --gpu a100-80g --price 1.79 --out answers.json": "takes ten minutes; "
@@ -141,7 +142,7 @@ RUN_ELSEWHERE = {
     "bash setup.sh": "test_setup.py",
     "bash setup.sh --cpu": "needs PyTorch's CPU index",
     "bash run_all.sh --suite peers": "downloads the trainers' environments; test_peers.py runs one of its peers",
-    "bash run_all.sh --suite peers-grouped": "takes twelve minutes; test_peers.py runs one of its peers",
+    "bash run_all.sh --suite peers-grouped": "takes 24 minutes; test_peers.py runs one of its peers",
     "bash setup.sh paddleformers": "test_paddleformers.py",
     "TUNEBENCH_PADDLE=.venv/paddleformers/bin/python python3 paddle/finetune_full.py --model llama-tiny": "takes two "
     "minutes; test_paddleformers.py trains fewer steps",
@@ -226,7 +227,8 @@ def test_what_a_command_prints(command, tmp_path):
 
 @pytest.mark.frameworks
 @pytest.mark.parametrize(
-    "suite", ["cpu", "quick", "tuned", "parity", "calibration", "a100x4", "h100x8", "a100x4-as-published"]
+    "suite",
+    ["cpu", "quick", "tuned", "parity", "calibration", "a100x4", "h100x8", "a100x4-as-published", "a100x4-options"],
 )
 def test_each_suite_of_a_page_can_be_planned(suite, tmp_path):
     command = ["bash", str(ROOT / "run_all.sh"), "--suite", suite, "--dry-run"]

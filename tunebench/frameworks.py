@@ -57,7 +57,7 @@ class Framework:
     - `families`: the model families that its folder builds; None for all.
     - `attention_signs`: the parts of kernel names that prove an --attention. Its arguments are the flag, whether there
       is a GPU, and whether the model adds a bias for positions (ALiBi).
-    - `trainer`: the peer whose rate others are divided by: the framework's own trainer.
+    - `trainer`: the peer whose rate others are divided by, where it was run: the framework's own trainer.
     """
 
     name: str

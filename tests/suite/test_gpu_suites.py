@@ -23,8 +23,8 @@ from tunebench.run.start import check_tensor_parallel
 from tunebench.run.unsupported import multiplies_float16, not_offered
 from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
 
-GPUS = {"a100x4": 4, "a100x4-as-published": 4, "h100x8": 8, "gpu1-80g": 1, "gpu1-24g": 1}
-# Other suites have the same runs with other batch sizes or --tuned.
+GPUS = {"a100x4": 4, "a100x4-as-published": 4, "a100x4-options": 4, "h100x8": 8, "gpu1-80g": 1, "gpu1-24g": 1}
+# Other suites have the same runs with other batch sizes, --tuned or single options.
 BUILT = ("a100x4", "a100x4-as-published", "h100x8")
 PAIRS = [(suite, pair.name) for suite in BUILT for pair in read_suite(find_suite(suite)).pair]
 MODELS = {"chatglm-6b": "chatglm2-6b"}  # models of the published record that another one stands in for
@@ -67,6 +67,19 @@ def test_the_models_can_be_split_so_and_both_frameworks_offer_it(suite):
 def test_both_sides_run_the_same(suite):
     for pair in {run.entry.group for run in runs(suite)}:
         assert planned(suite)[pair, "torch"].flags == planned(suite)[pair, "paddle"].flags
+
+
+def test_an_option_has_its_counterpart():
+    """Each run of the suite of options but the first of its kind differs from another run in one flag."""
+    flags = {key: run.flags.model_dump(exclude={"given", "out"}) for key, run in planned("a100x4-options").items()}
+    for (pair, framework), own in flags.items():
+        base = flags["-".join(pair.split("-")[:2]) if pair.startswith("full") else "lora", framework]
+        changed = {name for name in own if own[name] != base[name]}
+        assert len(changed) == (pair not in ("lora", "full-zero2", "full-zero3", "full-mp4")), (
+            pair,
+            framework,
+            changed,
+        )
 
 
 def test_flash_has_its_counterpart():

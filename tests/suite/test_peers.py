@@ -61,11 +61,11 @@ def test_a_peer_gets_the_batches_of_the_script_and_the_same_losses(mini):
         assert getattr(peer.steps, name) == getattr(ours.steps, name)
     assert peer.steps.loss == pytest.approx(ours.steps.loss, rel=1e-3)
     assert peer.versions["paddlenlp"] == ours.versions["paddlenlp"]
-    assert "### Paddle, llama-tiny, Finetune: beside other trainers" in printed
+    assert "### Paddle, llama-tiny, Finetune, 24 samples: beside other trainers" in printed
     assert printed.count("| paddlenlp-trainer") == 1  # one table per round, not per run
     assert "runs: 2, done already: 2" in finish_suite(start_suite(mini), 0)
     alone = combined([peer])
-    assert alone.startswith("### Paddle, llama-tiny, Finetune: beside other trainers")
+    assert alone.startswith("### Paddle, llama-tiny, Finetune, 24 samples: beside other trainers")
     assert "Noise: not measured" not in alone
 
 

@@ -149,7 +149,10 @@ def _caveat(records: list[Record]) -> str:
 
 
 def _commands(suite: str, records: list[Record]) -> str:
-    """The commands that measured a suite's records: with their numbers of rounds, or the target of --until."""
+    """The commands that measured a suite's records: with their numbers of rounds, or the target of --until.
+
+    Records of --versus do not say of which suite they are, so that theirs is named in part.
+    """
     if suite.startswith(VERSUS):
         return f"`run_all.sh --versus`, against {suite.removeprefix(VERSUS)}"
     commands = []

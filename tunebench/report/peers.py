@@ -25,11 +25,15 @@ CAVEAT = (
 
 
 class PeerTable(NamedTuple):
-    """The trainers of one framework, model and method: columns, lines of texts, the runs, remarks on disturbed ones."""
+    """The trainers of one framework, model, method and number of samples.
+
+    Columns, lines of texts, the runs, and remarks on disturbed ones.
+    """
 
     framework: str
     model: str
     method: str
+    samples: int | None
     columns: list[str]
     lines: list[list[str]]
     members: list[Record]
@@ -38,11 +42,12 @@ class PeerTable(NamedTuple):
     @property
     def heading(self) -> str:
         """The words above the table."""
-        return f"{FRAMEWORKS[self.framework].title}, {self.model}, {METHODS[self.method]}: beside other trainers"
+        of = f"{FRAMEWORKS[self.framework].title}, {self.model}, {METHODS[self.method]}"
+        return f"{of}{f', {self.samples:,} samples' if self.samples else ''}: beside other trainers"
 
 
 def peer_tables(records: list[Record]) -> list[PeerTable]:
-    """A table for each framework, model and method of a peer."""
+    """A table for each framework, model, method and number of samples of a peer."""
     near = in_one_series(records)
     tables = []
     for (framework, _, model, method), members in sorted(_groups(records), key=lambda group: _place(group[0])):
@@ -54,7 +59,8 @@ def peer_tables(records: list[Record]) -> list[PeerTable]:
             if record.disturbance and record.disturbed
         ]
         lines = _lines(members, baseline, near)
-        tables.append(PeerTable(framework, model, method, columns, lines, members, remarks))
+        samples = next((record.plan.samples for record in members if record.plan), None)
+        tables.append(PeerTable(framework, model, method, samples, columns, lines, members, remarks))
     return tables
 
 
@@ -82,10 +88,10 @@ def _groups(records: list[Record]) -> Iterator[tuple[tuple[str, str, str, str], 
 
 
 def _baseline(framework: str, members: list[Record]) -> str:
-    """The trainer to which ratios are: the framework's own as it comes, or where it was not run, the first that was."""
-    ran = {record.peer for record in members}
+    """The trainer to which ratios are: the framework's own as it comes, or where it has no rate, the first that has."""
     own = FRAMEWORKS[framework].trainer
-    return next((name for name in (own, *PEERS) if name in ran), own)
+    rated = {record.peer for record in members if record.status == "ok" and not record.disturbed}
+    return next((name for name in (own, *PEERS) if name in rated), own)
 
 
 def _place(about: tuple[str, str, str, str]) -> tuple:

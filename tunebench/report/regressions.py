@@ -43,7 +43,7 @@ class Comparison:
     - `rounds`: the complete rounds. `dropped`: the others.
     - `reason`: why the row has no verdict.
     - `comparisons`: how many rows of the table were compared. `threshold`: the least change that counts, a share.
-    - `old_code`, `new_code`: the packages and the commit of a side; None where it did not run.
+    - `old_code`, `new_code`: the packages and the commit of a side's first run; None where it did not run.
     """
 
     name: str

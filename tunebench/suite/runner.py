@@ -91,7 +91,7 @@ def main() -> int:
     add(
         "--rehearse",
         action="store_true",
-        help="each run for a few steps with two layers: what would fail, and how long all take",
+        help="each run for a few steps with at most two layers: what would fail, and how long all take",
     )
     add_forecast_flags(parser, "say what each run would take on GPUs, start none")
     add("--out", type=Path, help="with --plan: a file for the same as JSON")
