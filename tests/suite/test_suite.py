@@ -59,8 +59,8 @@ def test_a_bad_suite_is_refused_in_one_line(mini, old, new, parts):
 
 def test_bad_arguments_are_refused_in_one_line(mini):
     assert (
-        "no such suite; use a100x4, a100x4-as-published, a100x4-options, calibration, cpu, gpu1-24g, "
-        in refusal_of_suite(mini, "--suite=gpus")
+        "no such suite; use a100x4, a100x4-as-published, a100x4-options, calibration, cpu, gpu1-24g, gpu1-80g, h100x8, "
+        "parity, " in refusal_of_suite(mini, "--suite=gpus")
     )
     assert "fits none of full/paddle, full/torch, lora/paddle, lora/torch" in refusal_of_suite(mini, "--only=llama*")
     assert "--repeats: 0 is out of range" in refusal_of_suite(mini, "--repeats=0")

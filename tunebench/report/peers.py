@@ -50,7 +50,8 @@ def peer_tables(records: list[Record]) -> list[PeerTable]:
     """A table for each framework, model, method and number of samples of a peer."""
     near = in_one_series(records)
     tables = []
-    for (framework, _, model, method), members in sorted(_groups(records), key=lambda group: _place(group[0])):
+    for about, samples, members in sorted(_groups(records), key=lambda group: _place(group[0])):
+        framework, _, model, method = about
         baseline = _baseline(framework, members)
         columns = [column.format(baseline) for column in COLUMNS]
         remarks = [
@@ -59,7 +60,6 @@ def peer_tables(records: list[Record]) -> list[PeerTable]:
             if record.disturbance and record.disturbed
         ]
         lines = _lines(members, baseline, near)
-        samples = next((record.plan.samples for record in members if record.plan), None)
         tables.append(PeerTable(framework, model, method, samples, columns, lines, members, remarks))
     return tables
 
@@ -73,8 +73,11 @@ def render_peers(records: list[Record]) -> str:
     return "\n".join([*parts, CAVEAT]) if parts else ""
 
 
-def _groups(records: list[Record]) -> Iterator[tuple[tuple[str, str, str, str], list[Record]]]:
-    """The runs of peers, together with the scripts' runs of the same model, samples, machine and commit."""
+def _groups(records: list[Record]) -> Iterator[tuple[tuple[str, str, str, str], int | None, list[Record]]]:
+    """The runs of peers, together with the scripts' runs of the same model, samples, machine and commit.
+
+    What they are of, their number of samples, and they.
+    """
     groups: dict[tuple, list[Record]] = defaultdict(list)
     for record in records:
         if record.aa is None:
@@ -82,9 +85,9 @@ def _groups(records: list[Record]) -> Iterator[tuple[tuple[str, str, str, str], 
             groups[(about, record.hardware.place, record.git.revision, record.plan and record.plan.samples)].append(
                 record
             )
-    for (about, *_), members in groups.items():
+    for (about, *_, samples), members in groups.items():
         if any(record.peer for record in members):
-            yield about, members
+            yield about, samples, members
 
 
 def _baseline(framework: str, members: list[Record]) -> str:
