@@ -39,9 +39,8 @@ unset CDPATH PYTHONHOME PYTHONPATH PYTHONOPTIMIZE
 export PYTHONUTF8=1
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 
-setup=() suite=() environments=(torch paddle) only_look='' peers=("$root"/peers/envs/*) before=''
+setup=() suite=() before=''
 for argument in "$@"; do
-  case "$before $argument" in *' --suite=peers'|'--suite peers') environments=(torch paddle "${peers[@]##*/}") ;; *' --dry-run') only_look=1 ;; esac
   case $before in --torch) export TUNEBENCH_TORCH=$argument ;; --paddle) export TUNEBENCH_PADDLE=$argument ;; esac
   own=''; case $before in --torch|--paddle) own=1 ;; esac
   before=${own:+=}$argument
@@ -51,16 +50,16 @@ for argument in "$@"; do
     --torch=*) export TUNEBENCH_TORCH=${argument#*=} ;;
     --paddle=*) export TUNEBENCH_PADDLE=${argument#*=} ;;
     -h|--help) sed -n '2,/^\[ /{/^#/s/^# \{0,1\}//p}' "$root/run_all.sh"; exit 0 ;;
-    --cpu) setup=(--cpu) ;;
+    --cpu) setup=(--cpu) suite+=(--cpu) ;;
     *) suite+=("$argument") ;;
   esac
 done
 
 case $before in --torch|--paddle) echo "run_all.sh: $before names no Python; give one: $before /path/to/python" >&2; exit 2 ;; esac
 
-[ -z "$only_look" ] || environments=(torch paddle)  # it starts no run
-# In the background, since bash heeds a signal only after a program in the foreground. It then ignores Ctrl-C itself.
-bash "$root/setup.sh" "${environments[@]}" ${setup[@]+"${setup[@]}"} &
+# The runner sets up those of peers. In the background, since bash heeds a signal only after a program in the foreground.
+# It then ignores Ctrl-C itself.
+bash "$root/setup.sh" torch paddle ${setup[@]+"${setup[@]}"} &
 stop() { kill "$!" 2>/dev/null; echo "run_all.sh: $2 during set-up; the same command goes on" >&2; exit "$1"; }
 trap 'stop 130 interrupted' INT
 trap 'stop 143 ended' TERM HUP

@@ -47,9 +47,14 @@ PEERS: dict[str, Peer] = {
 }
 
 
+def has_environment(name: str) -> bool:
+    """Whether the environment of a framework or of peers is complete and up to date."""
+    return is_complete(name, name if name in FRAMEWORKS else f"peers/envs/{name}")
+
+
 def check_environment(name: str) -> None:
     """Raises `BadInput` where .venv/`name` is not complete. The message names the command that makes it."""
-    if not is_complete(name, name if name in FRAMEWORKS else f"peers/envs/{name}"):
+    if not has_environment(name):
         raise BadInput(f"the environment .venv/{name} is not complete; run: bash setup.sh {name}")
 
 

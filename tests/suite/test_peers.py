@@ -7,11 +7,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, refusal, run_program, train
+from conftest import refusal, run_program, train
 from helpers import finish_suite, refusal_of_suite, start_suite
 
 from tunebench.errors import BadInput
-from tunebench.peers import PEERS, check_environment
+from tunebench.peers import PEERS, check_environment, has_environment
 from tunebench.record import read_record
 from tunebench.report.page import combined
 
@@ -127,6 +127,21 @@ def test_a_peer_that_overruns_its_time_is_ended(mini):
     assert (record.status, record.reason) == ("timeout", "not ended after --timeout 2 s")
 
 
+def test_a_suite_makes_the_environments_that_its_peers_lack(mini):
+    """setup.sh gets their names alone. Here it refuses to start, since the Python to build with is missing."""
+    if has_environment("torchtune"):
+        pytest.skip("the environment of torchtune is complete")
+    (mini / "mini.toml").write_text(SUITE.replace("paddlenlp-trainer", "torchtune"))
+    suite = start_suite(mini, PYTHON="/nonexistent/python")
+    _, errors = suite.communicate(timeout=120)
+    assert suite.returncode == 2
+    assert "PYTHON=/nonexistent/python is no Python" in errors
+    assert "setup.sh failed for torchtune (its messages are above)" in errors.splitlines()[-1]
+    assert not (mini / "results").exists()
+    checked = finish_suite(start_suite(mini, "--check"), 0)
+    assert "note   .venv/torchtune: not complete; the suite sets it up before its first run" in checked
+
+
 def test_contestants_run_in_reverse_in_even_rounds():
     command = [sys.executable, "-P", "-m", "tunebench.suite.runner", "--suite=peers", "--repeats=2", "--dry-run"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/").stdout
@@ -167,9 +182,6 @@ def test_a_bad_suite_of_contestants_is_refused_in_one_line(mini, old, new, part)
 
 def test_what_peers_do_not_do_is_refused_in_one_line(mini):
     assert "has contestants, which have no sides" in refusal_of_suite(mini, "--aa")
-    if not (ROOT / ".venv" / "torchtune" / "complete").exists():
-        (mini / "mini.toml").write_text(SUITE.replace("paddlenlp-trainer", "torchtune"))
-        assert ".venv/torchtune is not complete; run: bash setup.sh torchtune" in refusal_of_suite(mini)
     peer = "peers/run_peer.py", "--peer=paddlenlp-trainer"
     assert "--nproc: peers do not follow it" in refusal(
         run_program(*peer, "--nproc=2", "--zero=2", "--no-paired-halves")

@@ -22,11 +22,12 @@ from tunebench.bootstrap import ROOT, own_python, python_of
 from tunebench.errors import BadInput
 from tunebench.files import cache_folder, free_bytes, results_folder
 from tunebench.flags import HUB
-from tunebench.frameworks import other_library
+from tunebench.frameworks import FRAMEWORKS, other_library
 from tunebench.hardware import Hardware, ask, read_hardware, visible_gpus
 from tunebench.models.checkpoint import describe_checkpoint, random_folder
 from tunebench.models.presets import PRESETS
 from tunebench.models.random_weights import random_bytes
+from tunebench.peers import has_environment
 from tunebench.run.start import check_packages, check_tensor_parallel, prepare_compiler
 from tunebench.run.unsupported import not_offered
 from tunebench.suite.file import Planned, Suite, plan_runs
@@ -80,6 +81,11 @@ def findings(path: Path, suite: Suite, only: str | None, hardware: Hardware) -> 
             continue
         packages[framework] = seen["packages"]
         yield check_framework(framework, seen, hardware)
+    for name in sorted({run.entry.environment for run in runs} - FRAMEWORKS.keys()):
+        if has_environment(name):
+            yield Finding("ok", f".venv/{name}", "complete")
+        else:
+            yield Finding("note", f".venv/{name}", "not complete; the suite sets it up before its first run")
     yield from check_data(runs)
     yield from check_room(runs)
     yield from check_runs(runs, packages)

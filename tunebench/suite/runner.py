@@ -26,12 +26,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tunebench import conditions, processes
+from tunebench.bootstrap import ROOT
 from tunebench.checkout import read_git
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
 from tunebench.flags import Parser, add_forecast_flags, path_of, percentage, positive
 from tunebench.frameworks import FRAMEWORKS, SHARED_PACKAGES
-from tunebench.peers import check_environment
+from tunebench.peers import has_environment
 from tunebench.progress import Step, in_words, read_step
 from tunebench.record import LOG_LINES, Record, read_record
 from tunebench.report.load import REHEARSALS
@@ -42,13 +43,14 @@ from tunebench.report.stats import LOOKS
 from tunebench.run.run import describe_run
 from tunebench.suite.board import Board, progress_of
 from tunebench.suite.check import check
+from tunebench.suite.environments import make_environments
 from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
 from tunebench.suite.forecast import forecast_suite
 from tunebench.suite.other import find_other
 from tunebench.suite.rehearsal import rehearsal_changes, rehearsal_table
 from tunebench.suite.resume import FINAL, record_before, set_aside, versions_in
 from tunebench.suite.until import check_sides, run_until
-from tunebench.suite.versus import ROUNDS, check_code, check_rounds, claim, folder_of, judge, set_up
+from tunebench.suite.versus import ROUNDS, check_code, check_rounds, claim, folder_of, judge, tell_sides
 
 PROGRAM = "run_all.sh"
 GRACE = 30.0  # seconds that a run has after its --timeout to leave its own record
@@ -85,6 +87,7 @@ def main() -> int:
         metavar="SHARE",
         help="rounds of each pair until its interval is within ± this share: 4, 6, 8, 10 or 12",
     )
+    add("--cpu", action="store_true", help="set up CPU builds on any machine")
     add("--anyway", action="store_true", help="do not wait for a quiet machine, nor measure disturbed rounds again")
     add("--dry-run", action="store_true", help="print the runs, start none")
     add("--check", action="store_true", help="look at the machine and the suite's runs, start none")
@@ -145,8 +148,10 @@ def main() -> int:
             done = record_before(run.record, run.argv, run.flags.nproc, run.interpreter, run.root)[0] is not None
             print(f"{run.name}{': done already' * done}\n  {shlex.join(run.command)}")
         return 0
-    for environment in sorted({run.entry.environment for run in runs}):
-        check_environment(environment)
+    environments = sorted({run.entry.environment for run in runs})
+    incomplete = [name for name in environments if not has_environment(name)]
+    if incomplete and not make_environments(ROOT, incomplete, options.cpu, stopped):
+        return 130
     with _locked(results_folder()):
         folder.mkdir(parents=True, exist_ok=True)
         for run in runs:  # a run that was killed while it wrote its record leaves a partial file
@@ -163,7 +168,8 @@ def main() -> int:
         expected = suite.minutes and suite.minutes * 60 / len(suite.entries)
         if other:
             claim(folder, other)
-            if not set_up(other, runs, lambda: bool(stop_signals)):
+            tell_sides(other)
+            if other.is_checkout and not make_environments(other.root, environments, options.cpu, stopped):
                 return 130
             code = run_all(runs, folder, expected, options.anyway, show=lambda _: None)
             return code if code == 130 else judge(runs, folder, options.threshold or THRESHOLD)
@@ -184,6 +190,11 @@ def check_kinds(options: argparse.Namespace) -> None:
                 raise BadInput(f"--{name} and --{other} do not go together; leave one out")
     if options.threshold and not options.versus:
         raise BadInput("--threshold is for --versus; add it, or leave --threshold out")
+
+
+def stopped() -> bool:
+    """Whether a signal asked this process to end."""
+    return bool(stop_signals)
 
 
 class Interrupted(Exception):

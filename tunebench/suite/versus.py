@@ -1,10 +1,8 @@
 """run_all.sh --versus OTHER: the runs of two checkouts or two environments beside each other, and the verdict."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from tunebench import processes
 from tunebench.bootstrap import ROOT
 from tunebench.checkout import read_git
 from tunebench.errors import BadInput
@@ -19,7 +17,6 @@ from tunebench.suite.other import Other
 
 ROUNDS = 6  # see docs/regressions.md for what they find
 OTHER = "other"  # a file in the series' folder: the path that --versus named
-LOOK = 0.25  # seconds between two looks at the set-up of the other checkout
 
 
 def folder_of(results: Path, other: Other) -> Path:
@@ -44,29 +41,11 @@ def claim(folder: Path, other: Other) -> None:
     write_atomically(note, f"{other.path}\n".encode())
 
 
-def set_up(other: Other, runs: Sequence[Planned], stopped: Callable[[], bool]) -> bool:
-    """Makes the environments of another checkout by its own setup.sh. Returns False where it was `stopped`.
-
-    Raises `BadInput` where that fails.
-    """
+def tell_sides(other: Other) -> None:
+    """Prints which code and which interpreter each side has."""
     for side, root in (("old", other.root), ("new", ROOT)):
         interpreter = f", {other.frameworks[0]} by {other.interpreter}" if other.interpreter and side == "old" else ""
         print(f"{side}: {root}, revision {revision_of(read_git(root))}{interpreter}", flush=True)
-    if not other.is_checkout:
-        return True
-    names = sorted({run.entry.environment for run in runs})
-    process = processes.start(["bash", other.root / "setup.sh", *names], cwd=other.root)
-    try:
-        while process.poll() is None and not stopped():
-            time.sleep(LOOK)
-        code = process.returncode
-    finally:
-        processes.end(process)
-    if code:
-        raise BadInput(
-            f"--versus: {other.root / 'setup.sh'} failed (its messages are above); mend that, and run it again"
-        )
-    return code is not None
 
 
 def check_code(record: Record, root: Path) -> None:
