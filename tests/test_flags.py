@@ -20,6 +20,11 @@ def test_accumulation_follows_from_the_batch_sizes():
     assert (flags.replicas, flags.accumulation) == (1, 4)
 
 
+def test_a_cut_model_says_so_in_its_name():
+    names = [parse_flags("full", ["--model=llama-tiny", f"--layers={n}"]).model_name for n in (3, 4)]
+    assert names == ["llama-tiny-3-layers", "llama-tiny"]  # it has 4
+
+
 def test_precision_says_what_is_held_in_it():
     dtypes = {}
     for arguments in ([], ["--dtype=bf16", "--amp=O1"], ["--dtype=fp16"]):

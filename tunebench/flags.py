@@ -655,6 +655,8 @@ def resolve_plan_flags(options: dict) -> dict:
         raise BadInput(f"--layers {options['layers']} cuts presets, and --model {model} is none; leave it out")
     if options["layers"] and options["layers"] > (most := PRESETS[model].layers):
         raise BadInput(f"--layers {options['layers']}: {model} has {most}; use at most {most}")
+    if options["layers"] and options["layers"] == PRESETS[model].layers:
+        options["layers"] = None  # the whole preset, under its own name
     folder = path_of("model", model)
     if options["weights"] == "pretrained" and model in PRESETS and not Path(model).is_dir():
         raise BadInput(f"--weights pretrained needs a checkpoint: {model} is a preset; name a folder or owner/name")
