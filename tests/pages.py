@@ -5,13 +5,19 @@ from conftest import ROOT
 from tunebench.record import Record
 from tunebench.report.load import load_records
 
-MEASURED = ROOT / "results" / "measured" / "20261128-epyc-2-cores"
+MEASURED = ROOT / "results" / "measured"
+SERIES = {
+    **dict.fromkeys(("quick", "cpu", "tuned"), "20261128-epyc-2-cores"),
+    "peers": "20261201-epyc-2-cores",
+}
 UNKIND = "</script><img src=x onerror=alert(1)>"  # a model's name that must stay a name
 
 
 def mixed_records() -> list[Record]:
     """All kept records; the quick suite's again as those of another machine; and runs that failed in each way."""
-    suites = {name: load_records([MEASURED / name])[0] for name in ("quick", "cpu", "peers", "tuned")}
+    suites = {suite: load_records([MEASURED / machine / suite])[0] for suite, machine in SERIES.items()}
+    one = suites["quick"][0].hardware  # each kept folder has another random digest of the machine
+    suites["peers"] = [record.model_copy(update={"hardware": one}) for record in suites["peers"]]
     elsewhere = {"machine": "feedbeef0001", "cpu": "Other CPU", "cores": 64, "threads": 3}
     other = [r.model_copy(update={"hardware": r.hardware.model_copy(update=elsewhere)}) for r in suites["quick"]]
     llama = [r for r in suites["cpu"] if r.model and r.model.name == "llama-tiny"]

@@ -66,7 +66,7 @@ def test_peaks_of_memory_name_the_library(records):
 
 
 def test_csv_and_json_name_the_packages_of_each_side():
-    kept, _ = load_records([ROOT / "results" / "measured" / "20261130-epyc-2-cores" / "versus-paddleformers"])
+    kept, _ = load_records([ROOT / "results" / "measured" / "20261130-epyc-2-cores" / "versus-paddleformers-of-quick"])
     old, new = (
         f"{library}, paddlepaddle 3.3.1, revision 64d93a954d"
         for library in ("paddleformers 1.2.0", "paddlenlp 3.0.0b4")

@@ -13,6 +13,7 @@ from tunebench.hardware import Accelerator
 from tunebench.record import Taker, json_schema, parse_record, read_record
 from tunebench.report.documents import MEASURED
 from tunebench.report.pack import CLEANED, StandIns, cleaned, folder_in_flags, folder_name, machine_name, pack
+from tunebench.report.rounds import versus_of
 
 LINE = (ROOT / "tests" / "data" / "quick.jsonl").read_bytes().splitlines()[0]
 VALIDATOR = jsonschema.Draft202012Validator(json.loads((ROOT / "tunebench" / "record.schema.json").read_text()))
@@ -61,6 +62,13 @@ def test_a_packed_record_is_the_same_but_for_its_path_log_and_machine(tmp_path):
     assert machine != record.hardware.machine
     hardware = record.hardware.model_copy(update={"machine": machine})
     assert packed == record.model_copy(update={"argv": argv, "log": [], "hardware": hardware})
+
+
+def test_packed_runs_of_versus_name_their_suite(tmp_path):
+    folder = write(real(), tmp_path / "quick" / "versus-older", "paddle+old-r1")
+    packed = pack(folder, tmp_path / "measured", ())
+    assert packed.folder.name == "versus-older-of-quick"
+    assert [versus_of(record) for record in packed.records] == [("", "pair", "old")]
 
 
 def test_each_machine_keeps_a_digest_of_its_own(tmp_path):

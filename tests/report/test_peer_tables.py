@@ -9,7 +9,7 @@ from tunebench.report.peers import peer_tables
 
 @pytest.fixture(scope="module")
 def kept():
-    records, _ = load_records([ROOT / "results" / "measured" / "20261128-epyc-2-cores" / "peers"])
+    records, _ = load_records([ROOT / "results" / "measured" / "20261201-epyc-2-cores" / "peers"])
     return records
 
 

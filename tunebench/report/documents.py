@@ -16,7 +16,7 @@ from tunebench.errors import BadInput
 from tunebench.flags import flag_parser
 from tunebench.record import Record
 from tunebench.report.growth import read_growth
-from tunebench.report.load import VERSUS, load_records
+from tunebench.report.load import OF_SUITE, VERSUS, load_records
 from tunebench.report.markdown import measured_on
 from tunebench.report.page import combined
 from tunebench.report.pairing import LIKE_FOR_LIKE, Row, join
@@ -149,12 +149,10 @@ def _caveat(records: list[Record]) -> str:
 
 
 def _commands(suite: str, records: list[Record]) -> str:
-    """The commands that measured a suite's records: with their numbers of rounds, or the target of --until.
-
-    Records of --versus do not say of which suite they are, so that theirs is named in part.
-    """
+    """The commands that measured a suite's records: with their numbers of rounds, or the target of --until."""
     if suite.startswith(VERSUS):
-        return f"`run_all.sh --versus`, against {suite.removeprefix(VERSUS)}"
+        other, _, of = suite.removeprefix(VERSUS).rpartition(OF_SUITE)
+        return f"`run_all.sh --suite {of} --versus`, against {other}"
     commands = []
     for aa in (False, True):
         runs = [record for record in records if bool(record.aa) == aa]

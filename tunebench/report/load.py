@@ -18,7 +18,8 @@ from tunebench.record import Record, faults_of, parse_record, parse_unchecked, r
 REHEARSALS = "rehearsals"
 # Folders of records that are searched only where they are named, and how others of them begin.
 KEPT_APART = ("measured", "published", REHEARSALS)
-VERSUS = "versus-"
+VERSUS = "versus-"  # runs of run_all.sh --versus; OF_SUITE and the suite follow in results/measured/
+OF_SUITE = "-of-"
 GROWTH = "growth.json"  # tables of benchmarks/growth.py beside the records
 # From MANY files on, helpers on further cores compute the digests, which take about as long as all else. One in OWN is
 # left to this process, so that it is done when one helper is.

@@ -27,7 +27,7 @@ from tunebench.flags import DATA_NAMES
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.models.presets import PRESETS
 from tunebench.record import Record, read_record
-from tunebench.report.load import REHEARSALS, record_files
+from tunebench.report.load import OF_SUITE, REHEARSALS, VERSUS, record_files
 
 # The text of a record that its user or machine decides: it is cleaned. `machine` and `started_at` are written anew.
 CLEANED = (
@@ -117,6 +117,8 @@ class StandIns:
 def pack(folder: Path, measured: Path, names: Collection[str]) -> Packed:
     """Writes the records of a suite's folder to `measured`/DATE-MACHINE/SUITE. All of them or none.
 
+    Those of --versus go to `measured`/DATE-MACHINE/versus-OTHER-of-SUITE.
+
     Raises `BadInput` where a record is broken or names a folder in its flags, where the records are of several kinds of
     machine, and where the target exists.
     """
@@ -139,7 +141,9 @@ def pack(folder: Path, measured: Path, names: Collection[str]) -> Packed:
                 f"{folder / name}: its flag {word} names a folder, so that others cannot repeat the run; measure with "
                 "data and models by their names"
             )
-    target = measured / folder_name(records) / folder.name
+    # Runs of --versus lie in their suite's folder, which the name of the kept one has to tell.
+    of_suite = f"{OF_SUITE}{folder.parent.name}" if folder.name.startswith(VERSUS) else ""
+    target = measured / folder_name(records) / f"{folder.name}{of_suite}"
     if target.exists():
         raise BadInput(
             f"{target} exists, and a series that is kept stays as it is; rename {folder} where this is another one"
