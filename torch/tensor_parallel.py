@@ -260,7 +260,7 @@ class SumOfSlicedLosses(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         """By the logits: (probabilities - 1 at the label) · gradient."""
         powers, sums, own_labels, own, counts = ctx.saved_tensors
-        by_logits = powers.mul_((counts / sums * gradient).unsqueeze(-1))  # no second tensor of that size
+        by_logits = powers * (counts / sums * gradient).unsqueeze(-1)
         by_logits.scatter_add_(1, own_labels, -(own * gradient).unsqueeze(-1))
         return by_logits, None, None
 
