@@ -57,8 +57,8 @@ done
 
 case $before in --torch|--paddle) echo "run_all.sh: $before names no Python; give one: $before /path/to/python" >&2; exit 2 ;; esac
 
-# The runner sets up those of peers. In the background, since bash heeds a signal only after a program in the foreground.
-# It then ignores Ctrl-C itself.
+# The runner sets up the environments of peers, and those of --versus. This set-up runs in the background, since bash
+# heeds a signal only after a program in the foreground. It then ignores Ctrl-C itself.
 bash "$root/setup.sh" torch paddle ${setup[@]+"${setup[@]}"} &
 stop() { kill "$!" 2>/dev/null; echo "run_all.sh: $2 during set-up; the same command goes on" >&2; exit "$1"; }
 trap 'stop 130 interrupted' INT

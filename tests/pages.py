@@ -16,7 +16,7 @@ UNKIND = "</script><img src=x onerror=alert(1)>"  # a model's name that must sta
 def mixed_records() -> list[Record]:
     """All kept records; the quick suite's again as those of another machine; and runs that failed in each way."""
     suites = {suite: load_records([MEASURED / machine / suite])[0] for suite, machine in SERIES.items()}
-    one = suites["quick"][0].hardware  # each kept folder has another random digest of the machine
+    one = suites["quick"][0].hardware  # --pack gave this machine another digest
     suites["peers"] = [record.model_copy(update={"hardware": one}) for record in suites["peers"]]
     elsewhere = {"machine": "feedbeef0001", "cpu": "Other CPU", "cores": 64, "threads": 3}
     other = [r.model_copy(update={"hardware": r.hardware.model_copy(update=elsewhere)}) for r in suites["quick"]]

@@ -150,6 +150,8 @@ RUN_ELSEWHERE = {
     "minutes; test_paddleformers.py trains with it, test_check.py runs a suite with an interpreter",
     "bash run_all.sh --suite quick --only 'llama*' --versus .venv/paddleformers/bin/python": "takes ten minutes; "
     "test_versus.py plans such a run",
+    "bash run_all.sh --suite tuned --only 'tuned*/paddle' --versus .venv/paddleformers/bin/python": "takes ten "
+    "minutes; test_versus.py plans such a run",
     "bash setup.sh peers": "downloads an environment; test_setup.py makes others",
     "rm -r .venv/torch": "test_setup.py builds an environment anew",
     ".venv/torch/bin/torchrun --standalone --nproc-per-node 2 torch/finetune_full.py": "test_launch.py",

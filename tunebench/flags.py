@@ -653,10 +653,12 @@ def resolve_plan_flags(options: dict) -> dict:
         raise BadInput(f"--weights random is for presets; --model {model} is none of {', '.join(PRESETS)}")
     if options["layers"] and options["weights"] == "pretrained":
         raise BadInput(f"--layers {options['layers']} cuts presets, and --model {model} is none; leave it out")
-    if options["layers"] and options["layers"] > (most := PRESETS[model].layers):
-        raise BadInput(f"--layers {options['layers']}: {model} has {most}; use at most {most}")
-    if options["layers"] and options["layers"] == PRESETS[model].layers:
-        options["layers"] = None  # the whole preset, under its own name
+    if options["layers"]:
+        most = PRESETS[model].layers
+        if options["layers"] > most:
+            raise BadInput(f"--layers {options['layers']}: {model} has {most}; use at most {most}")
+        if options["layers"] == most:
+            options["layers"] = None  # the whole preset, under its own name
     folder = path_of("model", model)
     if options["weights"] == "pretrained" and model in PRESETS and not Path(model).is_dir():
         raise BadInput(f"--weights pretrained needs a checkpoint: {model} is a preset; name a folder or owner/name")

@@ -69,6 +69,10 @@ def test_packed_runs_of_versus_name_their_suite(tmp_path):
     packed = pack(folder, tmp_path / "measured", ())
     assert packed.folder.name == "versus-older-of-quick"
     assert [versus_of(record) for record in packed.records] == [("", "pair", "old")]
+    for parent, names in ("alice", {"alice"}), ("my runs", ()):
+        folder = write(real(), tmp_path / parent / "versus-older")
+        with pytest.raises(BadInput, match=r"pack it where it was measured|use a folder name of letters"):
+            pack(folder, tmp_path / "measured", names)
 
 
 def test_each_machine_keeps_a_digest_of_its_own(tmp_path):

@@ -128,16 +128,19 @@ def test_a_peer_that_overruns_its_time_is_ended(mini):
 
 
 def test_a_suite_makes_the_environments_that_its_peers_lack(mini):
-    """setup.sh gets their names alone. Here it refuses to start, since the Python to build with is missing."""
+    """Here setup.sh refuses to start, since the Python to build with is missing."""
     if has_environment("torchtune"):
         pytest.skip("the environment of torchtune is complete")
     (mini / "mini.toml").write_text(SUITE.replace("paddlenlp-trainer", "torchtune"))
     suite = start_suite(mini, PYTHON="/nonexistent/python")
-    _, errors = suite.communicate(timeout=120)
+    try:
+        _, errors = suite.communicate(timeout=300)  # another set-up may hold the lock
+    finally:
+        suite.kill()
     assert suite.returncode == 2
     assert "PYTHON=/nonexistent/python is no Python" in errors
     assert "setup.sh failed for torchtune (its messages are above)" in errors.splitlines()[-1]
-    assert not (mini / "results").exists()
+    assert not (mini / "results" / "mini").exists()
     checked = finish_suite(start_suite(mini, "--check"), 0)
     assert "note   .venv/torchtune: not complete; the suite sets it up before its first run" in checked
 

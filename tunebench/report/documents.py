@@ -152,7 +152,9 @@ def _commands(suite: str, records: list[Record]) -> str:
     """The commands that measured a suite's records: with their numbers of rounds, or the target of --until."""
     if suite.startswith(VERSUS):
         other, _, of = suite.removeprefix(VERSUS).rpartition(OF_SUITE)
-        return f"`run_all.sh --suite {of} --versus`, against {other}"
+        if not other:
+            raise BadInput(f"results/measured/: {suite} names no suite; rename it {suite}{OF_SUITE}SUITE")
+        return f"`--versus` of the suite {of}, against {other}"
     commands = []
     for aa in (False, True):
         runs = [record for record in records if bool(record.aa) == aa]

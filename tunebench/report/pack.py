@@ -129,8 +129,13 @@ def pack(folder: Path, measured: Path, names: Collection[str]) -> Packed:
     if not files:
         raise BadInput(f"--pack {folder}: no records in it; name a suite's folder of results")
     records = {name: read_record(file) for name, file in files.items()}
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", folder.name):
+    # Runs of --versus lie in their suite's folder, which the name of the kept one has to tell.
+    of_suite = f"{OF_SUITE}{folder.parent.name}" if folder.name.startswith(VERSUS) else ""
+    stand_ins = StandIns(names)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", f"{folder.name}{of_suite}"):
         raise BadInput(f"--pack {folder}: use a folder name of letters, digits, - and _, as the names of suites are")
+    if of_suite and stand_ins.without_names(of_suite) != of_suite:
+        raise BadInput(f"--pack {folder}: pack it where it was measured, in the folder of its suite")
     for name, record in records.items():
         if len(name.parts) < 2 or (record.aa is not None and name.parts[0] != "aa"):
             raise BadInput(
@@ -141,14 +146,11 @@ def pack(folder: Path, measured: Path, names: Collection[str]) -> Packed:
                 f"{folder / name}: its flag {word} names a folder, so that others cannot repeat the run; measure with "
                 "data and models by their names"
             )
-    # Runs of --versus lie in their suite's folder, which the name of the kept one has to tell.
-    of_suite = f"{OF_SUITE}{folder.parent.name}" if folder.name.startswith(VERSUS) else ""
     target = measured / folder_name(records) / f"{folder.name}{of_suite}"
     if target.exists():
         raise BadInput(
             f"{target} exists, and a series that is kept stays as it is; rename {folder} where this is another one"
         )
-    stand_ins = StandIns(names)
     # A digest of the machine's name can be guessed. Random digests tell machines apart as well.
     machines = {record.hardware.machine: secrets.token_hex(6) for record in records.values()}
     part = target.with_name(f".{target.name}.part")

@@ -87,7 +87,7 @@ def main() -> int:
         metavar="SHARE",
         help="rounds of each pair until its interval is within ± this share: 4, 6, 8, 10 or 12",
     )
-    add("--cpu", action="store_true", help="set up CPU builds on any machine")
+    add("--cpu", action="store_true", help="CPU builds in the environments that are still to be set up")
     add("--anyway", action="store_true", help="do not wait for a quiet machine, nor measure disturbed rounds again")
     add("--dry-run", action="store_true", help="print the runs, start none")
     add("--check", action="store_true", help="look at the machine and the suite's runs, start none")
@@ -148,11 +148,11 @@ def main() -> int:
             done = record_before(run.record, run.argv, run.flags.nproc, run.interpreter, run.root)[0] is not None
             print(f"{run.name}{': done already' * done}\n  {shlex.join(run.command)}")
         return 0
-    environments = sorted({run.entry.environment for run in runs})
-    incomplete = [name for name in environments if not has_environment(name)]
-    if incomplete and not make_environments(ROOT, incomplete, options.cpu, stopped):
-        return 130
     with _locked(results_folder()):
+        environments = sorted({run.entry.environment for run in runs})
+        incomplete = [name for name in environments if not has_environment(name)]
+        if incomplete and not make_environments(ROOT, incomplete, options.cpu, stopped):
+            return 130
         folder.mkdir(parents=True, exist_ok=True)
         for run in runs:  # a run that was killed while it wrote its record leaves a partial file
             for part in run.record.parent.glob(f".{run.record.name}.*"):
