@@ -119,6 +119,7 @@ def test_a_suites_table_as_a_command_line():
         (["--steps=2", "--compile"], "--compile takes 2 steps before those timed, of 2; use --steps 3 or more"),
         (["--packing=1024", "--no-padding-free"], "--packing has no padding; leave --no-padding-free out"),
         (["--out=/tmp"], "--out /tmp is a folder; name a file"),
+        (["--out=/dev/null"], "--out /dev/null is no regular file; name another file"),
         (["--out=/dev/null/r.json"], "--out /dev/null/r.json: "),
         (["--layers=5"], "--layers 5: llama-tiny has 4; use at most 4"),
         (["--weights=pretrained"], "--weights pretrained needs a checkpoint: llama-tiny is a preset"),
@@ -135,7 +136,7 @@ def test_refused_in_combination(arguments, message):
     ("arguments", "message"),
     [
         (["--bsz=0"], "argument --bsz: 0 is out of range; use 1 or more"),
-        (["--bsz=two"], "argument --bsz: invalid positive value: 'two'"),
+        (["--bsz=two"], "argument --bsz: 'two' is no whole number"),
         (["--lr=0"], "argument --lr: 0 is out of range; use a number above 0"),
         (["--lr=nan"], "argument --lr: nan is out of range"),
         (["--seed=-1"], "argument --seed: -1 is out of range; use 0 to 4294967295"),

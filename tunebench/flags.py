@@ -424,7 +424,7 @@ def parse_flags(
             f"use one of {_divisors(bsz // replicas)}"
         )
     if flags.out is not None:
-        _check_out(flags.out)
+        check_out(flags.out)
     if flags.profile is not None:
         _check_profile(flags)
     return flags if flags.steps is None else fit_to_steps(flags, flags.steps)
@@ -701,9 +701,16 @@ def fixed_tokens(data: str) -> int | None:
     )
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no whole number") from None
+
+
 def positive(text: str) -> int:
     """An integer from 1 to 2^31 − 1, which fits the frameworks' 32-bit counters."""
-    value = int(text)
+    value = _whole(text)
     if not 1 <= value < 2**31:
         raise argparse.ArgumentTypeError(f"{text} is out of range; use 1 {'or more' if value < 1 else 'to 2147483647'}")
     return value
@@ -711,7 +718,7 @@ def positive(text: str) -> int:
 
 def not_negative(text: str) -> int:
     """An integer from 0 to 2^32 − 1, the range of a seed."""
-    value = int(text)
+    value = _whole(text)
     if not 0 <= value < 2**32:
         raise argparse.ArgumentTypeError(f"{text} is out of range; use 0 to 4294967295")
     return value
@@ -719,7 +726,10 @@ def not_negative(text: str) -> int:
 
 def positive_float(text: str) -> float:
     """A finite number above 0."""
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number") from None
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is out of range; use a number above 0")
     return value
@@ -740,10 +750,13 @@ def path_from(text: str) -> Path:
     return Path(text)
 
 
-def _check_out(path: Path) -> None:
-    """Raises `BadInput` before the run where its record could not be written after it."""
-    if path_of("out", str(path)).is_dir():
+def check_out(path: Path) -> None:
+    """Raises `BadInput` before the work where its result could not be written after it."""
+    there = path_of("out", str(path))
+    if there.is_dir():
         raise BadInput(f"--out {path} is a folder; name a file")
+    if there.exists() and not there.is_file():
+        raise BadInput(f"--out {path} is no regular file; name another file")
     check_folder(path.parent, f"--out {path}")
 
 

@@ -22,7 +22,7 @@ from tunebench.errors import BadInput
 from tunebench.files import cache_folder, write_atomically
 from tunebench.flags import FIXED, HUB, Flags, is_named, plan_arguments
 from tunebench.models.checkpoint import Checkpoint, tokenizer_files
-from tunebench.processes import dying_with_parent
+from tunebench.processes import dying_with_parent, signal_in_words
 from tunebench.record import PlanInfo
 
 PLAN_VERSION = 4  # part of the cache key; raise it when a change of code gives the same inputs another plan
@@ -330,6 +330,11 @@ def _prepare(flags: Flags) -> None:
         *["--config-alone"] * flags.plan,
     ]
     done = subprocess.run(command, check=False, preexec_fn=dying_with_parent())
+    if done.returncode < 0:
+        raise BadInput(
+            f"data/prepare.py was killed by {signal_in_words(-done.returncode)}; where memory ran out, use a smaller "
+            "--bsz or fewer --steps or --samples"
+        )
     if done.returncode:
         sys.exit(done.returncode)  # prepare.py has said why
 

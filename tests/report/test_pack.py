@@ -75,6 +75,15 @@ def test_packed_runs_of_versus_name_their_suite(tmp_path):
             pack(folder, tmp_path / "measured", names)
 
 
+@pytest.mark.parametrize("place", [".previous/quick", "versus-older-of-quick", "quick"])
+def test_what_is_no_suite_s_folder_of_results_is_not_packed(tmp_path, place):
+    """Results that were set aside, a packed series, and a folder around a suite's folder."""
+    folder = write(real(), tmp_path / place / ("" if place != "quick" else "around"))
+    with pytest.raises(BadInput, match=r"pack one suite's folder|pack a suite's whole folder"):
+        pack(tmp_path / place, tmp_path / "measured", ())
+    assert folder.exists() and not (tmp_path / "measured").exists()
+
+
 def test_each_machine_keeps_a_digest_of_its_own(tmp_path):
     record, folder = real(), tmp_path / "quick"
     other = record.model_copy(update={"hardware": record.hardware.model_copy(update={"machine": "0123456789ab"})})
@@ -139,7 +148,14 @@ def test_what_identifies_a_person_gets_stand_ins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word", ["--data=/home/somebody/x.json", "/home/somebody/x.json", "--model=~/model", "--model=../model"]
+    "word",
+    [
+        "--data=/home/somebody/x.json",
+        "/home/somebody/x.json",
+        "--model=~/model",
+        "--model=../model",
+        "--data=client/x.jsonl",
+    ],
 )
 def test_a_record_that_names_a_folder_is_refused_in_one_line(tmp_path, word):
     write(with_path(real(), argv=["finetune_full.py", "--data", word, "--out=a.json"]), tmp_path / "quick")

@@ -39,6 +39,8 @@ def mini(tmp_path):
         ('name = "lora"', 'name = "lora"\nspeed = 1', ["pair lora: speed: unknown key"]),
         ('name = "lora"', 'name = "../lora"', ["pair ../lora: name"]),
         ('name = "lora"', 'name = "full"', ["two pairs have the name full"]),
+        ('name = "lora"', 'name = "lora.json"', ["a pair cannot be named lora.json"]),
+        ('title = "two', 'repeats = 1001\ntitle = "two', ["repeats: Input should be less than or equal to 1000"]),
         ("finetune_lora", "finetune_lore", ["pair lora: script"]),
         ("samples = 40", "samples = 0", ["pair full (paddle): argument --samples: 0 is out of range"]),
         ("samples = 40", "sample = 40", ["pair full (paddle): unrecognized arguments: --sample=40"]),
@@ -64,6 +66,10 @@ def test_bad_arguments_are_refused_in_one_line(mini):
     )
     assert "fits none of full/paddle, full/torch, lora/paddle, lora/torch" in refusal_of_suite(mini, "--only=llama*")
     assert "--repeats: 0 is out of range" in refusal_of_suite(mini, "--repeats=0")
+    assert "--repeats 1001: use at most 1000" in refusal_of_suite(mini, "--repeats=1001")
+    assert "--plan and --aa do not go together" in refusal_of_suite(mini, "--plan", "--aa")
+    assert "--check and --fresh do not go together" in refusal_of_suite(mini, "--check", "--fresh")
+    assert "--out /dev/null is no regular file" in refusal_of_suite(mini, "--plan", "--out=/dev/null")
     (mini / "published.toml").write_text(SUITE)
     assert "published cannot name a folder" in refusal_of_suite(mini, f"--suite={mini / 'published.toml'}")
 

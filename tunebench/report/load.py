@@ -4,6 +4,7 @@ import contextlib
 import gc
 import itertools
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ REHEARSALS = "rehearsals"
 KEPT_APART = ("measured", "published", REHEARSALS)
 VERSUS = "versus-"  # runs of run_all.sh --versus; OF_SUITE and the suite follow in results/measured/
 OF_SUITE = "-of-"
+PREVIOUS = ".previous"  # earlier results that run_all.sh set aside
 GROWTH = "growth.json"  # tables of benchmarks/growth.py beside the records
 # From MANY files on, helpers on further cores compute the digests, which take about as long as all else. One in OWN is
 # left to this process, so that it is done when one helper is.
@@ -152,9 +154,19 @@ def record_files(path: Path) -> list[Path]:
     found: list[tuple[str, str]] = []
     for folder, folders, files in os.walk(path):  # twice as fast as Path.rglob
         folders[:] = [name for name in folders if not is_left_out(name)]
-        found += [(folder, name) for name in (*folders, *files) if name.endswith(".json") and not is_left_out(name)]
+        named = [name for name in (*folders, *files) if name.endswith(".json") and not is_left_out(name)]
+        found += [(folder, name) for name in named if not _is_special(os.path.join(folder, name))]  # noqa: PTH118 (speed)
     # In the order of their parts, as paths are sorted: a separator comes before all other characters.
     return [Path(*each) for each in sorted(found, key=lambda each: "/".join(each).replace("/", "\0"))]
+
+
+def _is_special(path: str) -> bool:
+    """Whether a path is a pipe, a socket or a device. To read one could take for ever."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (speed)
+    except OSError:  # reading it says why
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def is_left_out(name: str) -> bool:

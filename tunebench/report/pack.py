@@ -23,11 +23,11 @@ from tunebench.bootstrap import ROOT
 from tunebench.digest import digest_of
 from tunebench.errors import BadInput, cannot_write
 from tunebench.files import results_folder, write_atomically
-from tunebench.flags import DATA_NAMES
+from tunebench.flags import DATA_NAMES, SUFFIXES
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.models.presets import PRESETS
 from tunebench.record import Record, read_record
-from tunebench.report.load import OF_SUITE, REHEARSALS, VERSUS, record_files
+from tunebench.report.load import OF_SUITE, PREVIOUS, REHEARSALS, VERSUS, record_files
 
 # The text of a record that its user or machine decides: it is cleaned. `machine` and `started_at` are written anew.
 CLEANED = (
@@ -123,7 +123,8 @@ def pack(folder: Path, measured: Path, names: Collection[str]) -> Packed:
     machine, and where the target exists.
     """
     folder = folder.resolve()
-    if not folder.is_dir() or folder == results_folder() or REHEARSALS in (folder.name, folder.parent.name):
+    aside = {REHEARSALS, PREVIOUS} & {folder.name, folder.parent.name}
+    if not folder.is_dir() or folder == results_folder() or aside or is_packed(folder):
         raise BadInput(f"--pack {folder}: pack one suite's folder of results, such as {results_folder() / 'quick'}")
     files = {file.relative_to(folder): file for file in record_files(folder)}
     if not files:
@@ -137,7 +138,7 @@ def pack(folder: Path, measured: Path, names: Collection[str]) -> Packed:
     if of_suite and stand_ins.without_names(of_suite) != of_suite:
         raise BadInput(f"--pack {folder}: pack it where it was measured, in the folder of its suite")
     for name, record in records.items():
-        if len(name.parts) < 2 or (record.aa is not None and name.parts[0] != "aa"):
+        if len(name.parts) != (2 if record.aa is None else 3) or (record.aa is not None and name.parts[0] != "aa"):
             raise BadInput(
                 f"{folder / name} is no run of a suite in the folder of its pair; pack a suite's whole folder"
             )
@@ -192,11 +193,17 @@ def cleaned(record: Record, file: Path, stand_ins: StandIns, machine: str) -> di
     return content
 
 
+def is_packed(folder: Path) -> bool:
+    """Whether the folder holds runs of --versus that are packed already."""
+    return folder.name.startswith(VERSUS) and OF_SUITE in folder.name
+
+
 def folder_in_flags(argv: Iterable[str]) -> str | None:
-    """The first word of a command line, but for --out, that names a folder; None where none does."""
+    """The first word of a command line, but for --out, that names a folder or a file in one; None where none does."""
     for word in _with_out(argv, Path("record.json")):
         value = word.split("=", 1)[-1]
-        if value.startswith(("/", "~", "./", "../")) or value in (".", ".."):
+        in_folder = "/" in value and Path(value).suffix in SUFFIXES  # a hub's name has no such suffix
+        if value.startswith(("/", "~", "./", "../")) or value in (".", "..") or in_folder:
             return word
     return None
 

@@ -25,6 +25,7 @@ from tunebench.report.rounds import NEW, OLD
 from tunebench.suite.other import Other
 
 METHODS: dict[str, str] = {"finetune_lora.py": "lora", "finetune_full.py": "full"}
+MOST_ROUNDS = 1000
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # suites, pairs and contestants name folders and files
 
 
@@ -46,6 +47,9 @@ def _check_names(tables: list[Any]) -> list[Any]:
         raise ValueError(f"two {kind}s have the name {max(names, key=names.count)}")
     if "aa" in names:
         raise ValueError(f"a {kind} cannot be named aa: that folder is for comparisons of a side with itself")
+    for name in names:
+        if name.endswith(".json"):
+            raise ValueError(f"a {kind} cannot be named {name}: it names a folder, not a record")
     for name in filter(is_kept_apart, names):
         raise ValueError(f"a {kind} cannot be named {name}: summarize.py leaves such folders out")
     return tables
@@ -113,7 +117,7 @@ class Suite(Strict):
     """
 
     title: str
-    repeats: int = Field(default=1, gt=0)  # rounds; --repeats overrides it
+    repeats: int = Field(default=1, gt=0, le=MOST_ROUNDS)  # rounds; --repeats overrides it
     minutes: float | None = Field(default=None, gt=0)  # what one round took on two cores
     defaults: FlagTable = Field(default_factory=dict)
     pair: Annotated[list[Pair], AfterValidator(_check_names)] = Field(default_factory=list)
@@ -231,7 +235,7 @@ def find_suite(name: str) -> Path:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in suites.glob("*.toml")))
         raise BadInput(f"--suite {name}: no such suite; use {known}, or a .toml file")
-    if not re.match(NAME, path.stem) or is_kept_apart(path.stem) or path.stem == "runs":
+    if not re.match(NAME, path.stem) or is_kept_apart(path.stem) or path.stem == "runs" or path.stem.endswith(".json"):
         raise BadInput(f"--suite {name}: {path.stem} cannot name a folder in results/; use another file name")
     return path
 
@@ -239,7 +243,7 @@ def find_suite(name: str) -> Path:
 def read_suite(path: Path) -> Suite:
     """Reads a suite file. Raises `BadInput` with the file and its first fault."""
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
         return Suite.model_validate(content)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: not TOML: {error}") from None

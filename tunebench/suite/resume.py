@@ -14,6 +14,7 @@ from tunebench.checkout import read_git
 from tunebench.errors import BadInput
 from tunebench.hardware import Hardware, read_hardware
 from tunebench.record import Git, Record, read_record
+from tunebench.report.load import PREVIOUS
 from tunebench.run.run import as_workers_have_it
 from tunebench.suite.other import PROBE_SECONDS
 
@@ -86,7 +87,7 @@ def versions_in(python: Path, names: tuple[str, ...]) -> dict[str, str]:
 
 def set_aside(folder: Path, *paths: Path) -> Path:
     """Moves those of `paths` that exist out of the series' results in `folder`. Returns the new folder."""
-    previous = folder.parent / ".previous" / f"{folder.name}-{NOW}"
+    previous = folder.parent / PREVIOUS / f"{folder.name}-{NOW}"
     for path in filter(Path.exists, paths):
         target, number = previous / path.relative_to(folder), 1
         while target.exists():  # the same run was set aside before

@@ -30,7 +30,7 @@ from tunebench.bootstrap import ROOT
 from tunebench.checkout import read_git
 from tunebench.errors import BadInput, forget_stdout, one_line_refusals
 from tunebench.files import results_folder
-from tunebench.flags import Parser, add_forecast_flags, path_of, percentage, positive
+from tunebench.flags import Parser, add_forecast_flags, check_out, path_of, percentage, positive
 from tunebench.frameworks import FRAMEWORKS, SHARED_PACKAGES
 from tunebench.peers import has_environment
 from tunebench.progress import Step, in_words, read_step
@@ -44,7 +44,7 @@ from tunebench.run.run import describe_run
 from tunebench.suite.board import Board, progress_of
 from tunebench.suite.check import check
 from tunebench.suite.environments import make_environments
-from tunebench.suite.file import Planned, find_suite, plan_runs, read_suite
+from tunebench.suite.file import MOST_ROUNDS, Planned, find_suite, plan_runs, read_suite
 from tunebench.suite.forecast import forecast_suite
 from tunebench.suite.other import find_other
 from tunebench.suite.rehearsal import rehearsal_changes, rehearsal_table
@@ -111,6 +111,10 @@ def main() -> int:
     check_kinds(options)
     if suite.contest:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, so the scripts beside them do too
+    if options.repeats and options.repeats > MOST_ROUNDS:
+        raise BadInput(f"--repeats {options.repeats}: use at most {MOST_ROUNDS}")
+    if options.out is not None and options.plan:
+        check_out(options.out)
     if options.check:
         return check(path, suite, options.only)
     if options.plan:
@@ -179,10 +183,12 @@ def main() -> int:
 
 
 def check_kinds(options: argparse.Namespace) -> None:
-    """Raises `BadInput` where --versus or --until stands beside a flag that gives the runs another meaning."""
+    """Raises `BadInput` where a flag stands beside another that ignores it or gives the runs another meaning."""
     apart = {
         "versus": ("aa", "until", "rehearse", "plan", "check"),
         "until": ("repeats", "aa", "rehearse", "plan", "check"),
+        "plan": ("aa", "rehearse", "fresh", "check"),
+        "check": ("aa", "rehearse", "fresh"),
     }
     for name, others in apart.items():
         for other in others:
