@@ -123,8 +123,8 @@ def pack(folder: Path, measured: Path, names: Collection[str]) -> Packed:
     machine, and where the target exists.
     """
     folder = folder.resolve()
-    aside = {REHEARSALS, PREVIOUS} & {folder.name, folder.parent.name}
-    if not folder.is_dir() or folder == results_folder() or aside or is_packed(folder):
+    aside = {REHEARSALS, PREVIOUS} & {folder.name, folder.parent.name} or folder.is_relative_to(measured.resolve())
+    if not folder.is_dir() or folder == results_folder() or aside:
         raise BadInput(f"--pack {folder}: pack one suite's folder of results, such as {results_folder() / 'quick'}")
     files = {file.relative_to(folder): file for file in record_files(folder)}
     if not files:
@@ -191,11 +191,6 @@ def cleaned(record: Record, file: Path, stand_ins: StandIns, machine: str) -> di
     for taker in (content["conditions"] or {}).get("takers", []):
         taker["name"] = clean(taker["name"])
     return content
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether the folder holds runs of --versus that are packed already."""
-    return folder.name.startswith(VERSUS) and OF_SUITE in folder.name
 
 
 def folder_in_flags(argv: Iterable[str]) -> str | None:
