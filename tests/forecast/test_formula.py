@@ -49,6 +49,7 @@ SETUPS = (
     "full llama --bsz=8 --dtype=bf16 --padding-free --attention=sdpa --recompute",
     "full llama --bsz=8 --dtype=bf16 --head=labels --nproc=2",
     "full llama --bsz=8 --dtype=bf16 --mp=4",
+    "lora llama --bsz=16 --mp=2 --recompute",  # the logits lead
     "full llama --bsz=8 --dtype=fp16 --nproc=4 --zero=1 --micro-bsz=1",
     "full qwen2 --bsz=8 --dtype=bf16 --nproc=4 --zero=2",
     "full bloom --bsz=8 --dtype=bf16 --nproc=4 --zero=3",
