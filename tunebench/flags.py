@@ -651,9 +651,9 @@ def resolve_plan_flags(options: dict) -> dict:
     options["weights"] = options["weights"] or ("random" if model in PRESETS else "pretrained")
     if options["weights"] == "random" and model not in PRESETS:
         raise BadInput(f"--weights random is for presets; --model {model} is none of {', '.join(PRESETS)}")
-    if options["layers"] and options["weights"] == "pretrained":
-        raise BadInput(f"--layers {options['layers']} cuts presets, and --model {model} is none; leave it out")
     if options["layers"]:
+        if options["weights"] == "pretrained":
+            raise BadInput(f"--layers {options['layers']} cuts presets, and --model {model} is none; leave it out")
         most = PRESETS[model].layers
         if options["layers"] > most:
             raise BadInput(f"--layers {options['layers']}: {model} has {most}; use at most {most}")

@@ -171,9 +171,9 @@ def _is_special(path: str) -> bool:
 
 def is_left_out(name: str) -> bool:
     """Whether the search of a folder leaves a file or folder of this name out."""
-    return name.startswith(".") or name == GROWTH or is_kept_apart(name)
+    return name.startswith((".", VERSUS)) or name == GROWTH or name in KEPT_APART
 
 
-def is_kept_apart(name: str) -> bool:
-    """Whether a folder of this name is searched only where it is named itself."""
-    return name in KEPT_APART or name.startswith(VERSUS)
+def may_hold_records(name: str) -> bool:
+    """Whether the search of a folder looks for records in a folder of this name. One named as a record is a fault."""
+    return not is_left_out(name) and not name.endswith(".json")

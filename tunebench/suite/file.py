@@ -20,7 +20,7 @@ from tunebench.flags import Flags, arguments_of, parse_flags, path_of
 from tunebench.frameworks import FRAMEWORKS
 from tunebench.peers import PEERS, check_peer_flags
 from tunebench.record import FrameworkName, Strict
-from tunebench.report.load import is_kept_apart
+from tunebench.report.load import may_hold_records
 from tunebench.report.rounds import NEW, OLD
 from tunebench.suite.other import Other
 
@@ -47,11 +47,8 @@ def _check_names(tables: list[Any]) -> list[Any]:
         raise ValueError(f"two {kind}s have the name {max(names, key=names.count)}")
     if "aa" in names:
         raise ValueError(f"a {kind} cannot be named aa: that folder is for comparisons of a side with itself")
-    for name in names:
-        if name.endswith(".json"):
-            raise ValueError(f"a {kind} cannot be named {name}: it names a folder, not a record")
-    for name in filter(is_kept_apart, names):
-        raise ValueError(f"a {kind} cannot be named {name}: summarize.py leaves such folders out")
+    for name in itertools.filterfalse(may_hold_records, names):
+        raise ValueError(f"a {kind} cannot be named {name}: summarize.py finds no records in such a folder")
     return tables
 
 
@@ -235,7 +232,7 @@ def find_suite(name: str) -> Path:
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in suites.glob("*.toml")))
         raise BadInput(f"--suite {name}: no such suite; use {known}, or a .toml file")
-    if not re.match(NAME, path.stem) or is_kept_apart(path.stem) or path.stem == "runs" or path.stem.endswith(".json"):
+    if not re.match(NAME, path.stem) or not may_hold_records(path.stem) or path.stem == "runs":
         raise BadInput(f"--suite {name}: {path.stem} cannot name a folder in results/; use another file name")
     return path
 

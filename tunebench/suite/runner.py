@@ -113,13 +113,13 @@ def main() -> int:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the peers train on the CPU, so the scripts beside them do too
     if options.repeats and options.repeats > MOST_ROUNDS:
         raise BadInput(f"--repeats {options.repeats}: use at most {MOST_ROUNDS}")
-    if options.out is not None and options.plan:
-        check_out(options.out)
     if options.check:
         return check(path, suite, options.only)
     if options.plan:
         if suite.contest:
             raise BadInput(f"--plan: {path} has peers, which are not forecast; use a suite of pairs")
+        if options.out is not None:
+            check_out(options.out)
         settings = {name: vars(options)[name] for name in ("plan", "gpu", "link", "price", "calibrate")}
         settings = {name: value for name, value in settings.items() if value is not None} | {"profile": None}
         if options.calibrate is not None:
